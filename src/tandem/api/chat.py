@@ -1,0 +1,95 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec import UNSET, UnsetType
+
+from tandem.api.assembly import Assembly, finite
+from tandem.api.job import Caller, Job, Prompt, new_job
+from tandem.api.openai import (
+    AssistantMessage,
+    ChatBody,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
+from tandem.api.output import Piece, Token
+from tandem.api.parsing import message_text, sampling_params
+from tandem.api.served import ServedModel
+from tandem.api.tokens import INLINE_CHARS
+from tandem.errors import InvalidRequest
+from tandem.wire.messages import TokenLogprobs
+
+
+async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:
+    """Raises InvalidRequest."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
+    text = await _rendered(body, model)
+    prompt = Prompt(await model.tokenizer.encode(text, add_special_tokens=False), text)
+    if not prompt.token_ids:
+        raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
+    limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return new_job(caller, model, body, [(prompt, sampling_params(body, limit, logprobs))])
+
+
+class ChatAssembly(Assembly):
+    ID_PREFIX = "chatcmpl-"
+    OBJECT = "chat.completion"
+    CHUNK_OBJECT = "chat.completion.chunk"
+
+    def __init__(self, job: Job, body: ChatBody) -> None:
+        super().__init__(job)
+        self._body = body
+
+    def choice(self, piece: Piece, first: bool) -> ChatChoice:
+        return ChatChoice(
+            **self.choice_fields(piece), message=AssistantMessage(piece.text), logprobs=self._logprobs(piece.tokens)
+        )
+
+    def chunk_choice(self, piece: Piece, first: bool) -> ChatChunkChoice:
+        content = piece.text if piece.text or first else UNSET
+        delta = ChatDelta(content, "assistant" if first else UNSET)
+        return ChatChunkChoice(**self.choice_fields(piece), delta=delta, logprobs=self._logprobs(piece.tokens))
+
+    def prompt_token_ids(self) -> list[int] | UnsetType:
+        return self.job.sequences[0].prompt.token_ids if self._body.return_token_ids else UNSET
+
+    def _logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return ChatLogprobs([self._token(token.id, token.logprobs) for token in tokens if token.logprobs is not None])
+
+    def _token(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+        top = [TopLogprob(*self._names(other, value)) for other, value in logprobs.top]
+        return TokenLogprob(*self._names(token_id, logprobs.logprob), top)
+
+    def _names(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+        tokenizer = self.job.model.tokenizer
+        return tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id))
+
+
+async def _rendered(body: ChatBody, model: ServedModel) -> str:
+    messages = []
+    for place, message in enumerate(body.messages):
+        one = {"role": message.role, "content": message_text(message, place)}
+        messages.append(one if message.name is None else one | {"name": message.name})
+    variables = body.chat_template_kwargs or {}
+    if sum(len(one["content"]) for one in messages) <= INLINE_CHARS:
+        return model.template.render(messages, variables)
+    return await asyncio.to_thread(model.template.render, messages, variables)
+
+
+def _max_tokens(body: ChatBody) -> int | None:
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise InvalidRequest(
+            f"max_tokens ({old}) and max_completion_tokens ({new}) mean the same; set one", param="max_tokens"
+        )
+    return old if new is None else new

@@ -1,0 +1,93 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from msgspec import UNSET
+
+from tandem.api.assembly import Assembly, finite, with_chosen
+from tandem.api.job import Caller, Job, Prompt, new_job
+from tandem.api.openai import CompletionBody, CompletionChoice, CompletionLogprobs
+from tandem.api.output import Piece, Token
+from tandem.api.parsing import sampling_params
+from tandem.api.served import ServedModel
+from tandem.errors import InvalidRequest
+from tandem.wire.sampling import SamplingParams
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def completion_job(body: CompletionBody, model: ServedModel, caller: Caller) -> Job:
+    """Raises InvalidRequest."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
+    prompts = [await _prompt(one, model) for one in _prompts(body.prompt)]
+    return new_job(caller, model, body, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
+
+
+class CompletionAssembly(Assembly):
+    ID_PREFIX = "cmpl-"
+    OBJECT = CHUNK_OBJECT = "text_completion"
+
+    def __init__(self, job: Job, body: CompletionBody) -> None:
+        super().__init__(job)
+        self._body = body
+
+    def choice(self, piece: Piece, first: bool) -> CompletionChoice:
+        prompt = self.job.sequences[piece.index].prompt
+        return CompletionChoice(
+            **self.choice_fields(piece),
+            text=self._prompt_text(prompt) + piece.text if first and self._body.echo else piece.text,
+            logprobs=self._logprobs(piece.tokens) if self._body.logprobs is not None else None,
+            prompt_token_ids=prompt.token_ids if first and self._body.return_token_ids else UNSET,
+        )
+
+    chunk_choice = choice
+
+    def _prompt_text(self, prompt: Prompt) -> str:
+        return self.job.model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+
+    def _logprobs(self, tokens: list[Token]) -> CompletionLogprobs:
+        text = self.job.model.tokenizer.token_text
+        known = [(token, token.logprobs) for token in tokens if token.logprobs is not None]
+        return CompletionLogprobs(
+            tokens=[text(token.id) for token, _ in known],
+            token_logprobs=[finite(made.logprob) for _, made in known],
+            top_logprobs=[
+                {text(i): finite(value) for i, value in with_chosen(token.id, made)} for token, made in known
+            ],
+            text_offset=[token.offset for token, _ in known],
+        )
+
+
+def _sampling(body: CompletionBody, prompt: Prompt, model: ServedModel) -> SamplingParams:
+    limit = model.output_limit(len(prompt.token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
+    return sampling_params(body, limit, body.logprobs)
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """One of OpenAI's four ways to write prompts, as a list of prompts."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [one for one in prompt if isinstance(one, int)]
+    if not prompt:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    if len(ids) == len(prompt):
+        return [ids]
+    found = [one for one in prompt if not isinstance(one, int)]
+    if len({type(one) for one in prompt}) > 1:
+        raise InvalidRequest("prompt must be a string, token ids, or a list of only one of these", param="prompt")
+    return found
+
+
+async def _prompt(prompt: str | list[int], model: ServedModel) -> Prompt:
+    if not prompt:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    if isinstance(prompt, list):
+        model.check_token_ids(prompt, "prompt")
+        return Prompt(prompt)
+    token_ids = await model.tokenizer.encode(prompt, add_special_tokens=True)
+    if not token_ids:
+        raise InvalidRequest("prompt has no tokens", param="prompt")
+    return Prompt(token_ids, prompt)

@@ -1,0 +1,77 @@
+"""Token ids to text, one token at a time."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Protocol
+
+from tandem.api.tokens import Tokenizer
+
+REPLACEMENT = "\ufffd"
+MAX_CHAR_TOKENS = 4  # a character has up to four bytes in UTF-8, each of which may be a token
+
+
+class Detokenizer(Protocol):
+    """The texts of `push` and then `finish`, joined, are the text of all the tokens, without special tokens."""
+
+    def push(self, token_id: int) -> str:
+        """The characters that are complete with this token."""
+
+    def finish(self) -> str:
+        """What is left; bytes that are no character become U+FFFD."""
+
+
+def new_detokenizer(tokenizer: Tokenizer) -> Detokenizer:
+    return ByteDetokenizer(tokenizer) if tokenizer.is_byte_level else WindowDetokenizer(tokenizer)
+
+
+class ByteDetokenizer:
+    """For byte-level tokenizers, where every token is some bytes wherever it stands."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._tokenizer.special_ids:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For every other decoder: decodes the new tokens behind the last ones whose text is out, and shows the difference.
+
+    A run of byte-fallback tokens is shown character by character. So where such a run has both whole characters and
+    bytes that are no character, whole characters already shown stay, which decoding all tokens at once would replace.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._context_text = ""
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._tokenizer.special_ids or not self._tokenizer.knows(token_id):
+            return ""
+        self._pending.append(token_id)
+        text = self._text()
+        incomplete = text.endswith(REPLACEMENT) and len(self._pending) <= MAX_CHAR_TOKENS
+        if incomplete or len(text) <= len(self._context_text):
+            return ""
+        return self._show(text)
+
+    def finish(self) -> str:
+        return self._show(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._context + self._pending)
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._context_text) :]
+        self._context, self._pending = self._pending, []
+        self._context_text = self._tokenizer.decode(self._context)
+        return new

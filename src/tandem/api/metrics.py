@@ -1,0 +1,141 @@
+"""Prometheus metrics of the API and, as their heartbeats tell, of the engines behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tandem.api.backend import Backend
+from tandem.api.errors import ClientGone
+from tandem.errors import RequestError
+from tandem.wire.messages import EngineCounters
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30, 60, 120)
+BETWEEN_TOKENS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 1.6, 5, 15)
+WHOLE_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 300, 600)
+KV_STATES = ("free", "cached", "leased", "in_use")
+REQUEST_STATES = ("waiting", "waiting_for_kv", "running")
+
+
+class Metrics:
+    """The API's own numbers, in a registry of their own.
+
+    Names: `tandem_requests_total{endpoint,outcome}` (outcome: ok, aborted or the error's code),
+    `tandem_requests_running`, `tandem_time_to_first_token_seconds`, `tandem_inter_token_latency_seconds`,
+    `tandem_request_seconds`, `tandem_prompt_tokens_total`, `tandem_output_tokens_total`, and from every engine's
+    status `tandem_engine_ready`, `_kv_blocks{state}`, `_live_requests{state}` and its counters.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.registry = registry = CollectorRegistry()
+        registry.register(_EngineCollector(backend))
+        self._requests = Counter("tandem_requests", "Requests that ended.", ["endpoint", "outcome"], registry=registry)
+        self._running = Gauge("tandem_requests_running", "Requests being answered.", ["endpoint"], registry=registry)
+        self.first_token = _histogram(registry, "time_to_first_token", "Request to first token.", FIRST_TOKEN_S)
+        self.between_tokens = _histogram(registry, "inter_token_latency", "Token to next token.", BETWEEN_TOKENS_S)
+        self._whole = _histogram(registry, "request", "Request to end of its answer, if it was answered.", WHOLE_S)
+        self.prompt_tokens = Counter("tandem_prompt_tokens", "Prompt tokens of requests taken.", registry=registry)
+        self.output_tokens = Counter("tandem_output_tokens", "Tokens generated.", registry=registry)
+
+    @contextmanager
+    def track(self, endpoint: str) -> Iterator[Observation]:
+        """Counts one request of `endpoint` from here on; the caller sets `outcome` before it leaves."""
+        running = self._running.labels(endpoint)
+        running.inc()
+        observation = Observation(self)
+        try:
+            yield observation
+        finally:
+            running.dec()
+            self._requests.labels(endpoint, observation.outcome).inc()
+            if observation.outcome == "ok":
+                self._whole.observe(time.monotonic() - observation.started)
+
+    def expose(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Observation:
+    """One request. `outcome`: "ok", "aborted" or an error's code."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.started = time.monotonic()
+        self.first_token: float | None = None
+        self.outcome = "aborted"
+
+    def failed(self, error: BaseException) -> None:
+        known = error.code if isinstance(error, RequestError) else RequestError.code
+        self.outcome = "aborted" if isinstance(error, ClientGone) else known
+
+    def clock(self) -> TokenClock:
+        return TokenClock(self)
+
+
+class TokenClock:
+    """Times of one sequence's tokens. Tokens that come together share the time since the last ones."""
+
+    def __init__(self, observation: Observation) -> None:
+        self._observation = observation
+        self._last: float | None = None
+
+    def tokens(self, count: int) -> None:
+        if not count:
+            return
+        now = time.monotonic()
+        metrics = self._observation.metrics
+        metrics.output_tokens.inc(count)
+        if self._observation.first_token is None:
+            self._observation.first_token = now
+            metrics.first_token.observe(now - self._observation.started)
+        if self._last is not None:
+            for _ in range(count):
+                metrics.between_tokens.observe((now - self._last) / count)
+        self._last = now
+
+
+class _EngineCollector(Collector):
+    """Reads the engines' last statuses when somebody asks."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def collect(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily("tandem_engine_ready", "1 if requests may go to it.", labels=("engine_id", "role"))
+        blocks = GaugeMetricFamily(
+            "tandem_engine_kv_blocks", "KV blocks by state.", labels=("engine_id", "role", "state")
+        )
+        requests = GaugeMetricFamily(
+            "tandem_engine_live_requests", "Requests in the engine by state.", labels=("engine_id", "role", "state")
+        )
+        counters = {
+            name: CounterMetricFamily(f"tandem_engine_{name}", _COUNTERS[name], labels=("engine_id", "role"))
+            for name in _COUNTERS
+        }
+        for status, state in self._backend.engines():
+            labels = (status.engine_id, status.role)
+            up.add_metric(labels, float(state == "ready"))
+            for name in KV_STATES:
+                blocks.add_metric((*labels, name), getattr(status.kv, name))
+            for name in REQUEST_STATES:
+                requests.add_metric((*labels, name), getattr(status.requests, name))
+            for name, family in counters.items():
+                family.add_metric(labels, getattr(status.counters, name))
+        return [up, blocks, requests, *counters.values()]
+
+
+_COUNTERS = {
+    field.name: f"{field.name.replace('_', ' ')} since the engine started.".capitalize()
+    for field in msgspec.structs.fields(EngineCounters)
+}
+
+
+def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(f"tandem_{name}_seconds", text, buckets=buckets, registry=registry)

@@ -1,0 +1,179 @@
+"""What clients send and get: OpenAI's completion and chat objects with vLLM's and Tandem's extra fields.
+
+An optional field that is null means the same as one left out. Ranges of sampling fields are SamplingParams'.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from tandem.api.backend import HowMade
+from tandem.wire.messages import KvTransferParams
+from tandem.wire.sampling import MAX_LOGPROBS
+
+MAX_N = 128
+MAX_STOPS = 16
+
+N = Annotated[int, Meta(ge=1, le=MAX_N)]
+LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Stop = Annotated[str, Meta(min_length=1)]
+
+# --- what clients send -------------------------------------------------------------------------------------------
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`continuous_usage_stats` (vLLM): the usage so far in every event; `include_obfuscation`: only false."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fields that both APIs have."""
+
+    model: str | None = None
+    n: N | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    logit_bias: dict[int, float] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    user: str | None = None
+    return_token_ids: bool | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class CompletionBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: LogprobCount | None = None
+    best_of: N | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str
+    content: str | list[dict[str, Any]]
+    name: str | None = None
+
+
+class ChatBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: LogprobCount | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+# --- what they get -----------------------------------------------------------------------------------------------
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """One entry a token, in parallel lists. `text_offset`: characters of the choice's text before the token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """`bytes`: the UTF-8 bytes of the token, of which `token` shows the characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """`stop_reason` (vLLM): the stop string or stop token id; null after end-of-sequence or at the length."""
+
+    index: int
+    finish_reason: str | None
+    stop_reason: str | int | None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class CompletionChoice(Choice, frozen=True, kw_only=True):
+    text: str
+    logprobs: CompletionLogprobs | None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Choice, frozen=True, kw_only=True):
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    content: str | UnsetType = UNSET
+    role: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(Choice, frozen=True, kw_only=True):
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole response or one event of a stream.
+
+    Attributes:
+        usage: null in the events before the usage event, if that was asked for.
+        tandem: how it was made: an object, or for several choices a list in the order of their index; in a stream in
+            the event that finishes a choice (of that choice), and in the usage event.
+        prompt_token_ids: of a chat; completions have it in each choice.
+    """
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | UnsetType | None = UNSET
+    tandem: HowMade | list[HowMade | None] | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    kv_transfer_params: KvTransferParams | UnsetType = UNSET

@@ -1,0 +1,58 @@
+"""Finding stop strings in text that arrives piece by piece."""
+
+from __future__ import annotations
+
+
+class StopStrings:
+    """Passes text on until one of the stop strings is complete.
+
+    Text that may be the start of a stop string is held back. The string that is complete first wins, however the
+    text is cut into pieces; of two complete at one character, the longer one. Knuth, Morris and Pratt, 1977: one step
+    per character and string.
+    """
+
+    def __init__(self, stops: list[str]) -> None:
+        self._matchers = sorted((_Matcher(stop) for stop in stops), key=lambda one: -len(one.pattern))
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text that may be shown now, and the stop string if one is complete (then nothing more is shown)."""
+        text = self._held + text
+        for place in range(len(self._held), len(text)):
+            for matcher in self._matchers:
+                if matcher.step(text[place]):
+                    self._held = ""
+                    return text[: place + 1 - len(matcher.pattern)], matcher.pattern
+        kept = max((matcher.matched for matcher in self._matchers), default=0)
+        shown = text[: len(text) - kept]
+        self._held = text[len(shown) :]
+        return shown, None
+
+    def flush(self) -> str:
+        """The text held back, once no more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _Matcher:
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.matched = 0
+        self._borders = _borders(pattern)
+
+    def step(self, char: str) -> bool:
+        while self.matched and self.pattern[self.matched] != char:
+            self.matched = self._borders[self.matched - 1]
+        self.matched += self.pattern[self.matched] == char
+        return self.matched == len(self.pattern)
+
+
+def _borders(pattern: str) -> list[int]:
+    """For every prefix the length of its longest proper prefix that is also its suffix."""
+    borders = [0]
+    for char in pattern[1:]:
+        border = borders[-1]
+        while border and pattern[border] != char:
+            border = borders[border - 1]
+        borders.append(border + (pattern[border] == char))
+    return borders

@@ -1,0 +1,252 @@
+"""The `tandem` command. Heavy modules are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+from cyclopts.config import Env, Toml
+
+from tandem import __version__
+from tandem.config import LogLevel, ParallelSection, Role, RouterConfig
+from tandem.errors import TandemError
+from tandem.options import ModelOptions, NetworkOptions, RunOptions, engine_config, optional_address
+
+SHAPE = Group("Engines", sort_key=1)
+LOOPBACK = "127.0.0.1"
+
+app = App(
+    name="tandem",
+    version=__version__,
+    help="Serve large language models with prefill and decode on separate engines.",
+    config=[Env("TANDEM_", command=False)],
+)
+
+
+@app.command
+def demo(*, questions: int = 12, connector: str | None = None, log_level: LogLevel = "warning") -> int:
+    """Serve the bundled model with one prefill and one decode engine, ask it questions, check the answers.
+
+    Parameters
+    ----------
+    questions
+        How many to ask; the exit code is 0 if all answers are right.
+    connector
+        nixl or tcp; by default nixl where it is installed.
+    """
+    from tandem.commands.demo import run
+
+    return run(questions, connector, log_level)
+
+
+@app.command
+def serve(
+    model: str,
+    *,
+    host: Annotated[str, Parameter(group=SHAPE)] = LOOPBACK,
+    port: Annotated[int, Parameter(group=SHAPE)] = 8000,
+    prefill: Annotated[int, Parameter(group=SHAPE)] = 1,
+    prefill_tp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    prefill_pp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    decode: Annotated[int, Parameter(group=SHAPE)] = 1,
+    decode_tp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    decode_pp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    prefill_block_size: Annotated[int | None, Parameter(group=SHAPE)] = None,
+    decode_block_size: Annotated[int | None, Parameter(group=SHAPE)] = None,
+    connector: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    options: ModelOptions | None = None,
+    network: NetworkOptions | None = None,
+    run: RunOptions | None = None,
+) -> int:
+    """Serve a model on this machine: engines and router with one command.
+
+    Parameters
+    ----------
+    model
+        A local folder in Hugging Face format, or a name on the hub.
+    host
+        Address of the OpenAI API.
+    port
+        Port of the OpenAI API; 0 for any.
+    prefill
+        Number of prefill engines; 0 for engines that do both (as many as --decode says).
+    prefill_tp
+        Tensor-parallel ranks of each prefill engine.
+    prefill_pp
+        Pipeline stages of each prefill engine.
+    decode
+        Number of decode engines.
+    decode_tp
+        Tensor-parallel ranks of each decode engine.
+    decode_pp
+        Pipeline stages of each decode engine.
+    prefill_block_size
+        Tokens per KV block on prefill engines, if not as --block-size.
+    decode_block_size
+        Tokens per KV block on decode engines, if not as --block-size.
+    connector
+        How KV moves: nixl or tcp; by default nixl where it is installed.
+    """
+    from tandem.commands.serve import ServePlan, run_serve
+
+    plan = ServePlan(
+        prefill=prefill,
+        prefill_shape=ParallelSection(prefill_tp, prefill_pp),
+        prefill_block_size=prefill_block_size,
+        decode=decode,
+        decode_shape=ParallelSection(decode_tp, decode_pp),
+        decode_block_size=decode_block_size,
+    )
+    return run_serve(
+        model,
+        plan,
+        host,
+        port,
+        connector,
+        options or ModelOptions(),
+        network or NetworkOptions(),
+        run or RunOptions(),
+    )
+
+
+@app.command
+def engine(
+    model: str,
+    *,
+    role: Annotated[Role, Parameter(group=SHAPE)] = "mixed",
+    tp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    pp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    nnodes: Annotated[int, Parameter(group=SHAPE)] = 1,
+    node_rank: Annotated[int, Parameter(group=SHAPE)] = 0,
+    master: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    engine_id: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    connector: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    router: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    host: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    port: Annotated[int, Parameter(group=SHAPE)] = 0,
+    options: ModelOptions | None = None,
+    network: NetworkOptions | None = None,
+    run: RunOptions | None = None,
+) -> int:
+    """Run this node's ranks of one engine.
+
+    Parameters
+    ----------
+    model
+        A local folder in Hugging Face format, or a name on the hub.
+    role
+        What the router uses it for; sent a request directly, an engine of any role answers by itself.
+    tp
+        Tensor-parallel ranks.
+    pp
+        Pipeline stages.
+    nnodes
+        Number of nodes; tp x pp ranks are laid out by node, tensor-parallel ranks fastest.
+    node_rank
+        Which of them this is, from 0.
+    master
+        HOST:PORT on node 0, where the ranks meet.
+    engine_id
+        Names the engine over restarts; by default a fresh one. Must be the same on all nodes.
+    connector
+        How KV moves: nixl or tcp; by default nixl where it is installed.
+    router
+        HOST:PORT of a router's control port, to register with.
+    host
+        This node's address for everything the engine listens on; by default found from the route to the others.
+    port
+        Port of the engine's own API, on node 0; 0 for any.
+    """
+    from tandem.commands.engine import run_engine
+    from tandem.models_on_disk import local_model
+    from tandem.transfer.transports import connector_name
+
+    options, network, run = options or ModelOptions(), network or NetworkOptions(), run or RunOptions()
+    path, name = local_model(model)
+    config = engine_config(
+        role,
+        options.model(path, name),
+        options,
+        network,
+        run,
+        ParallelSection(tp, pp, nnodes, node_rank, optional_address(master, "--master")),
+        connector=connector_name(connector),
+        engine_id=engine_id,
+        host=host,
+        port=port,
+        router=optional_address(router, "--router"),
+    )
+    return run_engine(config)
+
+
+@app.command
+def router(
+    *,
+    host: Annotated[str, Parameter(group=SHAPE)] = LOOPBACK,
+    port: Annotated[int, Parameter(group=SHAPE)] = 8000,
+    control_host: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    control_port: Annotated[int, Parameter(group=SHAPE)] = 7000,
+    network: NetworkOptions | None = None,
+    run: RunOptions | None = None,
+) -> int:
+    """Run the front door: OpenAI API for clients, control port for engines.
+
+    Parameters
+    ----------
+    host
+        Address of the OpenAI API.
+    port
+        Port of the OpenAI API; 0 for any.
+    control_host
+        Address of the control port; by default as --host.
+    control_port
+        Port where engines register; 0 for any.
+    """
+    from tandem.commands.router import run_router
+
+    network, run = network or NetworkOptions(), run or RunOptions()
+    config = RouterConfig(
+        host=host,
+        port=port,
+        control_host=control_host or host,
+        control_port=control_port,
+        cluster_key_file=network.key_file(),
+        api_key=network.api_key,
+        request_timeout=run.request_timeout,
+        seed=run.seed,
+        log_level=run.log_level,
+    )
+    return run_router(config, run.start_timeout)
+
+
+@app.command
+def keygen(file: Path) -> int:
+    """Write a new cluster key. Give the same file to every router and engine with --cluster-key-file.
+
+    Parameters
+    ----------
+    file
+        A new file; only you will be able to read it.
+    """
+    from tandem.wire.keys import new_key_file
+
+    new_key_file(file)
+    print(f"wrote a new cluster key to {file}; copy it to every node, readable by you alone")
+    return 0
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one sentence on stderr and exit code 1 (2 for wrong flags)."""
+    if path := os.environ.get("TANDEM_CONFIG"):
+        app.config = [*app.config, Toml(path, must_exist=True)]
+    try:
+        code = app(sys.argv[1:], exit_on_error=True, print_error=True, result_action="return_value")
+    except TandemError as error:
+        print(f"tandem: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,26 @@
+"""`tandem engine`: this node's part of one engine."""
+
+from __future__ import annotations
+
+from tandem.commands.screen import Screen
+from tandem.commands.supervise import supervised, wait_forever
+from tandem.config import EngineConfig
+from tandem.processes import Family
+from tandem.serve import Progress, start_engines, wait_ready
+
+
+def run_engine(config: EngineConfig) -> int:
+    def body(family: Family, screen: Screen) -> int:
+        family.warm()
+        name = config.engine_id or config.role
+        with screen:
+            [engine] = start_engines(family, [(name, config)], config.network.router)
+            progress = Progress(screen.loaded, lambda who, status: screen.ready(who, status, engine.http))
+            if engine.leader is None:
+                ranks = config.parallel.local_ranks
+                screen.echo(f"node {config.parallel.node_rank}: ranks {ranks.start} to {ranks.stop - 1} started")
+            wait_ready(family, [engine], config.time.start_timeout + 60, progress)
+        wait_forever(family)
+        return 0
+
+    return supervised(body)

@@ -1,0 +1,51 @@
+"""Runs children until they are told to stop: Ctrl-C once in good order, twice at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+from tandem.commands.screen import Screen
+from tandem.errors import TandemError
+from tandem.processes import Family
+
+
+class Stop(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came."""
+
+
+def supervised(body: Callable[[Family, Screen], int]) -> int:
+    """Run `body` with a family of children, which are gone when this returns; its value is the exit code."""
+    screen = Screen()
+    with Family(echo=screen.echo) as family:
+        _take_signals(family)
+        try:
+            return body(family, screen)
+        except TandemError as error:
+            screen.failed(str(error))
+            return 1
+        except Stop:
+            screen.echo("stopping ...")
+            return 0
+    return 0
+
+
+def wait_forever(family: Family) -> None:
+    """Until a signal comes or a child dies; then raises."""
+    while True:
+        family.wait(family.children, None)
+        for child in family.children:
+            child.reports = type(child.reports)(r for r in child.reports if r[0] == "error")
+
+
+def _take_signals(family: Family) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if family.ending:
+            family.kill()
+            return
+        family.ending = True
+        raise Stop
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)

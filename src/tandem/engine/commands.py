@@ -1,0 +1,54 @@
+"""What the leader's event loop tells its step loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.transfer.pulls import Pull
+from tandem.wire.messages import Generate
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A request came from front number `front`."""
+
+    front: int
+    generate: Generate
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvArrived:
+    pull: Pull
+
+
+@dataclass(frozen=True, slots=True)
+class KvFailed:
+    """The KV of a request will not come; reads may still be in progress until `ReadsEnded`."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadsEnded:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesEnded:
+    """No reader holds the blocks of these requests any more."""
+
+    request_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    reason: str
+
+
+Command = Start | Abort | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown

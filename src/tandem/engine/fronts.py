@@ -1,0 +1,132 @@
+"""The leader's connections to its fronts: the router, and the API of the engine itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+import zmq.asyncio
+
+from tandem.errors import WireError
+from tandem.wire.codec import Codec
+from tandem.wire.messages import (
+    Abort,
+    Address,
+    EngineStatus,
+    Failed,
+    Generate,
+    Goodbye,
+    Introduce,
+    Outputs,
+    Register,
+    Registered,
+    ToEngine,
+    ToFront,
+    Tokens,
+)
+from tandem.wire.sockets import SocketOptions, Sockets
+
+log = logging.getLogger(__name__)
+
+BEAT = 0.25
+SILENCE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEvents:
+    """What a front asks for; called in the event loop's thread."""
+
+    generate: Callable[[Front, Generate], None]
+    abort: Callable[[str], None]
+    introduce: Callable[[Introduce], None]
+
+
+class Front:
+    """One front. Registers until it is known, beats, and is given up for its requests when it falls silent.
+
+    Args:
+        register: makes the registration with the current status in it.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        sockets: Sockets[zmq.asyncio.Socket],
+        incarnation: str,
+        register: Callable[[], Register],
+        events: FrontEvents,
+    ) -> None:
+        self.address = address
+        self.active: set[str] = set()
+        self.bad_messages = 0
+        self._register = register
+        self._events = events
+        self._codec: Codec[ToEngine] = Codec(ToEngine)
+        self._known = False
+        self._heard = time.monotonic()
+        options = SocketOptions(identity=incarnation.encode())
+        self._socket = sockets.connect(zmq.DEALER, address.host, address.port, options)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._receive())
+                group.create_task(self._beat())
+        finally:
+            self._socket.close(linger=200)
+
+    def send(self, items: list[Tokens | Failed]) -> None:
+        """What a step has for this front."""
+        for item in items:
+            if item.stats is not None or isinstance(item, Failed):
+                self.active.discard(item.request_id)
+        self._send(Outputs(items))
+
+    def goodbye(self, reason: str) -> None:
+        self._send(Goodbye(reason))
+
+    def status_changed(self, status: EngineStatus) -> None:
+        if self._known:
+            self._send(status)
+
+    def _send(self, message: ToFront) -> None:
+        if not self._socket.closed:
+            self._socket.send(self._codec.encode(message))
+
+    async def _beat(self) -> None:
+        while True:
+            self._send(self._register().status if self._known else self._register())
+            await asyncio.sleep(BEAT)
+            if self.active and time.monotonic() - self._heard > SILENCE:
+                log.warning("front %s is silent: %d of its requests are aborted", self.address, len(self.active))
+                for request_id in self.active:
+                    self._events.abort(request_id)
+                self.active.clear()
+
+    async def _receive(self) -> None:
+        while True:
+            data = await self._socket.recv()
+            self._heard = time.monotonic()
+            try:
+                self._handle(self._codec.decode(data))
+            except WireError as error:
+                self.bad_messages += 1
+                log.warning("message of front %s dropped: %s", self.address, error)
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Registered(known=known):
+                self._known = known
+            case Generate():
+                self.active.add(message.request_id)
+                self._events.generate(self, message)
+            case Abort(request_id=request_id):
+                self.active.discard(request_id)
+                self._events.abort(request_id)
+            case Introduce():
+                self._events.introduce(message)

@@ -1,0 +1,210 @@
+"""Choosing tokens from logits.
+
+Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
+penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
+`min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the model gave
+them.
+
+A draw inverts the cumulative distribution at one number made from the request's seed and the token's position alone:
+no state, no device's generator. So a request gets the same tokens however it is batched, preempted or resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from tandem.scheduling.batch import SampleAt, Sampled
+from tandem.wire.messages import TokenLogprobs
+from tandem.wire.sampling import SamplingParams
+
+_GREEDY = 1e-5  # temperatures below count as 0
+_CANDIDATES = 1024  # top_p nearly always ends within so many of the most likely tokens
+
+
+def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
+    """Choose one token for each row.
+
+    Args:
+        logits: [rows, vocabulary], float32, any device; not changed. -inf is fine, NaN and +inf are not.
+        rows: how each token is to be chosen.
+
+    Returns:
+        One `Sampled` per row; a row that cannot be sampled has an `error`, and the others do not notice.
+    """
+    if not rows:
+        return []
+    peaks, greedy = logits.max(dim=-1)
+    chosen: list[int] = greedy.tolist()
+    # A row's largest logit is NaN if any is, inf if any is, and -inf only if all are.
+    errors = {
+        row: f"the model's logits are not numbers (the largest is {peak})"
+        for row, peak in enumerate(peaks.tolist())
+        if not math.isfinite(peak)
+    }
+    shaped = [row for row, at in enumerate(rows) if row not in errors and not _takes_largest(at)]
+    if shaped:
+        tokens, failures = _choose(logits[shaped], [rows[row] for row in shaped])
+        for row, token in zip(shaped, tokens, strict=True):
+            chosen[row] = token
+        errors |= {shaped[place]: error for place, error in failures.items()}
+    wanted = {row: at.params.logprobs for row, at in enumerate(rows) if at.params.logprobs is not None}
+    logprobs = _logprobs(logits, chosen, {row: top for row, top in wanted.items() if row not in errors})
+    return [
+        Sampled(-1, None, errors[row]) if row in errors else Sampled(token, logprobs.get(row))
+        for row, token in enumerate(chosen)
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits that depends on nothing but its arguments (both in [0, 2**64))."""
+    digest = blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _takes_largest(at: SampleAt) -> bool:
+    params = at.params
+    return params.temperature < _GREEDY and at.history is None and not at.stop_ids and not params.logit_bias
+
+
+def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, str]]:
+    """Tokens for rows with finite peaks, and why some have none. Writes over the logits."""
+    errors: dict[int, str] = {}
+    for row, at in enumerate(rows):
+        if (error := _shape(logits[row], at)) is not None:
+            errors[row] = error
+    peaks, largest = logits.max(dim=-1)
+    chosen: list[int] = largest.tolist()
+    for row, peak in enumerate(peaks.tolist()):
+        if not math.isfinite(peak):
+            errors.setdefault(row, "every token of the vocabulary is ruled out")
+    drawn = [row for row, at in enumerate(rows) if at.params.temperature >= _GREEDY and row not in errors]
+    if drawn:
+        whole = len(drawn) == len(rows)
+        scores = (logits if whole else logits[drawn]).sub_((peaks if whole else peaks[drawn]).unsqueeze(-1))
+        for row, token in zip(drawn, _draw(scores, [rows[row] for row in drawn]), strict=True):
+            chosen[row] = token
+    return chosen, errors
+
+
+# --- before the temperature ----------------------------------------------------------------------------------------
+
+
+def _shape(logits: Tensor, at: SampleAt) -> str | None:
+    """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns why that cannot be done, if it cannot."""
+    params, vocabulary = at.params, logits.shape[-1]
+    banned = [token for token in at.stop_ids if token < vocabulary]
+    if banned:
+        logits[banned] = -math.inf
+    if params.logit_bias:
+        unknown = max(params.logit_bias)
+        if unknown >= vocabulary:
+            return f"logit_bias names token {unknown}; the vocabulary has {vocabulary} tokens"
+        logits[list(params.logit_bias)] += logits.new_tensor(list(params.logit_bias.values()))
+    if at.history is not None:
+        _penalise(logits, params, *at.history)
+    return None
+
+
+def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_len: int) -> None:
+    """Repetition counts prompt and output (Keskar et al. 2019, CTRL), presence and frequency the output (OpenAI)."""
+    history = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+    vocabulary = logits.shape[-1]
+    if params.repetition_penalty != 1.0:
+        seen = torch.bincount(history, minlength=vocabulary) > 0
+        factor = torch.where(logits > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
+        logits *= factor.where(seen, 1.0)
+    if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+        counts = torch.bincount(history[prompt_len:], minlength=vocabulary).to(logits.dtype)
+        logits -= counts * params.frequency_penalty + (counts > 0) * params.presence_penalty
+
+
+# --- after it ------------------------------------------------------------------------------------------------------
+
+
+def _draw(scores: Tensor, rows: list[SampleAt]) -> list[int]:
+    """One token per row; `scores` [rows, vocabulary] are logits less the row's largest and are written over."""
+    params = [at.params for at in rows]
+    scores /= scores.new_tensor([p.temperature for p in params]).unsqueeze(-1)
+    if any(p.min_p > 0.0 for p in params):
+        floor = scores.new_tensor([math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params])
+        scores.masked_fill_(scores < floor.unsqueeze(-1), -math.inf)
+    filtered = [row for row, p in enumerate(params) if p.top_p < 1.0 or 0 < p.top_k < scores.shape[-1]]
+    if len(filtered) == len(rows):
+        scores = _keep_most_likely(scores, params)
+    elif filtered:
+        scores[filtered] = _keep_most_likely(scores[filtered], [params[row] for row in filtered])
+    cumulative = scores.exp().cumsum(dim=-1, dtype=torch.float64)
+    numbers = cumulative.new_tensor([uniform(at.params.seed, at.position) for at in rows])
+    targets = numbers.unsqueeze(-1) * cumulative[:, -1:]
+    # Rounding may lift a target to the total, which no token exceeds; the number just below it is some token's.
+    targets = torch.minimum(targets, torch.nextafter(cumulative[:, -1:], torch.zeros_like(targets)))
+    tokens: list[int] = torch.searchsorted(cumulative, targets, right=True).squeeze(-1).tolist()
+    return tokens
+
+
+def _keep_most_likely(scores: Tensor, params: list[SamplingParams]) -> Tensor:
+    """`top_k`, then `top_p` of what that left; of equally likely tokens those with the smaller ids are kept."""
+    vocabulary = scores.shape[-1]
+    at_most = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=scores.device)
+    wanted = max([p.top_k for p in params if p.top_k < vocabulary], default=0)
+    width = min(vocabulary, max(wanted, _CANDIDATES if any(p.top_p < 1.0 for p in params) else 1))
+    ranked = scores.topk(width, dim=-1).values
+    count, enough = _nucleus(scores, ranked, at_most, params)
+    if not enough:
+        ranked = scores.sort(dim=-1, descending=True).values
+        count, _ = _nucleus(scores, ranked, at_most, params)
+    everything = count >= vocabulary
+    threshold = ranked.gather(-1, (count.clamp(max=ranked.shape[-1]) - 1).unsqueeze(-1))
+    threshold.masked_fill_(everything.unsqueeze(-1), -math.inf)
+    above, equal = scores > threshold, scores == threshold
+    spare = count.unsqueeze(-1) - above.sum(dim=-1, keepdim=True)
+    kept = above | (equal & (equal.cumsum(dim=-1) <= spare))
+    return scores.masked_fill(~kept, -math.inf)
+
+
+def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[SamplingParams]) -> tuple[Tensor, bool]:
+    """How many of each row's most likely tokens `top_k` and `top_p` keep (Holtzman et al. 2019).
+
+    Args:
+        ranked: [rows, width], the largest scores, largest first.
+        at_most: [rows], what `top_k` allows.
+
+    Returns:
+        Counts, [rows], and whether `width` was enough to tell.
+    """
+    width = ranked.shape[-1]
+    place = torch.arange(width, device=scores.device)
+    mass = ranked.exp().double().masked_fill(place >= at_most.unsqueeze(-1), 0.0)
+    cumulative = mass.cumsum(dim=-1)
+    total = scores.exp().sum(dim=-1, dtype=torch.float64)
+    total = torch.where(at_most <= width, cumulative[:, -1], total)
+    limited = torch.tensor([p.top_p < 1.0 for p in params], device=scores.device)
+    target = total * total.new_tensor([p.top_p for p in params])
+    # A token is kept as long as those before it do not reach top_p; the first one always is.
+    inside = ((cumulative - mass) < target.unsqueeze(-1)).sum(dim=-1).clamp(min=1)
+    count = torch.where(limited, torch.minimum(inside, at_most), at_most)
+    reached = ~limited | (inside < width) | (at_most <= width)
+    return count, bool(reached.all()) or width == scores.shape[-1]
+
+
+# --- log-probabilities ---------------------------------------------------------------------------------------------
+
+
+def _logprobs(logits: Tensor, chosen: list[int], wanted: dict[int, int]) -> dict[int, TokenLogprobs]:
+    """By row, for the rows in `wanted`, which says how many of the most likely tokens to tell."""
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    values = logits[rows].log_softmax(dim=-1)
+    tokens = torch.tensor([chosen[row] for row in rows], device=logits.device)
+    own = values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
+    best = values.topk(min(max(wanted.values()), values.shape[-1]), dim=-1)
+    ids, best_values = best.indices.tolist(), best.values.tolist()
+    return {
+        row: TokenLogprobs(own[place], list(zip(ids[place], best_values[place], strict=True))[: wanted[row]])
+        for place, row in enumerate(rows)
+    }

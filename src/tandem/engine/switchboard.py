@@ -1,0 +1,222 @@
+"""The leader's event loop: fronts, peers and transfer threads, beside and never on the step loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from tandem.config import EngineConfig
+from tandem.engine import commands
+from tandem.engine.commands import Command
+from tandem.engine.fronts import Front, FrontEvents
+from tandem.engine.mailbox import Mailbox
+from tandem.errors import InvalidRequest
+from tandem.scheduling.events import ChunkComputed, PrefillEnded, PullEnded, PullReady
+from tandem.transfer.consumer import Consumer, ConsumerEvents
+from tandem.transfer.handshake import EngineDescriptor
+from tandem.transfer.listener import PeerListener
+from tandem.transfer.movers import Movers
+from tandem.wire.messages import Address, Failed, Generate, Introduce, Prefill, Pull, Register, Tokens
+from tandem.wire.peer_messages import Envelope
+from tandem.wire.sockets import Sockets
+
+log = logging.getLogger(__name__)
+
+PUBLISHED_PATIENCE = 60.0
+"""Seconds for which KV that was published to a foreign proxy waits for its decode engine."""
+
+KvEvent = ChunkComputed | PrefillEnded | PullReady | PullEnded
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What the leader has bound and found out before the event loop starts. `register` may be called at any time."""
+
+    config: EngineConfig
+    descriptor: EngineDescriptor
+    envelope: Envelope
+    fronts: Sequence[Address]
+    context: zmq.asyncio.Context
+    sockets: Sockets[zmq.asyncio.Socket]
+    peer_socket: zmq.asyncio.Socket
+    mover_socket: zmq.asyncio.Socket
+    register: Callable[[], Register]
+
+
+class Switchboard:
+    """Owns the event loop's thread. Other threads call `post_*`; what comes in goes to the mailbox."""
+
+    def __init__(self, wiring: Wiring, mailbox: Mailbox[Command]) -> None:
+        self._wiring = wiring
+        self._mailbox = mailbox
+        self._loop = asyncio.new_event_loop()
+        self._fronts: list[Front] = []
+        self._started = threading.Event()
+        self._stopping: asyncio.Event | None = None
+        self._farewell = ""
+        self._thread = threading.Thread(target=self._main, name="switchboard", daemon=True)
+        self.listener: PeerListener | None = None
+        self.consumer: Consumer | None = None
+
+    def start(self) -> None:
+        """Returns once all transfer threads are there and the fronts are being called."""
+        self._thread.start()
+        while not self._started.wait(0.1):
+            if not self._thread.is_alive():
+                raise RuntimeError("the event loop did not start")
+
+    def stop(self, reason: str) -> None:
+        """Say goodbye and end the thread; bounded."""
+
+        def ask() -> None:
+            self._farewell = reason
+            if self._stopping is not None:
+                self._stopping.set()
+
+        self._call(ask)
+        self._thread.join(2.0)
+
+    def post_outputs(self, outputs: dict[int, list[Tokens | Failed]]) -> None:
+        def send() -> None:
+            for front, items in outputs.items():
+                self._fronts[front].send(items)
+
+        self._call(send)
+
+    def post_kv(self, events: list[KvEvent]) -> None:
+        def handle() -> None:
+            for event in events:
+                self._kv_event(event)
+
+        self._call(handle)
+
+    def _call(self, action: Callable[[], Any]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action)
+
+    # --- the thread ----------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._loop.run_until_complete(self._run())
+            self._mailbox.put(commands.Shutdown("the event loop has ended"))
+        except BaseException as error:
+            log.exception("the leader's event loop died")
+            self._mailbox.put(commands.Shutdown(f"the event loop died: {error}"))
+        finally:
+            self._loop.close()
+
+    async def _run(self) -> None:
+        wiring = self._wiring
+        self._stopping = asyncio.Event()
+        movers = Movers(wiring.mover_socket, len(wiring.descriptor.ranks))
+        self.consumer = Consumer(
+            wiring.descriptor.identity,
+            wiring.envelope,
+            [rank.layout for rank in wiring.descriptor.ranks],
+            movers,
+            wiring.sockets,
+            ConsumerEvents(
+                arrived=lambda pull: self._mailbox.put(commands.KvArrived(pull)),
+                failed=lambda request_id, why: self._mailbox.put(commands.KvFailed(request_id, why)),
+                quiet=lambda request_id: self._mailbox.put(commands.ReadsEnded(request_id)),
+            ),
+        )
+        self.listener = PeerListener(
+            wiring.peer_socket,
+            wiring.descriptor.identity,
+            wiring.envelope,
+            wiring.descriptor,
+            wiring.config.time.lease_ttl,
+            on_ended=lambda ids: self._mailbox.put(commands.LeasesEnded(ids)),
+        )
+        tasks = [
+            asyncio.create_task(coroutine)
+            for coroutine in (movers.run(self.consumer.reported), self.listener.run(), self._serve_fronts(movers))
+        ]
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for front in self._fronts:
+                front.goodbye(self._farewell or "it failed")
+            movers.stop()
+            self.consumer.close()
+            await _cancel([*tasks, stopping])
+            wiring.mover_socket.close(linger=500)
+
+    async def _serve_fronts(self, movers: Movers) -> None:
+        await movers.ready.wait()
+        for number, address in enumerate(self._wiring.fronts):
+            events = FrontEvents(self._handler(number), self._abort, self._introduce)
+            self._fronts.append(
+                Front(
+                    address,
+                    self._wiring.sockets,
+                    self._wiring.descriptor.identity.incarnation,
+                    self._wiring.register,
+                    events,
+                )
+            )
+        self._started.set()
+        async with asyncio.TaskGroup() as group:
+            for front in self._fronts:
+                group.create_task(front.run())
+
+    def _handler(self, number: int) -> Callable[[Front, Generate], None]:
+        def generate(front: Front, message: Generate) -> None:
+            assert self.listener is not None
+            assert self.consumer is not None
+            match message.kv:
+                case Pull(foreign=True, address=address) if not self._wiring.config.network.allows(address.host):
+                    why = f"remote_host {address.host} is not within this engine's --allow-peers"
+                    error = InvalidRequest(why, param="kv_transfer_params")
+                    front.send([Failed(message.request_id, error.code, str(error), error.param)])
+                    return
+                case Pull():
+                    self._mailbox.put(commands.Start(number, message))
+                    self.consumer.open(message.request_id, message.kv)
+                    return
+                case Prefill(published=published):
+                    self.listener.begin(message.request_id, PUBLISHED_PATIENCE if published else None)
+            self._mailbox.put(commands.Start(number, message))
+
+        return generate
+
+    def _abort(self, request_id: str) -> None:
+        self._mailbox.put(commands.Abort(request_id))
+
+    def _introduce(self, message: Introduce) -> None:
+        assert self.consumer is not None
+        self.consumer.introduce(message)
+
+    def _kv_event(self, event: KvEvent) -> None:
+        assert self.listener is not None
+        assert self.consumer is not None
+        match event:
+            case ChunkComputed():
+                self.listener.chunk(
+                    event.request_id, event.first_block, event.block_ids, event.num_tokens, event.final, event.token
+                )
+            case PrefillEnded(request_id=request_id, ok=ok):
+                if not ok:
+                    self.listener.abort(request_id, "the prefill ended early")
+            case PullReady():
+                self.consumer.allocated(event.request_id, event.block_ids, event.num_cached_tokens)
+            case PullEnded(request_id=request_id):
+                self.consumer.give_up(request_id, "the request has ended")
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

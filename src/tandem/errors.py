@@ -1,0 +1,117 @@
+"""Every error that Tandem raises on purpose.
+
+TandemError
+├── ConfigError          a flag, environment variable, file or combination of them that cannot work
+├── ModelError           a model folder that cannot be served
+├── StartError           ranks that do not come together, or disagree, when an engine starts
+├── WireError            a message that is not what its channel carries
+├── TransferError        KV that could not be moved
+│   ├── PeerRefused      the two engines cannot share KV: says which field and both values
+│   └── PeerLost         the other engine, or one life of it, is gone
+└── RequestError         a request that ends without an answer; has an HTTP status
+    ├── InvalidRequest   400: the client's mistake
+    ├── Overloaded       503: try again later
+    ├── Unavailable      503: no engine can take it, and why
+    ├── EngineFailed     500: an engine was lost or broke while it worked on the request
+    └── TimedOut         504
+"""
+
+from __future__ import annotations
+
+
+class TandemError(Exception):
+    """Base of all; its text is one readable sentence for a person."""
+
+
+class ConfigError(TandemError):
+    """What was configured cannot work."""
+
+
+class ModelError(TandemError):
+    """The model folder cannot be served."""
+
+
+class StartError(TandemError):
+    """The ranks of an engine did not come together or disagree."""
+
+
+class WireError(TandemError):
+    """A message is not what its channel carries."""
+
+
+class TransferError(TandemError):
+    """KV could not be moved."""
+
+
+class PeerRefused(TransferError):
+    """Two engines cannot share KV.
+
+    Args:
+        field: what differs, for example `fingerprint`.
+        ours: this engine's value.
+        theirs: the peer's value.
+    """
+
+    def __init__(self, field: str, ours: str, theirs: str) -> None:
+        super().__init__(f"{field} differs: ours is {ours}, theirs is {theirs}")
+        self.field = field
+        self.ours = ours
+        self.theirs = theirs
+
+
+class PeerLost(TransferError):
+    """The other engine, or one life of it, is gone."""
+
+
+class RequestError(TandemError):
+    """A request ends without an answer.
+
+    Attributes:
+        status: the HTTP status.
+        code: a short machine-readable word; also how the error is named on the wire.
+        param: the field of the request that is at fault, if one is.
+        retry_after: seconds after which the client may try again, if it may.
+    """
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequest(RequestError):
+    status = 400
+    code = "invalid_request"
+
+
+class Overloaded(RequestError):
+    status = 503
+    code = "overloaded"
+
+
+class Unavailable(RequestError):
+    status = 503
+    code = "unavailable"
+
+
+class EngineFailed(RequestError):
+    status = 500
+    code = "engine_failed"
+
+
+class TimedOut(RequestError):
+    status = 504
+    code = "timed_out"
+
+
+REQUEST_ERRORS: dict[str, type[RequestError]] = {
+    kind.code: kind for kind in (RequestError, InvalidRequest, Overloaded, Unavailable, EngineFailed, TimedOut)
+}
+
+
+def request_error(code: str, message: str, param: str | None = None, retry_after: int | None = None) -> RequestError:
+    """The exception for an error that came over the wire; an unknown code becomes a plain RequestError."""
+    return REQUEST_ERRORS.get(code, RequestError)(message, param=param, retry_after=retry_after)

@@ -1,0 +1,42 @@
+"""Who is who: engines, their lives, requests."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+import msgspec
+
+from tandem.errors import ConfigError
+
+_ENGINE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+
+class EngineIdentity(msgspec.Struct, frozen=True, array_like=True):
+    """An engine and one life of it.
+
+    Made once, by the leader, and handed to everything else; nothing but `new_identity` makes one.
+
+    Attributes:
+        engine_id: names the engine; the same over restarts if it was configured.
+        incarnation: names this life; new at every start.
+    """
+
+    engine_id: str
+    incarnation: str
+
+    def __str__(self) -> str:
+        return f"{self.engine_id}/{self.incarnation[:8]}"
+
+
+def new_identity(engine_id: str | None) -> EngineIdentity:
+    """The identity of an engine that starts now: its configured id, else a fresh one."""
+    if engine_id is not None and not _ENGINE_ID.fullmatch(engine_id):
+        raise ConfigError(
+            f"--engine-id must be 1 to 64 letters, digits or '._:-'; got {engine_id!r}. Choose another id or leave it out."
+        )
+    return EngineIdentity(engine_id or f"engine-{uuid.uuid4().hex[:12]}", uuid.uuid4().hex)
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,220 @@
+"""Attention over paged keys and values.
+
+The memory of a rank is one contiguous tensor `kv` [blocks, kv heads, layers, 2, block size, head dim], so a
+*page*, the keys or values of one block, head and layer, is a run of `block size * head dim` elements. A decode
+row copies its pages together and attends to the copy; a prompt's first chunk attends to its keys and values as
+they come. What depends on the step and not on the layer (indices, masks) is computed once, in `plan`.
+
+The same path serves every device. torch's `varlen_attn` with a block table would spare the copy on CUDA, but its
+FlashAttention 2 kernel takes pages of 256 tokens or multiples only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tandem.models.batch import DecodeGroup, ForwardBatch, PrefillRow
+
+# Queries of a chunk attended to at a time. CPU kernels compute what a causal mask hides, so short tiles save up
+# to half of the work there; on a GPU a tile only bounds the size of the mask.
+CPU_TILE = 64
+GPU_TILE = 1024
+
+# From this many gathered positions on, two bfloat16 products are faster on a CPU than its fused kernel.
+SPLIT_FROM = 1024
+
+
+class KvPages:
+    """Views of the KV memory, one per layer, in which a block and head have the same index for every layer."""
+
+    def __init__(self, kv: Tensor) -> None:
+        _, heads, layers, _, block_size, head_dim = kv.shape
+        self.kv = kv
+        self.block_size = block_size
+        vectors, pages = kv.view(-1, head_dim), kv.view(-1, block_size * head_dim)
+        self.vectors = [vectors[2 * layer * block_size :] for layer in range(layers)]
+        self.pages = [pages[2 * layer :] for layer in range(layers)]
+        self.pages_per_block = heads * layers * 2
+        key_pages = torch.arange(heads, device=kv.device) * (layers * 2)
+        self.page_offsets = torch.stack((key_pages, key_pages + 1))  # [2, heads]
+
+    def page_index(self, blocks: Tensor) -> Tensor:
+        """[rows, blocks of a row] -> the pages [2, rows, heads, blocks of a row], flat."""
+        return (blocks[None, :, None, :] * self.pages_per_block + self.page_offsets[:, None, :, None]).flatten()
+
+    def vector_index(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """[N] and [N] -> where the keys and then the values of a token go: [N, 2 * heads]."""
+        pages = blocks[:, None] * self.pages_per_block + self.page_offsets.flatten()
+        return pages * self.block_size + offsets[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodePlan:
+    group: DecodeGroup
+    pages: Tensor
+    mask: Tensor | None
+    """[rows, 1, 1, longest], additive; None where all rows are as long."""
+    unused: Tensor | None
+    """Gathered vectors that no row may see. They are zeroed: whatever lies there, be it NaN, times a
+    probability of zero has to be zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefillPlan:
+    row: PrefillRow
+    pages: Tensor | None
+    """None for a chunk without context."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's indices and masks, the same for every layer of a stage."""
+
+    vectors: Tensor
+    decode: tuple[_DecodePlan, ...]
+    prefill: tuple[_PrefillPlan, ...]
+
+
+class PagedAttention:
+    """Causal grouped-query attention of `num_heads` query heads over `num_kv_heads` KV heads, as held by a rank."""
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self._scale = head_dim**-0.5
+        self._on_cpu = device.type == "cpu"
+        self._splits = self._on_cpu and dtype == torch.bfloat16
+        self._mask = _CausalMask(CPU_TILE if self._on_cpu else GPU_TILE, dtype, device)
+
+    def plan(self, batch: ForwardBatch, kv: KvPages) -> AttentionPlan:
+        longest = max((row.length for row in batch.prefill), default=0)
+        if longest:
+            self._mask.reserve(longest)
+        return AttentionPlan(
+            vectors=kv.vector_index(batch.slot_blocks, batch.slot_offsets),
+            decode=tuple(self._plan_decode(group, kv) for group in batch.decode),
+            prefill=tuple(
+                _PrefillPlan(row, kv.page_index(row.blocks[None]) if row.start else None) for row in batch.prefill
+            ),
+        )
+
+    def _plan_decode(self, group: DecodeGroup, kv: KvPages) -> _DecodePlan:
+        pages = kv.page_index(group.blocks)
+        if group.is_even:
+            return _DecodePlan(group, pages, mask=None, unused=None)
+        places = torch.arange(group.blocks.shape[1] * kv.block_size, device=pages.device)
+        hidden = places >= group.lengths[:, None]  # [rows, places]
+        unused = hidden[None, :, None, :].expand(2, -1, self.num_kv_heads, -1).flatten().nonzero().squeeze(1)
+        mask = torch.zeros(hidden.shape, dtype=self._mask.dtype, device=pages.device)
+        mask.masked_fill_(hidden, float("-inf"))
+        return _DecodePlan(group, pages, mask[:, None, None, : group.longest], unused)
+
+    def __call__(self, qkv: Tensor, plan: AttentionPlan, kv: KvPages, layer: int) -> Tensor:
+        """Stores the new keys and values, then attends.
+
+        Args:
+            qkv: [N, num_heads + 2 * num_kv_heads, head_dim]; queries and keys are rotated already.
+            layer: index among the layers that the rank holds.
+
+        Returns:
+            [N, num_heads * head_dim].
+        """
+        kv.vectors[layer].index_put_((plan.vectors,), qkv[:, self.num_heads :])
+        parts = [self._decode(qkv, decode, kv.pages[layer]) for decode in plan.decode]
+        for prefill in plan.prefill:
+            parts += self._prefill(qkv, prefill, kv.pages[layer])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, qkv: Tensor, plan: _DecodePlan, pages: Tensor) -> Tensor:
+        group = plan.group
+        rows, heads = group.stop - group.first, self.num_kv_heads
+        gathered = pages.index_select(0, plan.pages).view(-1, self.head_dim)
+        if plan.unused is not None:
+            gathered.index_fill_(0, plan.unused, 0.0)
+        gathered = gathered.view(2, rows, heads, -1, self.head_dim)[..., : group.longest, :]
+        queries = qkv[group.first : group.stop, : self.num_heads].view(rows, heads, -1, self.head_dim)
+        if self._splits and rows * group.longest >= SPLIT_FROM:
+            out = _attend_split(queries, gathered[0], gathered[1], plan.mask, self._scale)
+        else:
+            out = scaled_dot_product_attention(
+                queries, gathered[0], gathered[1], attn_mask=plan.mask, scale=self._scale
+            )
+        return out.reshape(rows, -1)
+
+    def _prefill(self, qkv: Tensor, plan: _PrefillPlan, pages: Tensor) -> list[Tensor]:
+        row, heads = plan.row, self.num_kv_heads
+        if plan.pages is None:
+            new = qkv[row.first : row.stop, self.num_heads :].transpose(0, 1)  # [2 * heads, n, head_dim]
+            keys, values = new[None, :heads], new[None, heads:]
+        else:
+            gathered = pages.index_select(0, plan.pages).view(2, 1, heads, -1, self.head_dim)
+            keys, values = gathered[0], gathered[1]
+        if not self._on_cpu:
+            keys, values = (t.repeat_interleave(self.num_heads // heads, 1) for t in (keys, values))
+        parts = []
+        for first in range(row.first, row.stop, self._mask.tile):
+            stop = min(first + self._mask.tile, row.stop)
+            end = row.start + stop - row.first
+            out = scaled_dot_product_attention(
+                qkv[None, first:stop, : self.num_heads].transpose(1, 2),
+                keys[:, :, :end],
+                values[:, :, :end],
+                attn_mask=self._mask.last(stop - first, end),
+                scale=self._scale,
+                enable_gqa=self._on_cpu,
+            )  # [1, num_heads, tile, head_dim]
+            parts.append(out[0].transpose(0, 1).flatten(1))
+        return parts
+
+
+class _CausalMask:
+    """An additive mask for the last queries of a sequence, cut from one matrix that grows by doubling."""
+
+    def __init__(self, tile: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tile = tile
+        self.dtype = dtype
+        self._matrix = torch.empty(tile, 0, dtype=dtype, device=device)
+
+    def reserve(self, keys: int) -> None:
+        """Prepares for sequences of up to `keys` positions."""
+        width = self._matrix.shape[1]
+        if keys + self.tile <= width:
+            return
+        width = max(1024, 1 << (keys + self.tile - 1).bit_length())
+        matrix = torch.full((self.tile, width), float("-inf"), dtype=self.dtype, device=self._matrix.device)
+        self._matrix = matrix.triu_(width - self.tile + 1)
+
+    def last(self, queries: int, keys: int) -> Tensor:
+        """[queries, keys] for queries at the last positions of `keys`, queries <= tile."""
+        end = self._matrix.shape[1] - self.tile + queries
+        return self._matrix[:queries, end - keys : end]
+
+
+def _attend_split(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention by bfloat16 products with scores as exact as float32 ones.
+
+    The first product rounds the scores to bfloat16; the second adds up the same products in float32 again, starting
+    from minus the rounded scores, and so returns what the rounding lost.
+
+    Args:
+        queries: [rows, heads, G, head_dim].
+        keys, values: [rows, heads, T, head_dim].
+        mask: [rows, 1, 1, T] or None.
+    """
+    shape = queries.shape
+    flat = queries.flatten(0, 1)
+    transposed = keys.flatten(0, 1).transpose(1, 2)
+    rounded = torch.bmm(flat, transposed)
+    lost = torch.baddbmm(rounded, flat, transposed, beta=-1)
+    scores = rounded.float().add_(lost).mul_(scale)  # [rows * heads, G, T]
+    if mask is not None:
+        scores.view(*shape[:3], -1).add_(mask)
+    probabilities = torch.softmax(scores, dim=-1).to(values.dtype)
+    return torch.bmm(probabilities, values.flatten(0, 1)).view(shape)

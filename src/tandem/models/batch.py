@@ -1,0 +1,166 @@
+"""One step's rows as tensors: which tokens are new, where their keys and values go, what they attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Row(NamedTuple):
+    """New tokens of one sequence; any tuple of the same three will do."""
+
+    tokens: Sequence[int]
+    start: int
+    """Position of the first new token; the keys and values of all before it are in the blocks."""
+    block_ids: Sequence[int]
+    """Blocks of the sequence in its order; they cover `start + len(tokens)` positions or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Rows of one new token each and of similar length; their tokens are `first <= i < stop` of the batch."""
+
+    first: int
+    stop: int
+    blocks: Tensor
+    """int64 [rows, blocks of the longest row]; shorter rows are filled up with their own last block."""
+    lengths: Tensor
+    """int64 [rows]: positions to attend to, the new token included."""
+    longest: int
+    is_even: bool
+    """All rows are as long as the longest."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """A row of several new tokens, `first <= i < stop` of the batch, after `start` positions of context."""
+
+    first: int
+    stop: int
+    start: int
+    blocks: Tensor
+    """int64 [blocks that hold the context and the new tokens]."""
+
+    @property
+    def length(self) -> int:
+        return self.start + self.stop - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """What every layer and every rank needs of one step. N tokens of R rows; made by `build_batch`."""
+
+    token_ids: Tensor
+    """int64 [N]: decode rows first, the longest of them leading, then prefill rows in the order given."""
+    positions: Tensor
+    """int64 [N]."""
+    slot_blocks: Tensor
+    """int64 [N]: the block that takes a token's key and value."""
+    slot_offsets: Tensor
+    """int64 [N]: the place within that block."""
+    last_tokens: Tensor
+    """int64 [R]: index in N of the last token of each row, in the order the rows were given."""
+    end: int
+    """One more than the highest position."""
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+
+# A group of its own costs a handful of operations a layer; it has to save the gathering of this many positions.
+GROUP_SAVES = 1024
+
+
+def group_by_length(lengths: Sequence[int]) -> list[range]:
+    """Splits rows, longest first, where padding the rest to the longest of the group would waste much."""
+    if not lengths:
+        return []
+    groups: list[range] = []
+    first = 0
+    for row, length in enumerate(lengths):
+        wasted = (lengths[first] - length) * (len(lengths) - row)
+        if 2 * length < lengths[first] and wasted >= GROUP_SAVES:
+            groups.append(range(first, row))
+            first = row
+    groups.append(range(first, len(lengths)))
+    return groups
+
+
+def build_batch(
+    rows: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str, block_size: int
+) -> ForwardBatch:
+    """The tensors for `rows`, each of them tokens, start and block ids as in `Row`.
+
+    Raises `ValueError` for a row without tokens or with fewer blocks than it needs.
+    """
+    for tokens, start, blocks in rows:
+        if not tokens or len(blocks) * block_size < start + len(tokens):
+            raise ValueError(
+                f"a row needs tokens and a block for each; got {len(tokens)} tokens from position {start} on, "
+                f"{len(blocks)} blocks of {block_size}"
+            )
+    order = sorted(range(len(rows)), key=lambda r: -rows[r][1] if len(rows[r][0]) == 1 else 1)
+    ordered = [Row(*rows[r]) for r in order]
+    slots = [
+        (row.block_ids[position // block_size], position % block_size)
+        for row in ordered
+        for position in range(row.start, row.start + len(row.tokens))
+    ]
+    stops = list(accumulate(len(row.tokens) for row in ordered))
+    last_tokens = [0] * len(rows)
+    for r, stop in zip(order, stops, strict=True):
+        last_tokens[r] = stop - 1
+    single = sum(len(row.tokens) == 1 for row in ordered)
+    return ForwardBatch(
+        token_ids=_integers([token for row in ordered for token in row.tokens], device),
+        positions=_integers([p for row in ordered for p in range(row.start, row.start + len(row.tokens))], device),
+        slot_blocks=_integers([block for block, _ in slots], device),
+        slot_offsets=_integers([offset for _, offset in slots], device),
+        last_tokens=_integers(last_tokens, device),
+        end=max(row.start + len(row.tokens) for row in ordered),
+        decode=_decode_groups(ordered[:single], device, block_size),
+        prefill=tuple(
+            PrefillRow(stop - len(row.tokens), stop, row.start, _integers(_used(row, block_size), device))
+            for row, stop in zip(ordered[single:], stops[single:], strict=True)
+        ),
+    )
+
+
+def _decode_groups(rows: list[Row], device: torch.device | str, block_size: int) -> tuple[DecodeGroup, ...]:
+    lengths = [row.start + 1 for row in rows]
+    groups = []
+    for group in group_by_length(lengths):
+        longest, shortest = lengths[group.start], lengths[group.stop - 1]
+        width = -(-longest // block_size)
+        table = []
+        for row in rows[group.start : group.stop]:
+            used = _used(row, block_size)
+            table.append(used + used[-1:] * (width - len(used)))
+        groups.append(
+            DecodeGroup(
+                first=group.start,
+                stop=group.stop,
+                blocks=_integers(table, device),
+                lengths=_integers(lengths[group.start : group.stop], device),
+                longest=longest,
+                is_even=longest == shortest,
+            )
+        )
+    return tuple(groups)
+
+
+def _used(row: Row, block_size: int) -> list[int]:
+    """The blocks up to that of the row's last new token; a row may own more."""
+    return list(row.block_ids[: -(-(row.start + len(row.tokens)) // block_size)])
+
+
+def _integers(values: object, device: torch.device | str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)

@@ -1,0 +1,124 @@
+"""Weights from a folder of safetensors files; each rank reads its own part of each tensor only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tandem.errors import ModelError
+from tandem.models.config import load_config
+from tandem.models.decoder import Decoder
+from tandem.models.parallel import Collectives, Shard
+from tandem.models.stage import Piece
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_decoder(
+    path: str | Path,
+    shard: Shard,
+    collectives: Collectives,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """The part of the model in the folder `path` that one rank computes, ready to run.
+
+    Args:
+        on_progress: called with the bytes read so far and in all, in the dtype of the computation.
+
+    Raises:
+        ModelError: the folder, a file or a tensor is missing, unreadable or of another shape than configured.
+    """
+    decoder = Decoder(load_config(path), shard, collectives, dtype, device)
+    pieces = list(decoder.pieces())
+    total = sum(piece.target.nbytes for piece in pieces)
+    done = 0
+    with Checkpoint(path) as checkpoint:
+        checkpoint.check(pieces)
+        for piece in pieces:
+            checkpoint.read(piece)
+            done += piece.target.nbytes
+            if on_progress is not None:
+                on_progress(done, total)
+    decoder.pack()
+    return decoder
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The safetensors files of a model folder, by name. Raises `ModelError`.
+
+    Where there is an index it decides; other safetensors files that lie beside it do not count.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"no model folder at {folder}")
+    if (folder / INDEX).is_file():
+        files = sorted(folder / name for name in set(_index(folder / INDEX).values()))
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ModelError(f"{INDEX} names {missing[0]}, which is not in {folder}; was the download complete?")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"no weights in {folder}: there are no *.safetensors files")
+    return files
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        if not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
+            raise ValueError("a file outside the folder")
+        return dict(weight_map)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not an index of safetensors files: {error}") from error
+
+
+class Checkpoint:
+    """The tensors of a folder by name, read through memory maps. A context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        for file in weight_files(path):
+            try:
+                opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                self._stack.close()
+                raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+        self.path = path
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def names(self) -> Iterator[str]:
+        yield from self._files
+
+    def check(self, pieces: list[Piece]) -> None:
+        """Raises `ModelError` unless every tensor is there in the shape that the configuration asks for."""
+        for piece in pieces:
+            if piece.name not in self._files:
+                raise ModelError(f"the weights in {self.path} have no tensor {piece.name}")
+            got = tuple(self._files[piece.name].get_slice(piece.name).get_shape())
+            if got != piece.shape:
+                raise ModelError(
+                    f"{piece.name} in {self.path} has shape {list(got)}; by config.json it is {list(piece.shape)}"
+                )
+
+    def read(self, piece: Piece) -> None:
+        """Copies the piece's part of the tensor to its target."""
+        source = self._files[piece.name].get_slice(piece.name)
+        piece.target.copy_(source[piece.part or (slice(None),)])

@@ -1,0 +1,170 @@
+"""The socket to which engines register, and what comes and goes over it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import zmq
+import zmq.asyncio
+
+from tandem.errors import EngineFailed, RequestError, WireError, request_error
+from tandem.router.pool import Member, Pool
+from tandem.wire.codec import Codec
+from tandem.wire.messages import (
+    Abort,
+    EngineStatus,
+    Failed,
+    Generate,
+    Goodbye,
+    Introduce,
+    Outputs,
+    PeerAddress,
+    Register,
+    Registered,
+    ToEngine,
+    ToFront,
+    Tokens,
+)
+
+log = logging.getLogger(__name__)
+
+TICK = 0.5
+
+
+Inbox = asyncio.Queue[tuple["Channel", Tokens | RequestError]]
+
+
+@dataclass(slots=True, eq=False)
+class Channel:
+    """Where the messages of one request from one engine arrive. Close it, and the engine hears of it."""
+
+    request_id: str
+    member: Member
+    inbox: Inbox
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class Hub:
+    """Registers engines, beats their hearts, and carries messages between requests and engines.
+
+    Args:
+        socket: bound ROUTER.
+        introduce: whether prefill engines are made known to decode engines (a router does; an engine's own API
+            knows just the one engine).
+        on_change: called when an engine came, went or changed.
+    """
+
+    socket: zmq.asyncio.Socket
+    pool: Pool
+    introduce: bool
+    on_change: Callable[[], None] = lambda: None
+    bad_messages: int = 0
+    _codec: Codec[ToFront] = field(default_factory=lambda: Codec(ToFront))
+    _channels: dict[tuple[bytes, str], Channel] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._receive())
+            group.create_task(self._watch())
+
+    def open(self, generate: Generate, member: Member, inbox: Inbox) -> Channel:
+        """Send a request to an engine; everything it says of it goes to `inbox`."""
+        channel = Channel(generate.request_id, member, inbox)
+        self._channels[member.route, generate.request_id] = channel
+        member.active += 1
+        self._send(member.route, generate)
+        return channel
+
+    def close(self, channel: Channel) -> None:
+        """Nothing more is wanted; the engine is told unless it is done. Idempotent."""
+        if self._channels.pop((channel.member.route, channel.request_id), None) is None:
+            return
+        channel.member.active -= 1
+        if not channel.finished:
+            self._send(channel.member.route, Abort(channel.request_id))
+
+    def _send(self, route: bytes, message: ToEngine) -> None:
+        self.socket.send_multipart([route, self._codec.encode(message)])
+
+    async def _receive(self) -> None:
+        while True:
+            route, *rest = await self.socket.recv_multipart()
+            try:
+                self._handle(route, self._codec.decode(rest[0] if rest else b""))
+            except WireError as error:
+                self.bad_messages += 1
+                if self.bad_messages < 10 or self.bad_messages % 1000 == 0:
+                    log.warning("message %d dropped: %s", self.bad_messages, error)
+
+    def _handle(self, route: bytes, message: ToFront) -> None:
+        now = time.monotonic()
+        match message:
+            case Outputs(items=items):
+                for item in items:
+                    self._deliver(route, item)
+            case EngineStatus():
+                known = self.pool.heard(route, message, now) is not None
+                self._send(route, Registered(known))
+                self.on_change()
+            case Register():
+                self._register(route, message, now)
+            case Goodbye(reason=reason):
+                member = self.pool.leave(route)
+                if member is not None:
+                    self._fail_all(member, f"{member.engine_id} stops: {reason}")
+                    self.on_change()
+
+    def _register(self, route: bytes, message: Register, now: float) -> None:
+        fresh = self.pool.get(route) is None
+        for earlier in self.pool.register(route, message, now):
+            self._fail_all(earlier, f"{earlier.engine_id} restarted")
+        self._send(route, Registered(True))
+        if fresh:
+            log.info("engine %s (%s) registered", message.identity, message.status.role)
+            self._introduce_all()
+        self.on_change()
+
+    def _introduce_all(self) -> None:
+        if not self.introduce:
+            return
+        prefills = [PeerAddress(m.register.identity, m.register.peer_address) for m in self.pool.ready("prefill")]
+        for member in self.pool.ready("decode"):
+            self._send(member.route, Introduce(prefills))
+
+    def _deliver(self, route: bytes, item: Tokens | Failed) -> None:
+        channel = self._channels.get((route, item.request_id))
+        if channel is None:
+            return
+        if isinstance(item, Failed):
+            channel.finished = True
+            error = request_error(item.code, item.message, item.param, item.retry_after)
+            channel.inbox.put_nowait((channel, error))
+            return
+        channel.finished = item.stats is not None
+        channel.inbox.put_nowait((channel, item))
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            lost = self.pool.expire(time.monotonic())
+            for member in lost:
+                log.warning("engine %s is not heard of any more", member.register.identity)
+                self._fail_all(member, f"{member.engine_id} is not heard of any more")
+            if lost:
+                self.on_change()
+            self._introduce_all()
+
+    def _fail_all(self, member: Member, why: str) -> None:
+        for channel in list(self._channels.values()):
+            if channel.member is member and not channel.finished:
+                channel.finished = True
+                channel.inbox.put_nowait((channel, EngineFailed(why)))
+
+    def stop(self) -> None:
+        self.socket.close(linger=0)

@@ -1,0 +1,69 @@
+"""Which engines take a request. Pure.
+
+Load is what this front has sent and not seen the end of, plus what the engine says waits in its queue; among equals
+the engine that was chosen least recently goes first. Pairs that refused each other are not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from tandem.router.pool import Member
+
+UNUSABLE = ("refused", "lost")
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Engines for one request. `prefill` is None when `decode` does everything itself, for `reason`."""
+
+    decode: Member
+    prefill: Member | None = None
+    reason: str | None = None
+
+
+def load(member: Member) -> tuple[int, int, int]:
+    counts = member.status.requests
+    return member.active + counts.waiting, counts.running, member.chosen
+
+
+def refusals(prefills: Iterable[Member], decodes: Iterable[Member]) -> dict[tuple[str, str], str]:
+    """Pairs (prefill incarnation, decode incarnation) that cannot work together, and why."""
+    found = {}
+    for decode in decodes:
+        for prefill in prefills:
+            peer = decode.peers.get((prefill.engine_id, prefill.incarnation))
+            if peer is not None and peer.state in UNUSABLE:
+                found[prefill.incarnation, decode.incarnation] = (
+                    f"{decode.engine_id} cannot read from {prefill.engine_id}: {peer.error or peer.state}"
+                )
+    return found
+
+
+def choose(members: Sequence[Member], exclude: Collection[str] = ()) -> Path | str:
+    """The path for a new request, or why there is none.
+
+    Args:
+        members: all engines that are ready.
+        exclude: incarnations not to use, because they failed this request before.
+    """
+    usable = [m for m in members if m.incarnation not in exclude]
+    prefills = sorted((m for m in usable if m.role == "prefill"), key=load)
+    decodes = sorted((m for m in usable if m.role == "decode"), key=load)
+    mixed = sorted((m for m in usable if m.role == "mixed"), key=load)
+    refused = refusals(prefills, decodes)
+    pairs = [(p, d) for p in prefills for d in decodes if (p.incarnation, d.incarnation) not in refused]
+    if pairs:
+        prefill, decode = min(pairs, key=lambda pair: (load(pair[0]), load(pair[1])))
+        return Path(decode, prefill)
+    if mixed:
+        return Path(mixed[0], reason="mixed engine")
+    return _nothing(prefills, decodes, refused)
+
+
+def _nothing(prefills: Sequence[Member], decodes: Sequence[Member], refused: dict[tuple[str, str], str]) -> str:
+    if refused:
+        return "no prefill engine fits a decode engine: " + "; ".join(sorted(set(refused.values())))
+    missing = [role for role, members in (("prefill", prefills), ("decode", decodes)) if not members]
+    return f"no {' and no '.join(missing)} engine is ready"

@@ -1,0 +1,96 @@
+"""The process behind an HTTP port: the router's, or that of one engine's own API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import uvloop
+import zmq
+import zmq.asyncio
+
+from tandem import logs
+from tandem.api.app import create_app
+from tandem.api.server import serve
+from tandem.router.hub import Hub
+from tandem.router.pool import Pool
+from tandem.router.router import Router, pair_finder, single_finder
+from tandem.wire.keys import load_key
+from tandem.wire.sockets import SocketOptions, Sockets
+
+
+@dataclass(frozen=True, slots=True)
+class FrontConfig:
+    """`who` names the process in log lines."""
+
+    kind: Literal["router", "engine"]
+    who: str
+    control_host: str
+    control_port: int
+    cluster_key_file: str | None
+    api_key: str | None
+    request_timeout: float
+    seed: int | None
+    log_level: str
+
+
+def run_front(report: Callable[..., None], config: FrontConfig, listener: socket.socket) -> None:
+    """Serve until SIGTERM. Reports `control` with the port for engines, and `change` with a line per engine state.
+
+    Args:
+        listener: bound and listening HTTP socket.
+    """
+    logs.set_up(config.who, config.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(report, config, listener))
+
+
+async def _serve(report: Callable[..., None], config: FrontConfig, listener: socket.socket) -> None:
+    key = load_key(Path(config.cluster_key_file) if config.cluster_key_file else None)
+    context = zmq.asyncio.Context()
+    sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, key)
+    control, port = sockets.bind(
+        zmq.ROUTER, config.control_host, config.control_port, SocketOptions(handover=True)
+    )
+    pool = Pool()
+    hub = Hub(control, pool, introduce=config.kind == "router")
+    find = pair_finder(pool) if config.kind == "router" else single_finder(pool)
+    backend = Router(hub, pool, find, request_timeout=config.request_timeout, seed=config.seed)
+    hub.on_change = _Announcer(report, backend).changed
+    app = create_app(backend, kind=config.kind, api_key=config.api_key)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    started = asyncio.Event()
+    hub_task = asyncio.create_task(hub.run())
+    hub_task.add_done_callback(lambda _: stop.set())
+    report("control", port)
+    try:
+        await serve(app, listener, stop, started=started, grace=1.0)
+    finally:
+        hub_task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await hub_task
+        hub.stop()
+
+
+class _Announcer:
+    """Tells the owner of the process when the front becomes able to serve, and when it no longer is."""
+
+    def __init__(self, report: Callable[..., None], backend: Router) -> None:
+        self._report = report
+        self._backend = backend
+        self._last: Any = None
+
+    def changed(self) -> None:
+        health = self._backend.health()
+        states = [(status.engine_id, state) for status, state in self._backend.engines()]
+        now = (health.ok, states)
+        if now != self._last:
+            self._last = now
+            self._report("health", {"ok": health.ok, "detail": health.detail, "engines": states})

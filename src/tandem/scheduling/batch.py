@@ -1,0 +1,58 @@
+"""What the scheduler hands to the runner, and what comes back. Goes over the wire to the other ranks as it is."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tandem.wire.messages import TokenLogprobs
+from tandem.wire.sampling import SamplingParams
+
+
+class SampleAt(msgspec.Struct, frozen=True, array_like=True):
+    """Choose a token after the row's last one.
+
+    Attributes:
+        position: index of the new token in the whole request (prompt and output); keys the random generator.
+        output_len: output tokens before it, for `min_tokens`.
+        history: all tokens before it and how many of them are prompt, where penalties need them; else None.
+        stop_ids: tokens that may not be chosen before `min_tokens`.
+    """
+
+    params: SamplingParams
+    position: int
+    output_len: int
+    history: tuple[list[int], int] | None = None
+    stop_ids: list[int] = []
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
+
+    `block_ids` is the block table; it covers at least start + len(tokens) positions.
+    """
+
+    request_id: str
+    tokens: list[int]
+    start: int
+    block_ids: list[int]
+    sample: SampleAt | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
+    batch_id: int
+    rows: list[Row]
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    """A chosen token; `logprobs` if they were asked for. `error`: why this one row could not be sampled."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
+    """One entry per row of the batch: None where nothing was to be sampled."""
+
+    batch_id: int
+    sampled: list[Sampled | None]

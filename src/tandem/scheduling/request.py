@@ -1,0 +1,122 @@
+"""One request, as the scheduler sees it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from tandem.kv.blocks import PrefixChain
+from tandem.scheduling.batch import Row, SampleAt
+from tandem.scheduling.events import FinishReason
+from tandem.wire.messages import Local, Prefill, Pull, RequestStats
+from tandem.wire.sampling import SamplingParams
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"  # no blocks
+    WAITING_FOR_KV = "waiting_for_kv"  # a Pull request: has its blocks, which are being filled
+    READY = "ready"  # a Pull request: has its KV, waits for a seat
+    RUNNING = "running"
+    FINISHED = "finished"  # blocks go back as soon as no batch with it is in flight
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Mutable; there is one object per request and the scheduler alone changes it.
+
+    Attributes:
+        tokens: prompt and output so far; only ever appended to.
+        prompt_len: how many of them are the client's prompt.
+        max_len: the request ends when `tokens` is this long.
+        stop_tokens: ids that end it.
+        order: place in the order of arrival.
+        arrived_at, deadline: seconds.
+        kv: how its KV comes and goes; a Pull request that gives up on its peer becomes Local.
+        num_computed: tokens [0, num_computed) have their KV in place, or will have when the batches in flight are done.
+        block_ids: block table; covers at least `num_computed` tokens. Rows share the list: it grows in place and is
+            replaced, never emptied, when the blocks go.
+        num_published: full blocks that were offered to the prefix cache.
+        num_announced: tokens of a Prefill request that ChunkComputed events have told of.
+        num_cached: tokens that the prefix cache had when it was admitted last.
+        prefilled: a Prefill request whose whole prompt is computed and whose token is sampled.
+        inflight: batches in flight that have a row of it.
+    """
+
+    request_id: str
+    tokens: list[int]
+    prompt_len: int
+    max_len: int
+    sampling: SamplingParams
+    stop_tokens: frozenset[int]
+    order: int
+    arrived_at: float
+    deadline: float
+    chain: PrefixChain
+    kv: Local | Prefill | Pull
+    state: RequestState = RequestState.WAITING
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    num_published: int = 0
+    num_announced: int = 0
+    num_cached: int = 0
+    prefilled: bool = False
+    inflight: int = 0
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    kv_ready_at: float | None = None
+    prefix_tokens: int = 0
+    recomputations: int = 0
+    recompute_reason: str | None = None
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_pending(self) -> int:
+        """How many tokens are to be computed before the next one can be sampled; 0 while that is in flight."""
+        return len(self.tokens) - self.num_computed
+
+    def row(self, start: int, count: int) -> Row:
+        """`count` tokens from `start` as a row of a batch; a token is sampled after the last one known."""
+        end = start + count
+        if end < len(self.tokens):
+            return Row(self.request_id, self.tokens[start:end], start, self.block_ids)
+        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, self._sample_at())
+
+    def _sample_at(self) -> SampleAt:
+        params = self.sampling
+        output_len = len(self.tokens) - self.prompt_len
+        return SampleAt(
+            params,
+            len(self.tokens),
+            output_len,
+            (self.tokens, self.prompt_len) if params.uses_history else None,
+            sorted(self.stop_tokens) if output_len < params.min_tokens else [],
+        )
+
+    def finish_reason(self) -> FinishReason | None:
+        """Whether the last token, an output token, ends the request."""
+        if self.tokens[-1] in self.stop_tokens and self.output_len > self.sampling.min_tokens:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_len else None
+
+    def recompute(self, reason: str) -> None:
+        """Start over without KV; tokens and output stay."""
+        self.num_computed = 0
+        self.num_published = 0
+        self.recomputations += 1
+        self.recompute_reason = reason
+
+    def stats(self, now: float) -> RequestStats:
+        """Times so far. `transfer_time` is how long it waited for its KV, from admission until all was there."""
+        admitted = self.admitted_at if self.admitted_at is not None else now
+        first, ready = self.first_token_at, self.kv_ready_at
+        return RequestStats(
+            queue_time=max(0.0, admitted - self.arrived_at),
+            prefill_time=max(0.0, first - admitted) if first is not None and ready is None else 0.0,
+            transfer_time=max(0.0, ready - admitted) if ready is not None else 0.0,
+            prefix_tokens=self.prefix_tokens,
+            recomputations=self.recomputations,
+            recompute_reason=self.recompute_reason,
+        )

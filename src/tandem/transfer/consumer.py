@@ -1,0 +1,238 @@
+"""The decode side of all hand-offs of an engine: sessions with prefill engines, claims, reads."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import zmq.asyncio
+
+from tandem.errors import TransferError
+from tandem.ids import EngineIdentity
+from tandem.kv.layout import KvLayout
+from tandem.transfer.handshake import EngineDescriptor, peers_needed
+from tandem.transfer.movers import Movers
+from tandem.transfer.orders import ClosePeer, FromMover, OpenPeer, PeerOpened, ReadEnded, ReadOrder
+from tandem.transfer.peer import PeerEvents, PeerSession, PeerState
+from tandem.transfer.pulls import Pull
+from tandem.wire import messages
+from tandem.wire.messages import Address, Introduce, PeerInfo
+from tandem.wire.peer_messages import Envelope, KvGone, KvReady
+from tandem.wire.sockets import Sockets
+
+log = logging.getLogger(__name__)
+
+MAX_SESSIONS = 4096
+RETRY_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerEvents:
+    """What the consumer tells the engine. All are called in the event loop's thread.
+
+    `arrived`: all KV is here. `failed`: it will not come, and why; after either, nothing is said of the request
+    but `quiet`: no read into its blocks is in progress (any more).
+    """
+
+    arrived: Callable[[Pull], None]
+    failed: Callable[[str, str], None]
+    quiet: Callable[[str], None]
+
+
+class Consumer:
+    """Sessions by prefill engine, pulls by request.
+
+    Args:
+        layouts: of this engine's ranks, by rank.
+    """
+
+    def __init__(
+        self,
+        identity: EngineIdentity,
+        envelope: Envelope,
+        layouts: Sequence[KvLayout],
+        movers: Movers,
+        sockets: Sockets[zmq.asyncio.Socket],
+        events: ConsumerEvents,
+    ) -> None:
+        self._identity = identity
+        self._envelope = envelope
+        self._layouts = layouts
+        self._movers = movers
+        self._sockets = sockets
+        self._events = events
+        self._sessions: dict[tuple[str, str | None], PeerSession] = {}
+        self._ended_at: dict[tuple[str, str | None], float] = {}
+        self._pulls: dict[str, tuple[Pull, PeerSession]] = {}
+        self._jobs: dict[int, tuple[Pull, PeerSession]] = {}
+        self._numbers = itertools.count(1)
+        self.failures = 0
+
+    @property
+    def peers(self) -> list[PeerInfo]:
+        return [session.info for session in self._sessions.values()]
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    # --- what the engine asks ------------------------------------------------------------------------------------
+
+    def introduce(self, message: Introduce) -> None:
+        """Shake hands early; forget sessions with engines that have left."""
+        present = {p.identity.incarnation for p in message.peers}
+        for peer in message.peers:
+            self._session(peer.identity.engine_id, peer.identity.incarnation, peer.address, introduced=True)
+        for key, session in list(self._sessions.items()):
+            if session.introduced and session.incarnation not in present and not session.pulls:
+                del self._sessions[key]
+                self._shut(session)
+
+    def open(self, request_id: str, source: messages.Pull) -> None:
+        """Claim a request's KV; `allocated` says later where it goes."""
+        session = self._session(source.engine_id, source.incarnation, source.address, introduced=not source.foreign)
+        if session is None:
+            self._events.failed(request_id, f"more than {MAX_SESSIONS} prefill engines")
+            return
+        pull = Pull(request_id, source.remote_request_id, source.first_token)
+        self._pulls[request_id] = (pull, session)
+        if session.state in (PeerState.REFUSED, PeerState.LOST):
+            self._fail(pull, session, str(session.error))
+        else:
+            session.add(pull)
+
+    def allocated(self, request_id: str, blocks: list[int], cached: int) -> None:
+        entry = self._pulls.get(request_id)
+        if entry is not None:
+            entry[0].allocated(blocks, cached)
+            self._advance(*entry)
+
+    def give_up(self, request_id: str, why: str) -> None:
+        """The request does not want its KV any more. `quiet` follows, at once or when its reads have ended."""
+        entry = self._pulls.pop(request_id, None)
+        if entry is None:
+            self._events.quiet(request_id)
+            return
+        pull, session = entry
+        pull.gave_up = why
+        session.remove(pull)
+        if not pull.reading:
+            self._events.quiet(request_id)
+
+    # --- sessions ------------------------------------------------------------------------------------------------
+
+    def _session(
+        self, engine_id: str, incarnation: str | None, address: Address, *, introduced: bool
+    ) -> PeerSession | None:
+        """The session with an engine; a new one if there is none, or the last one was lost a while ago."""
+        key = (engine_id, incarnation)
+        session = self._sessions.get(key)
+        if session is not None:
+            again = session.state is PeerState.LOST and time.monotonic() - self._ended_at.get(key, 0.0) > RETRY_SECONDS
+            if not again:
+                return session
+        elif len(self._sessions) >= MAX_SESSIONS:
+            return None
+        events = PeerEvents(self._welcomed, self._received, self._ended)
+        session = PeerSession(engine_id, incarnation, address, self._identity, self._envelope, self._sockets, events)
+        session.introduced = introduced
+        self._sessions[key] = session
+        return session
+
+    def _welcomed(self, session: PeerSession, descriptor: EngineDescriptor) -> None:
+        """Give each rank only the peers that its plan needs."""
+        orders = [
+            OpenPeer(session.key, peers_needed(descriptor.ranks, self._layouts, rank))
+            for rank in range(len(self._layouts))
+        ]
+        session.opening = set(range(len(orders)))
+        for rank, order in enumerate(orders):
+            self._movers.order(order, [rank])
+
+    def _ended(self, session: PeerSession, error: TransferError) -> None:
+        for key, known in self._sessions.items():
+            if known is session:
+                self._ended_at[key] = time.monotonic()
+        for pull in list(session.pulls.values()):
+            self._fail(pull, session, str(error))
+        self._shut(session)
+
+    def _shut(self, session: PeerSession) -> None:
+        session.close()
+        self._movers.order(ClosePeer(session.key))
+
+    # --- pulls ---------------------------------------------------------------------------------------------------
+
+    def _received(self, pull: Pull, message: KvReady | KvGone, now: float) -> None:
+        entry = self._pulls.get(pull.request_id)
+        if entry is None:
+            return
+        if isinstance(message, KvGone):
+            self._fail(pull, entry[1], message.reason)
+            return
+        pull.announced(message, now)
+        self._advance(pull, entry[1])
+
+    def _advance(self, pull: Pull, session: PeerSession) -> None:
+        """Read what can be read now; tell the engine when everything is here."""
+        assert session.descriptor is not None or not pull.ready
+        span = pull.next_read(session.descriptor.block_size if session.descriptor else 1)
+        if span is not None and pull.destination_blocks is not None:
+            job = next(self._numbers)
+            pull.jobs[job] = set(range(self._movers.ranks))
+            self._jobs[job] = (pull, session)
+            self._movers.order(
+                ReadOrder(
+                    job, session.key, pull.request_id, pull.source_blocks, pull.destination_blocks, *span, pull.final
+                )
+            )
+        if pull.arrived:
+            del self._pulls[pull.request_id]
+            session.remove(pull)
+            self._events.arrived(pull)
+
+    def reported(self, report: FromMover) -> None:
+        """A rank's transfer thread has something to say."""
+        match report:
+            case PeerOpened(rank=rank, peer=peer, error=error):
+                for session in self._sessions.values():
+                    if session.key == peer:
+                        session.opened(rank, error)
+            case ReadEnded():
+                self._read_ended(report, time.monotonic())
+
+    def _read_ended(self, report: ReadEnded, now: float) -> None:
+        entry = self._jobs.get(report.job)
+        if entry is None:
+            return
+        pull, session = entry
+        pull.bytes += report.bytes
+        pull.descriptors += report.descriptors
+        pull.read_seconds = max(pull.read_seconds, report.seconds)
+        ranks = pull.jobs[report.job]
+        ranks.discard(report.rank)
+        if not ranks:
+            del pull.jobs[report.job], self._jobs[report.job]
+        if pull.gave_up is not None:
+            if not pull.reading:
+                self._events.quiet(pull.request_id)
+        elif report.error is not None:
+            self._fail(pull, session, report.error)
+        elif not session.good(pull, now):
+            self._fail(pull, session, "the lease ended before the read did")
+        else:
+            self._advance(pull, session)
+
+    def _fail(self, pull: Pull, session: PeerSession, why: str) -> None:
+        if self._pulls.pop(pull.request_id, None) is None:
+            return
+        self.failures += 1
+        log.warning("request %s: KV from %s is not to be had: %s", pull.request_id, session.engine_id, why)
+        pull.gave_up = why
+        session.remove(pull)
+        self._events.failed(pull.request_id, why)
+        if not pull.reading:
+            self._events.quiet(pull.request_id)

@@ -1,0 +1,94 @@
+"""How an engine describes itself to another, and what makes two engines fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from tandem.errors import PeerRefused, WireError
+from tandem.ids import EngineIdentity
+from tandem.kv.layout import KvLayout, LayoutError
+from tandem.kv.plan import plan
+from tandem.transfer.base import RankEndpoint
+from tandem.wire.messages import MAX_RANKS, Count, Text
+from tandem.wire.peer_messages import Envelope
+
+PROTOCOL = (1, 1)
+"""Lowest and highest version of the engine-to-engine protocol that this software speaks."""
+
+
+class RankDescriptor(msgspec.Struct, frozen=True):
+    """One rank: what part of the KV cache it holds, how that lies in memory, and how to reach it."""
+
+    rank: Count
+    tp_rank: Count
+    pp_rank: Count
+    node: Text
+    layout: KvLayout
+    endpoint: RankEndpoint
+
+
+class EngineDescriptor(msgspec.Struct, frozen=True):
+    """Everything a peer needs to read KV from an engine, all ranks in one."""
+
+    identity: EngineIdentity
+    block_size: Annotated[int, Meta(ge=1)]
+    ranks: Annotated[list[RankDescriptor], Meta(min_length=1, max_length=MAX_RANKS)]
+
+    def check(self) -> None:
+        """Raises WireError if the ranks are not 0..n-1, or a layout reaches outside of its rank's memory."""
+        if [r.rank for r in self.ranks] != list(range(len(self.ranks))):
+            raise WireError(f"ranks must be 0 to {len(self.ranks) - 1} in order; got {[r.rank for r in self.ranks]}")
+        for rank in self.ranks:
+            try:
+                rank.layout.check()
+            except LayoutError as error:
+                raise WireError(f"layout of rank {rank.rank}: {error}") from None
+            if rank.layout.nbytes > rank.endpoint.region.length:
+                raise WireError(
+                    f"rank {rank.rank} describes {rank.layout.nbytes} bytes of KV memory"
+                    f" but registered only {rank.endpoint.region.length}"
+                )
+            if rank.layout.block_size != self.block_size:
+                raise WireError(
+                    f"rank {rank.rank} has block size {rank.layout.block_size}, its engine {self.block_size}"
+                )
+
+
+def check_envelopes(ours: Envelope, theirs: Envelope) -> int:
+    """The highest protocol version that both speak. Raises PeerRefused naming the first field that does not fit."""
+    version = min(ours.protocol[1], theirs.protocol[1])
+    if version < max(ours.protocol[0], theirs.protocol[0]):
+        raise PeerRefused("protocol", _range(ours.protocol), _range(theirs.protocol))
+    for field in ("fingerprint", "kv_dtype", "connector"):
+        if getattr(ours, field) != getattr(theirs, field):
+            raise PeerRefused(field, getattr(ours, field), getattr(theirs, field))
+    return version
+
+
+def _range(versions: tuple[int, int]) -> str:
+    return f"{versions[0]} to {versions[1]}"
+
+
+def decode_descriptor(raw: msgspec.Raw) -> EngineDescriptor:
+    """Strictly; raises WireError."""
+    try:
+        descriptor = msgspec.msgpack.decode(raw, type=EngineDescriptor)
+    except msgspec.DecodeError as error:
+        raise WireError(f"the peer's description cannot be read: {error}") from None
+    descriptor.check()
+    return descriptor
+
+
+def peers_needed(
+    sources: Sequence[RankDescriptor], destinations: Sequence[KvLayout], reader: int
+) -> list[RankDescriptor]:
+    """The source ranks that one destination rank reads from. Raises PeerRefused if something is held by nobody."""
+    try:
+        chosen = plan([s.layout for s in sources], destinations, reader)
+    except LayoutError as error:
+        raise PeerRefused("layout", f"what rank {reader} needs", str(error)) from None
+    return [sources[index] for index in chosen.sources]

@@ -1,0 +1,190 @@
+"""The transfer thread of a rank: it alone owns the transport and turns orders into reads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import zmq
+
+from tandem.errors import TransferError, WireError
+from tandem.kv.layout import KvLayout, LayoutError
+from tandem.kv.plan import TransferPlan, plan
+from tandem.transfer.base import Read, ReadState, Transport
+from tandem.transfer.orders import (
+    ClosePeer,
+    FromMover,
+    MoverReady,
+    OpenPeer,
+    PeerClosed,
+    PeerOpened,
+    ReadEnded,
+    ReadOrder,
+    Stop,
+    ToMover,
+)
+from tandem.wire.codec import Codec
+
+log = logging.getLogger(__name__)
+
+POLL_BUSY_MS = 1
+POLL_IDLE_MS = 500
+SPIN_SECONDS = 0.002
+
+
+@dataclass(slots=True)
+class _Peer:
+    agents: list[str]
+    plan: TransferPlan
+
+
+@dataclass(slots=True)
+class _Job:
+    order: ReadOrder
+    started: float
+    reads: list[Read] = field(default_factory=list)
+    bytes: int = 0
+    descriptors: int = 0
+    error: str | None = None
+
+
+class Mover:
+    """Runs in its own thread; everything in here is touched by that thread only.
+
+    Args:
+        rank: this rank in its engine, which also spreads readers over replicas.
+        layouts: of the KV memory of all ranks of this engine; `transport` has registered this rank's.
+        socket: connected to the leader; orders in, reports out.
+    """
+
+    def __init__(self, rank: int, layouts: Sequence[KvLayout], transport: Transport, socket: zmq.Socket[bytes]) -> None:
+        self._rank = rank
+        self._layouts = layouts
+        self._transport = transport
+        self._socket = socket
+        self._codec: Codec[ToMover] = Codec(ToMover)
+        self._peers: dict[str, _Peer] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._running = True
+        self._greeted = False
+        self._last_post = 0.0
+
+    def run(self) -> None:
+        """Until the leader says Stop."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        for handle in self._transport.wait_on():
+            poller.register(handle, zmq.POLLIN)
+        try:
+            while self._running:
+                if not self._greeted:
+                    self._report(MoverReady(self._rank))
+                poller.poll(self._wait_ms())
+                self._take_orders()
+                self._transport.poll()
+                self._finish_jobs()
+        finally:
+            self._transport.close()
+            self._socket.close(linger=0)
+
+    def _wait_ms(self) -> int:
+        """Right after a read was posted it is worth spinning: small reads take less than a poll interval."""
+        if not self._jobs:
+            return POLL_IDLE_MS
+        return 0 if time.monotonic() - self._last_post < SPIN_SECONDS else POLL_BUSY_MS
+
+    def _report(self, message: FromMover) -> None:
+        self._socket.send(self._codec.encode(message))
+
+    def _take_orders(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._greeted = True
+            try:
+                message = self._codec.decode(data)
+            except WireError as error:
+                log.error("rank %d: order dropped: %s", self._rank, error)
+                continue
+            self._obey(message)
+
+    def _obey(self, message: ToMover) -> None:
+        match message:
+            case OpenPeer():
+                self._open(message)
+            case ClosePeer(peer=peer):
+                self._close(peer)
+            case ReadOrder():
+                self._start(message)
+            case Stop():
+                self._running = False
+
+    def _open(self, message: OpenPeer) -> None:
+        error = None
+        try:
+            for source in message.sources:
+                self._transport.connect(source.endpoint)
+            chosen = plan([s.layout for s in message.sources], self._layouts, self._rank)
+            self._peers[message.peer] = _Peer([s.endpoint.agent for s in message.sources], chosen)
+        except (TransferError, LayoutError) as problem:
+            error = str(problem)
+            for source in message.sources:
+                self._transport.disconnect(source.endpoint.agent)
+        self._report(PeerOpened(self._rank, message.peer, error))
+
+    def _close(self, name: str) -> None:
+        peer = self._peers.pop(name, None)
+        for agent in peer.agents if peer else ():
+            self._transport.disconnect(agent)
+        self._finish_jobs()
+        self._report(PeerClosed(self._rank, name))
+
+    def _start(self, order: ReadOrder) -> None:
+        job = self._jobs[order.job] = _Job(order, time.monotonic())
+        peer = self._peers.get(order.peer)
+        if peer is None:
+            job.error = f"peer {order.peer} is not connected"
+            return
+        try:
+            runs = peer.plan.runs(
+                order.source_blocks, order.destination_blocks, order.start, order.stop, whole_tail=order.last
+            )
+            for index, run in runs.items():
+                job.reads.append(self._transport.post(peer.agents[index], run.src_offset, run.dst_offset, run.length))
+                job.bytes += int(run.length.sum())
+                job.descriptors += len(run.length)
+        except (TransferError, LayoutError) as problem:
+            job.error = str(problem)
+        self._last_post = time.monotonic()
+
+    def _finish_jobs(self) -> None:
+        for number, job in list(self._jobs.items()):
+            if any(read.state is ReadState.IN_PROGRESS for read in job.reads):
+                continue
+            failed = next((read.error or "read failed" for read in job.reads if read.state is ReadState.FAILED), None)
+            del self._jobs[number]
+            seconds = time.monotonic() - job.started
+            self._report(ReadEnded(self._rank, number, job.bytes, job.descriptors, seconds, job.error or failed))
+
+
+def start_mover(make: Callable[[], Mover], name: str, on_failure: Callable[[BaseException], None]) -> threading.Thread:
+    """Start a thread that makes and runs a mover; sockets and transport are thus born in the thread that owns them.
+
+    `on_failure` is called in that thread if it dies; an engine cannot go on without it.
+    """
+
+    def body() -> None:
+        try:
+            make().run()
+        except BaseException as error:
+            log.exception("%s: the transfer thread died", name)
+            on_failure(error)
+
+    thread = threading.Thread(target=body, name=name, daemon=True)
+    thread.start()
+    return thread

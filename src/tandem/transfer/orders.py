@@ -1,0 +1,82 @@
+"""Messages between an engine's leader and the transfer thread of each of its ranks."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tandem.transfer.handshake import RankDescriptor
+from tandem.wire.messages import Count, Name, Seconds, Text
+
+# --- what a transfer thread receives ---------------------------------------------------------------------------
+
+
+class OpenPeer(msgspec.Struct, frozen=True, tag="open_peer"):
+    """Connect to these ranks of a peer engine: just those that this rank reads from."""
+
+    peer: Name
+    sources: list[RankDescriptor]
+
+
+class ClosePeer(msgspec.Struct, frozen=True, tag="close_peer"):
+    """Forget a peer; its reads in progress end."""
+
+    peer: Name
+
+
+class ReadOrder(msgspec.Struct, frozen=True, tag="read"):
+    """Read the KV of tokens [start, stop) of a request.
+
+    Attributes:
+        source_blocks, destination_blocks: both block tables from the request's first token on.
+        last: no later read touches the last block.
+    """
+
+    job: Count
+    peer: Name
+    request_id: Name
+    source_blocks: list[Count]
+    destination_blocks: list[Count]
+    start: Count
+    stop: Count
+    last: bool
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """The engine ends."""
+
+
+ToMover = OpenPeer | ClosePeer | ReadOrder | Stop
+
+
+# --- what the leader receives ----------------------------------------------------------------------------------
+
+
+class MoverReady(msgspec.Struct, frozen=True, tag="mover_ready"):
+    """First message of a transfer thread, repeated until the leader answers with anything."""
+
+    rank: Count
+
+
+class PeerOpened(msgspec.Struct, frozen=True, tag="peer_opened"):
+    rank: Count
+    peer: Name
+    error: Text | None = None
+
+
+class PeerClosed(msgspec.Struct, frozen=True, tag="peer_closed"):
+    rank: Count
+    peer: Name
+
+
+class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
+    """A read has ended on one rank: no byte of it arrives after this. `error`: why its bytes are no good."""
+
+    rank: Count
+    job: Count
+    bytes: Count
+    descriptors: Count
+    seconds: Seconds
+    error: Text | None = None
+
+
+FromMover = MoverReady | PeerOpened | PeerClosed | ReadEnded

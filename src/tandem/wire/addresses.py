@@ -1,0 +1,92 @@
+"""Host names and addresses: which are loopback, which one is ours, how an endpoint is written."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import socket
+import struct
+
+from tandem.errors import ConfigError
+
+_SIOCGIFADDR = 0x8915
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def resolve(host: str) -> Address:
+    """The address of a host name or address.
+
+    An IPv4 address is preferred, so that two processes that both say `localhost` meet. The empty name and `*`
+    are all addresses of this machine. May ask the name service, so it may block.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    if host in ("", "*"):
+        return ipaddress.IPv4Address("0.0.0.0")
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host name {host!r} cannot be resolved: {error}; check it or give an address") from None
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    return min(addresses, key=lambda address: address.version)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to this host stays on this machine. False for a name that is not known."""
+    try:
+        address = resolve(host)
+    except ConfigError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def local_address_towards(host: str, port: int) -> str:
+    """This machine's address on the route to `host`, under which `host` can be expected to reach us.
+
+    Sends nothing: connecting a UDP socket only chooses a route.
+
+    Raises:
+        ConfigError: the name is not known, or there is no route.
+    """
+    address = resolve(host)
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(address), port or 9))
+        except OSError as error:
+            raise ConfigError(f"no route from this machine to {host}: {error.strerror}") from None
+        return str(probe.getsockname()[0])
+
+
+def endpoint(host: str, port: int) -> str:
+    """`host:port` as people write it, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has this IPv4 address; None if it cannot be told."""
+    return next((name for name, own in _interfaces() if own == address), None)
+
+
+def own_addresses() -> list[str]:
+    """The IPv4 addresses of this machine's interfaces, loopback included."""
+    return [address for _, address in _interfaces()]
+
+
+def _interfaces() -> list[tuple[str, str]]:
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue  # an interface without an IPv4 address
+            found.append((name, socket.inet_ntoa(answer[20:24])))
+    return found

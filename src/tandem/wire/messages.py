@@ -1,0 +1,298 @@
+"""Messages between a front (the router, or the API on an engine) and an engine's leader.
+
+Grouped by who receives them; one tagged union per direction. A front binds, engines connect to it and register.
+Token ids only: nothing textual crosses this channel. Bounds here are what a receiver accepts from anybody who
+proved the cluster key; the engine's own limits (model length, queue) are tighter.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from tandem.ids import EngineIdentity
+from tandem.wire.sampling import SamplingParams, TokenId
+
+MAX_PROMPT_TOKENS = 4_194_304
+MAX_RANKS = 4096
+MAX_PEERS = 4096
+
+Text = Annotated[str, Meta(max_length=4096)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    host: Name
+    port: Port
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+# --- how a request's KV cache comes and goes -------------------------------------------------------------------
+
+
+class Local(msgspec.Struct, frozen=True, tag="local"):
+    """Prefill and decode on this engine."""
+
+
+class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
+    """Compute the prompt and one token, and keep the prompt's KV for a decode engine to read.
+
+    Attributes:
+        published: the client is a foreign proxy: hand it `KvTransferParams` instead of expecting a claim at once.
+    """
+
+    published: bool = False
+
+
+class Pull(msgspec.Struct, frozen=True, tag="pull"):
+    """Read the prompt's KV from a prefill engine, then decode.
+
+    Attributes:
+        engine_id, incarnation: the prefill engine; a foreign proxy may not know the incarnation.
+        address: its peer socket.
+        remote_request_id: how the prefill engine calls the request.
+        first_token: whether the prefill engine samples the first token (it then sends it on), or this engine does.
+        foreign: the address came from a client: follow it only into the allowed networks.
+    """
+
+    engine_id: Name
+    incarnation: Name | None
+    address: Address
+    remote_request_id: Name
+    first_token: bool = True
+    foreign: bool = False
+
+
+class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """vLLM's `kv_transfer_params` as its PD proxies carry them; opaque to the proxy."""
+
+    do_remote_prefill: bool = False
+    do_remote_decode: bool = False
+    remote_engine_id: Name | None = None
+    remote_incarnation: Name | None = None
+    remote_request_id: Name | None = None
+    remote_block_ids: list[Count] | None = None
+    remote_host: Name | None = None
+    remote_port: Port | None = None
+    tp_size: Count | None = None
+
+
+# --- what an engine receives -----------------------------------------------------------------------------------
+
+
+class Registered(msgspec.Struct, frozen=True, tag="registered"):
+    """Answer to Register and to every heartbeat. Not `known`: register (again)."""
+
+    known: bool
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Start a request.
+
+    Attributes:
+        request_id: unique among the requests of the front that sends it; travels through every hop and log line.
+        token_ids: the prompt and, if the request is resumed, the output so far.
+        prompt_len: how many of `token_ids` are the client's prompt.
+        time_left: seconds until the request must have ended.
+    """
+
+    request_id: Name
+    token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+    prompt_len: Annotated[int, Meta(ge=1)]
+    sampling: SamplingParams
+    time_left: Seconds
+    kv: Local | Prefill | Pull = msgspec.field(default_factory=Local)
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget a request; nothing more is sent about it. Unknown ids are fine."""
+
+    request_id: Name
+
+
+class PeerAddress(msgspec.Struct, frozen=True):
+    identity: EngineIdentity
+    address: Address
+
+
+class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
+    """Prefill engines that requests may name: shake hands with them now, before a request waits for it."""
+
+    peers: Annotated[list[PeerAddress], Meta(max_length=MAX_PEERS)]
+
+
+ToEngine = Registered | Generate | Abort | Introduce
+
+
+# --- what a front receives -------------------------------------------------------------------------------------
+
+
+class RankInfo(msgspec.Struct, frozen=True):
+    rank: Count
+    tp_rank: Count
+    pp_rank: Count
+    node: Text
+    pid: Count
+    engine_id: Name
+    incarnation: Name
+
+
+class KvUsage(msgspec.Struct, frozen=True):
+    """Blocks by state: `free + cached + leased + in_use == blocks`. `cached`: reusable, held by nobody."""
+
+    block_size: Count
+    blocks: Count
+    free: Count
+    cached: Count
+    leased: Count
+    in_use: Count
+
+
+class RequestCounts(msgspec.Struct, frozen=True):
+    waiting: Count = 0
+    waiting_for_kv: Count = 0
+    running: Count = 0
+
+
+class PeerInfo(msgspec.Struct, frozen=True):
+    """A peer session. `state`: connecting, ready, refused or lost."""
+
+    engine_id: Text
+    incarnation: Text
+    state: Text
+    error: Text | None = None
+
+
+class EngineCounters(msgspec.Struct, frozen=True):
+    """Totals since the engine started, for /metrics."""
+
+    requests: Count = 0
+    requests_failed: Count = 0
+    prompt_tokens: Count = 0
+    output_tokens: Count = 0
+    prefix_tokens: Count = 0
+    preemptions: Count = 0
+    kv_bytes: Count = 0
+    kv_descriptors: Count = 0
+    kv_failures: Count = 0
+    leases_expired: Count = 0
+    bad_messages: Count = 0
+    steps: Count = 0
+
+
+class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
+    """What GET /tandem/engine shows, beside what is sent again and again as the heartbeat."""
+
+    engine_id: Name
+    incarnation: Name
+    role: Name
+    model: Text
+    fingerprint: Text
+    tp: Count
+    pp: Count
+    nnodes: Count
+    connector: Name
+    ranks: Annotated[list[RankInfo], Meta(max_length=MAX_RANKS)]
+    kv: KvUsage
+    requests: RequestCounts
+    peers: Annotated[list[PeerInfo], Meta(max_length=MAX_PEERS)]
+    counters: EngineCounters = EngineCounters()
+
+
+class Register(msgspec.Struct, frozen=True, tag="register"):
+    """First message of an engine to a front, repeated until it is answered and after every reconnect.
+
+    Attributes:
+        peer_address: where other engines shake hands with it.
+        http_address: where its own API listens, if it has one.
+        max_model_len: longest prompt and output together, in tokens.
+        model_path: folder with the tokenizer, as the engine sees it.
+        protocol: lowest and highest version of the engine-to-engine protocol it speaks.
+    """
+
+    identity: EngineIdentity
+    status: EngineStatus
+    peer_address: Address
+    max_model_len: Count
+    max_waiting: Count
+    model_path: Text
+    dtype: Text
+    version: Text
+    protocol: tuple[Count, Count]
+    http_address: Address | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of a chosen token and the `top` most likely ones (id, natural log), most likely first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class RequestStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one engine made its part of a response. Times in seconds."""
+
+    queue_time: Seconds = 0.0
+    prefill_time: Seconds = 0.0
+    transfer_time: Seconds = 0.0
+    handoff_time: Seconds = 0.0
+    prefix_tokens: Count = 0
+    blocks: Count = 0
+    bytes: Count = 0
+    descriptors: Count = 0
+    recomputations: Count = 0
+    transport: Text | None = None
+    recompute_reason: Text | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """Progress of a request.
+
+    Attributes:
+        index: place of the first of `token_ids` in the request's output (0: first token).
+        finish_reason: stop (eos or stop token id) or length, if the request ends with the last of `token_ids`.
+        stop_token_id: the token that ended it, which is the last of `token_ids`.
+        stats: this engine's part is done, and this is how; a prefill engine's part may end before the request does.
+    """
+
+    request_id: Name
+    index: Count
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: Name | None = None
+    stop_token_id: int | None = None
+    stats: RequestStats | None = None
+    kv_transfer_params: KvTransferParams | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The request ended without an answer; `code` is one of tandem.errors.REQUEST_ERRORS."""
+
+    request_id: Name
+    code: Name
+    message: Text
+    param: Text | None = None
+    retry_after: Count | None = None
+    stats: RequestStats | None = None
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """All that one step has for this front."""
+
+    items: list[Tokens | Failed]
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
+    """The engine stops."""
+
+    reason: Text
+
+
+ToFront = Register | EngineStatus | Outputs | Goodbye

@@ -1,0 +1,58 @@
+"""How a request wants its tokens chosen. The same struct from the API to the sampler."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from tandem.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 128
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Names and meanings are OpenAI's and, beyond those, vLLM's.
+
+    Stop *strings* are not here: engines speak token ids, so the API looks for stop strings in the text.
+
+    Attributes:
+        seed: keys the random generator together with a token's position, so that the same request continues
+            with the same tokens however it is batched or resumed.
+        logprobs: how many of the most likely tokens to report beside the chosen one; None for none at all.
+        stop_token_ids: end the request with finish reason "stop", as the model's end-of-sequence tokens do.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1)] = 16
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASED_TOKENS)
+    ] = {}
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] = []
+    ignore_eos: bool = False
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether choosing a token needs the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def check(self) -> None:
+        """Raise InvalidRequest for a value out of range (msgspec checks ranges only when it decodes)."""
+        try:
+            msgspec.convert(msgspec.to_builtins(self, str_keys=False), SamplingParams)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(str(error)) from None

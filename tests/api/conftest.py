@@ -1,0 +1,288 @@
+"""A small model folder, a backend that says what a test tells it to, and the application on a real socket."""
+
+import asyncio
+import http.client
+import json
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from tandem.api.app import create_app
+from tandem.api.backend import Health, HowMade, ModelCard, TokenDelta, TokenRequest
+from tandem.api.server import bind, serve
+from tandem.api.tokens import Tokenizer
+from tandem.wire.messages import EngineStatus, KvUsage, RequestCounts
+
+EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, hello there", "grüße aus köln, 東京 🙂🙃"] * 4
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MODEL = "tiny"
+MODEL_LEN = 256
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    made.add_special_tokens([EOS, START, END])
+    made.add_tokens(["<tool>", "<東>"])
+    return made
+
+
+def byte_fallback() -> tokenizers.Tokenizer:
+    """As in Llama 2: SentencePiece's metaspace, and bytes for characters that are not in the vocabulary."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["\u2581", "\u2581the", "\u2581a", "h", "e", "l", "o", "\u2581\u2581", "lo", ",", "ü", "東"]
+    made = tokenizers.Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return made
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    byte_level().save(str(path / "tokenizer.json"))
+    config = {"chat_template": TEMPLATE, "eos_token": {"content": EOS}}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(byte_level())
+
+
+def ids(text: str) -> list[int]:
+    return list(_BYTE_LEVEL.encode(text).ids)
+
+
+_BYTE_LEVEL = byte_level()
+
+
+def how(prefix_tokens: int = 3) -> HowMade:
+    return HowMade(
+        prefill_engine="p0",
+        decode_engine="d0",
+        disaggregated=True,
+        reason=None,
+        transport="tcp",
+        queue_time=0.0,
+        prefill_time=0.1,
+        transfer_time=0.1,
+        handoff_time=0.0,
+        ttft=0.2,
+        prefix_tokens={"p0": prefix_tokens, "d0": 0},
+        blocks=1,
+        bytes=1024,
+        descriptors=1,
+        recomputations=0,
+    )
+
+
+def status(engine_id: str = "d0", role: str = "decode") -> EngineStatus:
+    return EngineStatus(
+        engine_id=engine_id,
+        incarnation="i",
+        role=role,
+        model=MODEL,
+        fingerprint="f",
+        tp=1,
+        pp=1,
+        nnodes=1,
+        connector="tcp",
+        ranks=[],
+        kv=KvUsage(block_size=16, blocks=10, free=4, cached=3, leased=2, in_use=1),
+        requests=RequestCounts(waiting=1, waiting_for_kv=2, running=3),
+        peers=[],
+    )
+
+
+def say(*parts: str, finish: str = "stop") -> list[TokenDelta]:
+    """One delta for each part, then end-of-sequence."""
+    eos = ids(EOS)
+    deltas = [TokenDelta(ids(part), how=how()) for part in parts]
+    if finish == "length":
+        return [*deltas[:-1], TokenDelta(deltas[-1].token_ids, finish_reason="length", how=how())]
+    return [*deltas, TokenDelta(eos, finish_reason="stop", stop_token_id=eos[0], how=how())]
+
+
+HANG = "hang"
+Step = TokenDelta | Exception | str
+Script = Callable[[TokenRequest], list[Step]]
+
+
+@dataclass
+class FakeBackend:
+    """Answers every request with `script`'s steps: a delta is sent, an exception raised, HANG waits for ever."""
+
+    folder: Path
+    script: Script = lambda request: say("hello", " world")
+    found: Health = field(default_factory=lambda: Health(True, "ready"))
+    no_model: Exception | None = None
+    requests: list[TokenRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    hanging: threading.Event = field(default_factory=threading.Event)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    async def model(self) -> ModelCard:
+        if self.no_model is not None:
+            raise self.no_model
+        return ModelCard(MODEL, str(self.folder), MODEL_LEN, 1)
+
+    async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
+        self.requests.append(request)
+        ended = False
+        try:
+            for step in self.script(request):
+                if isinstance(step, Exception):
+                    ended = True
+                    raise step
+                if isinstance(step, str):
+                    self.hanging.set()
+                    await asyncio.Event().wait()
+                else:
+                    ended = step.finish_reason is not None
+                    yield step
+        finally:
+            if not ended:
+                self.aborted.append(request.request_id)
+            self.closed.set()
+
+    def health(self) -> Health:
+        return self.found
+
+    def engines(self) -> list[tuple[EngineStatus, str]]:
+        return [(status("p0", "prefill"), "ready"), (status("d0", "decode"), "lost")]
+
+    def describe_engine(self, status: EngineStatus) -> dict[str, Any]:
+        return {"engine_id": status.engine_id, "role": status.role}
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        assert set(self.json) == {"error"}
+        error = self.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return error
+
+    @property
+    def events(self) -> list[Any]:
+        """Of a stream; `[DONE]` as it is."""
+        lines = [line for line in self.body.decode().split("\n\n") if line]
+        assert all(line.startswith("data: ") for line in lines)
+        return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+@dataclass
+class Api:
+    """The running application."""
+
+    port: int
+    backend: FakeBackend
+
+    def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
+        connection = self.connect()
+        raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        connection.request(method, path, raw, headers or {})
+        response = connection.getresponse()
+        reply = Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        connection.close()
+        return reply
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.send("GET", path, headers=headers)
+
+    def complete(self, **body: Any) -> Reply:
+        return self.send("POST", "/v1/completions", {"prompt": "hello"} | body)
+
+    def chat(self, **body: Any) -> Reply:
+        messages = {"messages": [{"role": "user", "content": "hello"}]}
+        return self.send("POST", "/v1/chat/completions", messages | body)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=api_key, max_retries=0)
+
+
+@contextmanager
+def running(backend: FakeBackend, **options: Any) -> Iterator[Api]:
+    """The application in a thread of its own, until the block ends."""
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        app = create_app(backend, **{"kind": "router"} | options)
+        loop.run_until_complete(serve(app, listener, stop, grace=1))
+        loop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield Api(port, backend)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[Api]:
+    with running(FakeBackend(folder)) as found:
+        yield found
+
+
+@pytest.fixture
+def api(shared: Api) -> Api:
+    """A router's API whose backend is as new."""
+    fresh = FakeBackend(shared.backend.folder)
+    shared.backend.__dict__.update(fresh.__dict__)
+    return shared
+
+
+@pytest.fixture(scope="module")
+def shared_engine(folder: Path) -> Iterator[Api]:
+    with running(FakeBackend(folder), kind="engine") as found:
+        yield found
+
+
+@pytest.fixture
+def engine_api(shared_engine: Api) -> Api:
+    """An engine's API whose backend is as new."""
+    fresh = FakeBackend(shared_engine.backend.folder)
+    shared_engine.backend.__dict__.update(fresh.__dict__)
+    return shared_engine
