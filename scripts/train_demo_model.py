@@ -31,6 +31,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+LONG_MIX = ("walk", "recall", "recall", "recall")  # a long walk has ten times the answer tokens
 EAGER_UP_TO = 160
 IGNORED = -100  # the label that cross-entropy skips
 
@@ -129,7 +130,8 @@ def training_batch(step: int, steps: int, seed: int, tokens: int) -> list[Questi
     if progress > 0.3 and rng.random() < 0.45:
         most = rng.choice([30, 60, 85])
         count = max(4, tokens // (most * 6 + 50))
-        return long_questions(count, draw, held_out=False, min_entries=most - 25, max_entries=most)
+        shortest = most - 25
+        return long_questions(count, draw, held_out=False, kinds=LONG_MIX, min_entries=shortest, max_entries=most)
     most = 6 if progress < 0.1 else rng.choice([4, 8, 16])
     count = max(8, tokens // (most * 6 + 50))
     return questions(count, draw, held_out=False, max_entries=most)
@@ -220,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--peak", type=float, default=2e-2, help="highest learning rate")
-    parser.add_argument("--tokens", type=int, default=2500, help="tokens in a batch, about")
+    parser.add_argument("--tokens", type=int, default=2300, help="tokens in a batch, about")
     parser.add_argument("--check", type=int, default=2000, help="held-out questions asked afterwards")
     options = parser.parse_args()
 

@@ -93,9 +93,7 @@ def test_the_chat_template_marks_turns_and_opens_the_answer(tokenizer):
     assert opened == closed + "<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize(
-    "text", ["Sort: ba", "naïve Straße", "日本語 🦊\n\ttab", "  two  spaces ", "\x00\x7f"]
-)
+@pytest.mark.parametrize("text", ["Sort: ba", "naïve Straße", "日本語 🦊\n\ttab", "  two  spaces ", "\x00\x7f"])
 def test_the_tokenizer_round_trips_any_text_one_token_a_byte(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
@@ -137,6 +135,6 @@ def solve(question: Question) -> str:
         case "recall":
             listed, asked = text.split(". Give ")
             value_of = dict(pair.split("=") for pair in listed.split(", "))
-            return " ".join(f"{name}={value_of[name]}" for name in asked.split())
+            return " ".join(f"{name}{value_of[name]}" for name in asked.split())
         case kind:
             raise ValueError(f"a question of a kind unknown here: {kind!r}")

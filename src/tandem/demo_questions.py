@@ -8,7 +8,7 @@ Kinds:
 - ``reverse``: ``Reverse: krqzm`` -> ``mzqrk`` (distinct letters)
 - ``sort``: ``Sort: qfkz`` -> ``fkqz`` (distinct letters)
 - ``walk``: ``Walk from k: a>t, k>a, t>.`` -> ``kat.`` (each entry of the list is used once)
-- ``recall``: ``Recall: a=t, k=3, m=a. Give m a`` -> ``m=a a=t``
+- ``recall``: ``Recall: a=t, k=3, m=a. Give m a`` -> ``ma at``
 """
 
 import hashlib
@@ -62,9 +62,7 @@ def long_questions(
     return _draw(count, seed, held_out, kinds, entries=(min_entries, max_entries))
 
 
-def _draw(
-    count: int, seed: int, held_out: bool, kinds: tuple[str, ...], entries: tuple[int, int]
-) -> list[Question]:
+def _draw(count: int, seed: int, held_out: bool, kinds: tuple[str, ...], entries: tuple[int, int]) -> list[Question]:
     rng = random.Random(f"{seed}/{held_out}/{entries}")
     drawn: list[Question] = []
     while len(drawn) < count:
@@ -92,10 +90,10 @@ def _walk(rng: random.Random, entries: int) -> Question:
 
 
 def _recall(rng: random.Random, entries: int) -> Question:
-    value_of = {name: rng.choice(_NAMES) for name in rng.sample(_NAMES, entries)}
+    value_of = {name: rng.choice(_NAMES.replace(name, "")) for name in rng.sample(_NAMES, entries)}
     asked = rng.sample(list(value_of), min(entries, rng.randint(3, 8)))
     listed = ", ".join(f"{name}={value}" for name, value in value_of.items())
-    answer = " ".join(f"{name}={value_of[name]}" for name in asked)
+    answer = " ".join(f"{name}{value_of[name]}" for name in asked)
     return Question("recall", f"Recall: {listed}. Give {' '.join(asked)}", answer)
 
 

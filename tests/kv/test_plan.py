@@ -387,6 +387,13 @@ def test_heads_and_layers_that_no_source_holds_are_named(tp: int, pp: int, lost:
         plan(sources, Engine().ranks(Model()), 0)
 
 
+def test_block_ids_must_be_within_the_smallest_of_the_sources() -> None:
+    small, large = (Engine(tp=2, spare=spare).ranks(Model()) for spare in (0, 5))
+    planned = plan([large[0], small[1]], Engine(spare=9).ranks(Model()), 0)
+    with pytest.raises(LayoutError, match="source blocks: expected ids from 0 to 8, got 9 to 9"):
+        planned.runs([9], [0], 0, 4)
+
+
 def test_a_source_that_nobody_reads_may_be_lost() -> None:
     sources = Engine(tp=2).ranks(Model())
     assert plan(sources[:1], Engine(tp=2).ranks(Model()), 0).sources == (0,)

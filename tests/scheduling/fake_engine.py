@@ -41,9 +41,7 @@ def next_token(digest: int, banned: list[int]) -> int:
     return token
 
 
-def reference(
-    tokens: list[int], prompt_len: int, params: SamplingParams, max_model_len: int
-) -> tuple[list[int], str]:
+def reference(tokens: list[int], prompt_len: int, params: SamplingParams, max_model_len: int) -> tuple[list[int], str]:
     """All output tokens that a request ends with, and its finish reason."""
     tokens = list(tokens)
     stop = [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
@@ -235,9 +233,7 @@ class FakeEngine:
 
     def first_output(self, request_id: str) -> int:
         message = self.records[request_id].message
-        outputs, _ = reference(
-            message.token_ids, message.prompt_len, message.sampling, self.limits.max_model_len
-        )
+        outputs, _ = reference(message.token_ids, message.prompt_len, message.sampling, self.limits.max_model_len)
         return outputs[len(message.token_ids) - message.prompt_len]
 
     # --- what must hold ---

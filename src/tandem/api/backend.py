@@ -64,11 +64,12 @@ class HowMade(msgspec.Struct, frozen=True, omit_defaults=False):
 
 
 class TokenDelta(msgspec.Struct, frozen=True):
-    """The next tokens of a sequence, in order. The last delta has a finish reason and says how it was made.
+    """The next tokens of a sequence, in order. The last delta has a finish reason.
 
     Attributes:
         finish_reason: "stop" (eos or stop token id, which is then the last of `token_ids` and `stop_token_id`),
             "length", or None.
+        how: how it was made so far; on the first and last delta, and whenever more is known.
     """
 
     token_ids: list[int]

@@ -83,7 +83,7 @@ class Front:
     def send(self, items: list[Tokens | Failed]) -> None:
         """What a step has for this front."""
         for item in items:
-            if item.stats is not None or isinstance(item, Failed):
+            if isinstance(item, Failed) or item.done:
                 self.active.discard(item.request_id)
         self._send(Outputs(items))
 

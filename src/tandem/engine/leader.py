@@ -66,15 +66,13 @@ class Snapshot:
 class _Account:
     """What the leader keeps of a request beside the scheduler."""
 
-    __slots__ = ("final_at", "front", "kv", "publish", "pull", "started_at")
+    __slots__ = ("first_out_at", "front", "publish", "pull")
 
-    def __init__(self, front: int, kv: object, started_at: float) -> None:
+    def __init__(self, front: int, publish: bool) -> None:
         self.front = front
-        self.kv = kv
-        self.publish = isinstance(kv, Prefill) and kv.published
+        self.publish = publish
         self.pull: Pull | None = None
-        self.started_at = started_at
-        self.final_at = 0.0
+        self.first_out_at: float | None = None
 
 
 class Leader:
@@ -175,7 +173,7 @@ class Leader:
             failed = Failed(request_id, error.code, str(error), error.param, error.retry_after)
             self._send({front: [failed]}, [self._never_began(generate)])
             return
-        self._accounts[request_id] = _Account(front, generate.kv, now)
+        self._accounts[request_id] = _Account(front, isinstance(generate.kv, Prefill) and generate.kv.published)
         log.debug("request %s: %d tokens", request_id, len(generate.token_ids))
 
     @staticmethod
@@ -231,23 +229,29 @@ class Leader:
         if outputs:
             self._switchboard.post_outputs(outputs)
 
-    def _put(self, outputs: dict[int, list[Tokens | Failed]], event: TokenOut, stats: RequestStats | None) -> None:
+    def _put(self, outputs: dict[int, list[Tokens | Failed]], event: TokenOut, finished: RequestStats | None) -> None:
+        """A token, and with the first and last one how it was made. `finished`: this engine's part is done."""
         account = self._accounts.get(event.request_id)
         if account is None:
             return
-        self._note_handoff(account)
-        logprobs = [event.logprobs] if event.logprobs is not None else None
-        params = self._params(event.request_id) if stats is not None and account.publish else None
+        stats = finished
+        if account.first_out_at is None:
+            account.first_out_at = time.monotonic()
+            request = self._scheduler.get(event.request_id)
+            if stats is None and request is not None:
+                stats = self._with_transfer(request.stats(account.first_out_at), account)
+        params = self._params(event.request_id) if finished is not None and account.publish else None
         outputs[account.front].append(
             Tokens(
                 event.request_id,
                 event.index,
                 [event.token_id],
-                logprobs,
+                [event.logprobs] if event.logprobs is not None else None,
                 event.finish_reason,
                 event.stop_token_id,
-                stats,
-                params,
+                done=finished is not None,
+                stats=stats,
+                kv_transfer_params=params,
             )
         )
 
@@ -260,24 +264,20 @@ class Leader:
             self._put(outputs, token, stats)
         else:
             outputs[account.front].append(
-                Tokens(event.request_id, 0, [], finish_reason=event.finish_reason, stats=stats)
+                Tokens(event.request_id, 0, [], finish_reason=event.finish_reason, done=True, stats=stats)
             )
         del self._accounts[event.request_id]
         log.debug("request %s finished: %s", event.request_id, event.finish_reason)
 
-    def _note_handoff(self, account: _Account) -> None:
-        if account.pull is not None and not account.final_at:
-            account.final_at = time.monotonic()
-
     def _with_transfer(self, stats: RequestStats, account: _Account) -> RequestStats:
-        """Add what was moved. `handoff_time`: from the news of the first token to the first step after it."""
+        """Add what was moved. `handoff_time`: from the news of the first token to the end of the first step after it."""
         pull = account.pull
         if pull is None:
             return stats
         return msgspec.structs.replace(
             stats,
             transfer_time=pull.read_seconds,
-            handoff_time=max(0.0, account.final_at - pull.final_at) if account.final_at else 0.0,
+            handoff_time=max(0.0, account.first_out_at - pull.final_at) if account.first_out_at else 0.0,
             blocks=len(pull.destination_blocks or ()) if pull.bytes else 0,
             bytes=pull.bytes,
             descriptors=pull.descriptors,

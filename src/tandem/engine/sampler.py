@@ -22,7 +22,8 @@ from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
 _GREEDY = 1e-5  # temperatures below count as 0
-_CANDIDATES = 1024  # top_p nearly always ends within so many of the most likely tokens
+_CANDIDATES = 128  # top_p mostly ends within so many of the most likely tokens
+_RUN = 128  # tokens
 
 
 def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
@@ -137,58 +138,76 @@ def _draw(scores: Tensor, rows: list[SampleAt]) -> list[int]:
         scores = _keep_most_likely(scores, params)
     elif filtered:
         scores[filtered] = _keep_most_likely(scores[filtered], [params[row] for row in filtered])
-    cumulative = scores.exp().cumsum(dim=-1, dtype=torch.float64)
-    numbers = cumulative.new_tensor([uniform(at.params.seed, at.position) for at in rows])
-    targets = numbers.unsqueeze(-1) * cumulative[:, -1:]
-    # Rounding may lift a target to the total, which no token exceeds; the number just below it is some token's.
-    targets = torch.minimum(targets, torch.nextafter(cumulative[:, -1:], torch.zeros_like(targets)))
-    tokens: list[int] = torch.searchsorted(cumulative, targets, right=True).squeeze(-1).tolist()
+    return _invert(scores.exp(), [uniform(at.params.seed, at.position) for at in rows])
+
+
+def _invert(weights: Tensor, numbers: list[float]) -> list[int]:
+    """Where each row's cumulative weights [rows, vocabulary] first exceed that share (in [0, 1)) of their total.
+
+    In two steps, first to a run of tokens and then within it: a running sum over the whole vocabulary in double
+    precision is what is slow, and single precision would favour the tokens with the larger ids.
+    """
+    missing = -weights.shape[-1] % _RUN
+    runs = torch.nn.functional.pad(weights, (0, missing)).reshape(len(numbers), -1, _RUN)  # [rows, runs, tokens]
+    cumulative = runs.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    targets = cumulative[:, -1:] * cumulative.new_tensor(numbers).unsqueeze(-1)
+    run = _first_above(cumulative, targets)
+    targets -= torch.where(run > 0, cumulative.gather(-1, (run - 1).clamp(min=0)), 0.0)
+    within = runs.gather(1, run.unsqueeze(-1).expand(-1, -1, _RUN)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+    tokens: list[int] = (run * _RUN + _first_above(within, targets)).squeeze(-1).tolist()
     return tokens
 
 
-def _keep_most_likely(scores: Tensor, params: list[SamplingParams]) -> Tensor:
-    """`top_k`, then `top_p` of what that left; of equally likely tokens those with the smaller ids are kept."""
+def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
+    """Where running sums [rows, n] first exceed targets [rows, 1]; that is always a place where they grow."""
+    # Rounding may lift a target to the total, which nothing exceeds; the number just below it is somebody's.
+    below_total = torch.nextafter(cumulative[:, -1:], torch.zeros_like(targets))
+    return torch.searchsorted(cumulative, torch.minimum(targets, below_total).clamp(min=0.0), right=True)
+
+
+def _keep_most_likely(scores: Tensor, params: list[SamplingParams], width: int = _CANDIDATES) -> Tensor:
+    """`top_k`, then `top_p` of what that left; of equally likely tokens those with the smaller ids are kept.
+
+    Args:
+        width: how many of the most likely tokens are looked at; more, if that proves to be too few.
+    """
     vocabulary = scores.shape[-1]
     at_most = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=scores.device)
-    wanted = max([p.top_k for p in params if p.top_k < vocabulary], default=0)
-    width = min(vocabulary, max(wanted, _CANDIDATES if any(p.top_p < 1.0 for p in params) else 1))
-    ranked = scores.topk(width, dim=-1).values
+    width = min(vocabulary, max([width, *(p.top_k for p in params if p.top_k < vocabulary)]))
+    ranked = scores.topk(width).values if width < vocabulary else scores.sort(dim=-1, descending=True).values
     count, enough = _nucleus(scores, ranked, at_most, params)
-    if not enough:
-        ranked = scores.sort(dim=-1, descending=True).values
-        count, _ = _nucleus(scores, ranked, at_most, params)
-    everything = count >= vocabulary
-    threshold = ranked.gather(-1, (count.clamp(max=ranked.shape[-1]) - 1).unsqueeze(-1))
-    threshold.masked_fill_(everything.unsqueeze(-1), -math.inf)
+    # Tokens that equal the last one to be kept are kept until there are enough.
+    threshold = ranked.gather(-1, count.unsqueeze(-1) - 1)
     above, equal = scores > threshold, scores == threshold
     spare = count.unsqueeze(-1) - above.sum(dim=-1, keepdim=True)
-    kept = above | (equal & (equal.cumsum(dim=-1) <= spare))
-    return scores.masked_fill(~kept, -math.inf)
+    kept = scores.masked_fill(~(above | (equal & (equal.cumsum(dim=-1) <= spare))), -math.inf)
+    again = [row for row, is_enough in enumerate(enough.tolist()) if not is_enough]
+    if again:
+        kept[again] = _keep_most_likely(scores[again], [params[row] for row in again], width * 16)
+    return kept
 
 
-def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[SamplingParams]) -> tuple[Tensor, bool]:
+def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
     """How many of each row's most likely tokens `top_k` and `top_p` keep (Holtzman et al. 2019).
 
     Args:
-        ranked: [rows, width], the largest scores, largest first.
+        ranked: [rows, width], the largest scores, largest first; `width` is at least every `top_k`.
         at_most: [rows], what `top_k` allows.
 
     Returns:
-        Counts, [rows], and whether `width` was enough to tell.
+        Counts in [1, width], and whether `width` was enough to tell; [rows] each.
     """
-    width = ranked.shape[-1]
+    width, vocabulary = ranked.shape[-1], scores.shape[-1]
     place = torch.arange(width, device=scores.device)
     mass = ranked.exp().double().masked_fill(place >= at_most.unsqueeze(-1), 0.0)
     cumulative = mass.cumsum(dim=-1)
-    total = scores.exp().sum(dim=-1, dtype=torch.float64)
-    total = torch.where(at_most <= width, cumulative[:, -1], total)
-    limited = torch.tensor([p.top_p < 1.0 for p in params], device=scores.device)
-    target = total * total.new_tensor([p.top_p for p in params])
+    total = torch.where(at_most < vocabulary, cumulative[:, -1], scores.exp().sum(dim=-1, dtype=torch.float64))
     # A token is kept as long as those before it do not reach top_p; the first one always is.
+    target = total * total.new_tensor([p.top_p for p in params])
     inside = ((cumulative - mass) < target.unsqueeze(-1)).sum(dim=-1).clamp(min=1)
-    count = torch.where(limited, torch.minimum(inside, at_most), at_most)
-    reached = ~limited | (inside < width) | (at_most <= width)
-    return count, bool(reached.all()) or width == scores.shape[-1]
+    limited = torch.tensor([p.top_p < 1.0 for p in params], device=scores.device)
+    count = torch.where(limited, torch.minimum(inside, at_most), at_most).clamp(max=width)
+    return count, (inside < width) | (at_most <= width)
 
 
 # --- log-probabilities ---------------------------------------------------------------------------------------------

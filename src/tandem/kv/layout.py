@@ -165,7 +165,7 @@ class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inner, inner_bytes = "the element", self.itemsize
         for dimension in reversed(self.dimensions):
             # The stride of an axis with one index is never used; frameworks put anything there.
-            if dimension.size == 1 and dimension.axis is not Axis.DIM:
+            if dimension.size == 1:
                 continue
             if dimension.stride < inner_bytes:
                 wanted = f"at least {inner_bytes} bytes, the extent of {inner}"

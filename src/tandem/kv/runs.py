@@ -42,16 +42,12 @@ class Runs:
         """The same bytes in the fewest runs, given that what adjoins in memory does so in the arrays."""
         head = np.empty(len(self), dtype=np.bool_)
         head[:1] = True
-        np.logical_not(self._continued(), out=head[1:])
+        src, dst = self.src_offset, self.dst_offset
+        head[1:] = ~_continues((src[:-1], src[1:]), (dst[:-1], dst[1:]), self.length[:-1])
         if head.all():
             return self
         first = np.flatnonzero(head)
         return Runs(self.src_offset[first], self.dst_offset[first], np.add.reduceat(self.length, first))
-
-    def _continued(self) -> NDArray[np.bool_]:
-        src, dst, length = self.src_offset, self.dst_offset, self.length[:-1]
-        result: NDArray[np.bool_] = (src[:-1] + length == src[1:]) & (dst[:-1] + length == dst[1:])
-        return result
 
     def reversed(self) -> "Runs":
         """The same copies the other way."""
@@ -78,22 +74,23 @@ class Offsets:
 
 
 def grid(segments: Runs, outside: Offsets, inside: Offsets) -> Runs:
-    """Every segment at every place, in the fewest runs, by ascending source offset.
+    """Every segment at every place, in the fewest runs.
 
-    `segments` ascend on the source; the places `outside` lie further apart than all of the segments, those
-    `inside` within one block. So the product, taken in this order, is sorted already unless two segments
-    share a block.
+    `segments` ascend on the source and lie within one block each, on a source whose blocks are not the larger
+    ones. Places `outside` lie further apart than all of the segments, places `inside` within one block. So the
+    product, taken in this order, ascends too, but where destination blocks cut one of the source. The runs on
+    the two sides of a cut cannot adjoin on the destination, save at one place: `segments` come merged.
     """
     product = Runs(
         _sums(outside.src, segments.src_offset, inside.src),
         _sums(outside.dst, segments.dst_offset, inside.dst),
         np.repeat(np.tile(segments.length, len(outside.src)), len(inside.src)),
     )
-    return product if _settled(segments, outside, inside) else product.ascending().merged()
+    return product.merged() if _any_continues(segments, outside, inside) else product
 
 
 def joined(parts: Sequence[Runs]) -> Runs:
-    """All runs of several sets, in the fewest runs, by ascending source offset."""
+    """All runs of several sets, in the fewest runs."""
     if len(parts) == 1:
         return parts[0]
     whole = Runs(
@@ -104,23 +101,32 @@ def joined(parts: Sequence[Runs]) -> Runs:
     return whole.ascending().merged()
 
 
-def _settled(segments: Runs, outside: Offsets, inside: Offsets) -> bool:
-    """Whether the product of `grid` ascends and none of its runs continues the one before.
+def _any_continues(segments: Runs, outside: Offsets, inside: Offsets) -> bool:
+    """Whether a run of the product of `grid` continues the one before it.
 
     Steps from one inner place to the next are the same in every segment, those between segments the same at
-    every outer place; so it is enough to look at each once.
+    every outer place; so it is enough to look at each once, not at every run.
     """
-    last_src, last_dst = segments.src_offset + inside.src[-1], segments.dst_offset + inside.dst[-1]
-    src = np.concatenate([last_src[:-1], outside.src[:-1] + last_src[-1]])
-    dst = np.concatenate([last_dst[:-1], outside.dst[:-1] + last_dst[-1]])
-    length = np.concatenate([segments.length[:-1], np.full(len(outside.src) - 1, segments.length[-1])])
-    next_src = np.concatenate([segments.src_offset[1:], outside.src[1:] + segments.src_offset[0]])
-    next_dst = np.concatenate([segments.dst_offset[1:], outside.dst[1:] + segments.dst_offset[0]])
-    ascends = bool((src < next_src).all())
-    continues = bool(((src + length == next_src) & (dst + length == next_dst)).any())
+    last = Runs(segments.src_offset + inside.src[-1], segments.dst_offset + inside.dst[-1], segments.length)
+    between_segments = _continues(
+        (last.src_offset[:-1], segments.src_offset[1:]),
+        (last.dst_offset[:-1], segments.dst_offset[1:]),
+        segments.length[:-1],
+    )
+    between_outer = _continues(
+        (outside.src[:-1] + last.src_offset[-1], outside.src[1:] + segments.src_offset[0]),
+        (outside.dst[:-1] + last.dst_offset[-1], outside.dst[1:] + segments.dst_offset[0]),
+        segments.length[-1:],
+    )
     steps = np.diff(inside.src)
-    steps = steps[steps == np.diff(inside.dst)]
-    return ascends and not continues and not np.isin(steps, segments.length).any()
+    within = np.isin(steps[steps == np.diff(inside.dst)], segments.length)
+    return bool(between_segments.any() or between_outer.any() or within.any())
+
+
+def _continues(src: tuple[Ints, Ints], dst: tuple[Ints, Ints], length: Ints) -> NDArray[np.bool_]:
+    """Where runs from the first offsets, of some length, end at the second on both sides."""
+    result: NDArray[np.bool_] = (src[0] + length == src[1]) & (dst[0] + length == dst[1])
+    return result
 
 
 def _sums(outer: Ints, middle: Ints, inner: Ints) -> Ints:

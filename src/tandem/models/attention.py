@@ -56,10 +56,13 @@ class KvPages:
 class _DecodePlan:
     group: DecodeGroup
     pages: Tensor
+    width: int
+    """Gathered positions of a row to attend to: as many as the longest row has, or all."""
+    splits: bool
     mask: Tensor | None
-    """[rows, 1, 1, longest], additive; None where all rows are as long."""
+    """[rows, 1, 1, width], additive; None where all rows see all of it."""
     unused: Tensor | None
-    """Gathered vectors that no row may see. They are zeroed: whatever lies there, be it NaN, times a
+    """Gathered vectors that the row has not written. They are zeroed: whatever lies there, be it NaN, times a
     probability of zero has to be zero."""
 
 
@@ -92,6 +95,7 @@ class PagedAttention:
         self._on_cpu = device.type == "cpu"
         self._splits = self._on_cpu and dtype == torch.bfloat16
         self._mask = _CausalMask(CPU_TILE if self._on_cpu else GPU_TILE, dtype, device)
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     def plan(self, batch: ForwardBatch, kv: KvPages) -> AttentionPlan:
         longest = max((row.length for row in batch.prefill), default=0)
@@ -107,14 +111,22 @@ class PagedAttention:
 
     def _plan_decode(self, group: DecodeGroup, kv: KvPages) -> _DecodePlan:
         pages = kv.page_index(group.blocks)
-        if group.is_even:
-            return _DecodePlan(group, pages, mask=None, unused=None)
-        places = torch.arange(group.blocks.shape[1] * kv.block_size, device=pages.device)
-        hidden = places >= group.lengths[:, None]  # [rows, places]
-        unused = hidden[None, :, None, :].expand(2, -1, self.num_kv_heads, -1).flatten().nonzero().squeeze(1)
+        gathered = group.blocks.shape[1] * kv.block_size
+        splits = self._splits and group.blocks.shape[0] * gathered >= SPLIT_FROM
+        # The plain products would copy keys that are cut short.
+        width = gathered if splits else group.longest
+        if group.is_even and group.longest == width:
+            return _DecodePlan(group, pages, width, splits, mask=None, unused=None)
+        places = torch.arange(gathered, device=pages.device)
+        lengths = group.lengths[:, None]
+        hidden = places >= lengths  # [rows, gathered]
+        # Short rows are filled up with their first block: their own numbers, unless that is the last one too.
+        in_last = places // kv.block_size == (lengths - 1) // kv.block_size
+        unused = hidden & (in_last | (lengths < kv.block_size))
+        unused = unused[None, :, None, :].expand(2, -1, self.num_kv_heads, -1).flatten().nonzero().squeeze(1)
         mask = torch.zeros(hidden.shape, dtype=self._mask.dtype, device=pages.device)
-        mask.masked_fill_(hidden, float("-inf"))
-        return _DecodePlan(group, pages, mask[:, None, None, : group.longest], unused)
+        mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :width]
+        return _DecodePlan(group, pages, width, splits, mask, unused)
 
     def __call__(self, qkv: Tensor, plan: AttentionPlan, kv: KvPages, layer: int) -> Tensor:
         """Stores the new keys and values, then attends.
@@ -135,18 +147,25 @@ class PagedAttention:
     def _decode(self, qkv: Tensor, plan: _DecodePlan, pages: Tensor) -> Tensor:
         group = plan.group
         rows, heads = group.stop - group.first, self.num_kv_heads
-        gathered = pages.index_select(0, plan.pages).view(-1, self.head_dim)
+        gathered = self._gather(pages, plan.pages).view(-1, self.head_dim)
         if plan.unused is not None:
             gathered.index_fill_(0, plan.unused, 0.0)
-        gathered = gathered.view(2, rows, heads, -1, self.head_dim)[..., : group.longest, :]
+        keys, values = gathered.view(2, rows, heads, -1, self.head_dim)[..., : plan.width, :]
         queries = qkv[group.first : group.stop, : self.num_heads].view(rows, heads, -1, self.head_dim)
-        if self._splits and rows * group.longest >= SPLIT_FROM:
-            out = _attend_split(queries, gathered[0], gathered[1], plan.mask, self._scale)
+        if plan.splits:
+            out = _attend_split(queries, keys, values, plan.mask, self._scale)
         else:
-            out = scaled_dot_product_attention(
-                queries, gathered[0], gathered[1], attn_mask=plan.mask, scale=self._scale
-            )
+            out = scaled_dot_product_attention(queries, keys, values, attn_mask=plan.mask, scale=self._scale)
         return out.reshape(rows, -1)
+
+    def _gather(self, pages: Tensor, index: Tensor) -> Tensor:
+        """Copies pages together, into memory that the next call takes again: the kernel would have to map and
+        clear fresh memory each time."""
+        shape = (index.shape[0], pages.shape[1])
+        if self._gathered.numel() < shape[0] * shape[1]:
+            self._gathered = pages.new_empty(shape[0] * shape[1])
+        out = self._gathered[: shape[0] * shape[1]].view(shape)
+        return torch.index_select(pages, 0, index, out=out)
 
     def _prefill(self, qkv: Tensor, plan: _PrefillPlan, pages: Tensor) -> list[Tensor]:
         row, heads = plan.row, self.num_kv_heads
@@ -154,7 +173,7 @@ class PagedAttention:
             new = qkv[row.first : row.stop, self.num_heads :].transpose(0, 1)  # [2 * heads, n, head_dim]
             keys, values = new[None, :heads], new[None, heads:]
         else:
-            gathered = pages.index_select(0, plan.pages).view(2, 1, heads, -1, self.head_dim)
+            gathered = self._gather(pages, plan.pages).view(2, 1, heads, -1, self.head_dim)
             keys, values = gathered[0], gathered[1]
         if not self._on_cpu:
             keys, values = (t.repeat_interleave(self.num_heads // heads, 1) for t in (keys, values))

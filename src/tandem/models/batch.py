@@ -28,7 +28,7 @@ class DecodeGroup:
     first: int
     stop: int
     blocks: Tensor
-    """int64 [rows, blocks of the longest row]; shorter rows are filled up with their own last block."""
+    """int64 [rows, blocks of the longest row]; shorter rows are filled up with their own first block."""
     lengths: Tensor
     """int64 [rows]: positions to attend to, the new token included."""
     longest: int
@@ -143,7 +143,7 @@ def _decode_groups(rows: list[Row], device: torch.device | str, block_size: int)
         table = []
         for row in rows[group.start : group.stop]:
             used = _used(row, block_size)
-            table.append(used + used[-1:] * (width - len(used)))
+            table.append(used + used[:1] * (width - len(used)))
         groups.append(
             DecodeGroup(
                 first=group.start,

@@ -146,7 +146,7 @@ class Hub:
             error = request_error(item.code, item.message, item.param, item.retry_after)
             channel.inbox.put_nowait((channel, error))
             return
-        channel.finished = item.stats is not None
+        channel.finished = item.done
         channel.inbox.put_nowait((channel, item))
 
     async def _watch(self) -> None:

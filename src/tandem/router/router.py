@@ -171,14 +171,15 @@ class Router:
                 fresh, logprobs = progress.take(message)
                 if message.finish_reason is not None:
                     end = (message.index + len(message.token_ids), message)
+                how = how_made(path, stats, progress, attempt) if message.stats is not None else None
                 if end is not None and len(progress.tokens) >= end[0]:
-                    how = how_made(path, stats, progress, attempt)
+                    how = how or how_made(path, stats, progress, attempt)
                     last = end[1]
                     params = self._published(path, last.kv_transfer_params)
                     yield TokenDelta(fresh, logprobs, last.finish_reason, last.stop_token_id, how, params)
                     return
-                if fresh:
-                    yield TokenDelta(fresh, logprobs)
+                if fresh or how is not None:
+                    yield TokenDelta(fresh, logprobs, how=how)
         finally:
             for channel in channels:
                 self._hub.close(channel)

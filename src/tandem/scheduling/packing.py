@@ -56,6 +56,7 @@ class Packing:
                 self._advance(request)
         while not self._short_of_blocks and (head := self._next_to_admit()) is not None:
             self._admit(head)
+        self._seat_ready()
         return self.entries
 
     @property
@@ -123,14 +124,23 @@ class Packing:
 
     def _admit(self, request: Request) -> None:
         if request.state is RequestState.READY:
-            self._board.move(request, RequestState.RUNNING)
-            self._advance(request)
+            self._seat(request)
         elif error := self._board.too_big(request, len(request.tokens)):
             self._board.fail(request, error, self._now)
         elif isinstance(request.kv, Pull):
             self._admit_pull(request, request.kv)
         else:
             self._admit_local(request)
+
+    def _seat(self, request: Request) -> None:
+        self._board.move(request, RequestState.RUNNING)
+        self._advance(request)
+
+    def _seat_ready(self) -> None:
+        """Who has its blocks already need not stand behind an earlier arrival that waits for some, maybe for these."""
+        board = self._board
+        while self._has_room and len(board.running) < board.limits.max_num_seqs and (head := board.ready.head):
+            self._seat(head)
 
     def _admit_local(self, request: Request) -> None:
         length = len(request.tokens)

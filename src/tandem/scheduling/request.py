@@ -104,7 +104,6 @@ class Request:
     def recompute(self, reason: str) -> None:
         """Start over without KV; tokens and output stay."""
         self.num_computed = 0
-        self.num_published = 0
         self.recomputations += 1
         self.recompute_reason = reason
 

@@ -31,9 +31,9 @@ from tandem.transfer.runs import Runs, checked_runs
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 16 * 1024 * 1024
-PIECE_RUNS = 1024
-MAX_PIECES_IN_FLIGHT = 16
+PIECE_BYTES = 8 * 1024 * 1024
+PIECE_RUNS = 512
+MAX_PIECES_IN_FLIGHT = 32
 POST_SECONDS = 0.005
 CLOSE_SECONDS = 2.0
 

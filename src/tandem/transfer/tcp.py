@@ -41,9 +41,7 @@ MAX_SOCKETS = 16_384
 # libzmq tells a sender what was taken in steps of half the mark, so four windows never fill up for an honest reader.
 _HWM = 4 * WINDOW
 _SERVER = SocketOptions(max_message=64 * 1024 + 8192, hwm=_HWM, mandatory=True)
-# Never connects again: a new connection would be to another life of the peer, or have lost answers.
-_READER = SocketOptions(max_message=PIECE_BYTES, hwm=_HWM, reconnect=False)
-
+# The end of a connection is the end of a peer: a new one would lead to another life of it, or lack answers.
 _LOST = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -51,6 +49,8 @@ _LOST = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+
+_READER = SocketOptions(max_message=PIECE_BYTES, hwm=_HWM, reconnect=False, monitor=_LOST)
 
 
 class TcpRead:
@@ -149,7 +149,7 @@ class TcpTransport:
             socket = self._sockets.connect(zmq.DEALER, address.host, address.port, _READER)
         except (WireError, ConfigError) as error:
             raise TransferError(f"cannot connect to {peer.agent}: {error}") from error
-        monitor = socket.get_monitor_socket(_LOST)
+        monitor = socket.get_monitor_socket()
         self._peers[peer.agent] = _Peer(peer, socket, monitor)
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
@@ -257,7 +257,7 @@ class TcpTransport:
 
     def _notice_loss(self, peer: _Peer) -> None:
         event = parse_monitor_message(peer.monitor.recv_multipart())
-        words = zmq.Event(event["event"]).name.replace("_", " ").lower()
+        words = str(zmq.Event(event["event"]).name).replace("_", " ").lower()
         self._lose(peer, f"connection to {peer.endpoint.agent}: {words}")
 
     def _lose(self, peer: _Peer, words: str) -> None:

@@ -259,7 +259,8 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
         index: place of the first of `token_ids` in the request's output (0: first token).
         finish_reason: stop (eos or stop token id) or length, if the request ends with the last of `token_ids`.
         stop_token_id: the token that ended it, which is the last of `token_ids`.
-        stats: this engine's part is done, and this is how; a prefill engine's part may end before the request does.
+        done: this engine's part is done; a prefill engine's part may end before the request does.
+        stats: how it was made so far; on the first and on the last message.
     """
 
     request_id: Name
@@ -268,6 +269,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: Name | None = None
     stop_token_id: int | None = None
+    done: bool = False
     stats: RequestStats | None = None
     kv_transfer_params: KvTransferParams | None = None
 

@@ -54,6 +54,7 @@ class SocketOptions:
         handover: a new connection to a ROUTER with an `identity` already in use replaces the old one.
         identity: under which a ROUTER addresses this socket; chosen by the ROUTER if None.
         reconnect: connect again when the connection breaks.
+        monitor: `zmq.EVENT_...` that `socket.get_monitor_socket()` is to report, from before the first can happen.
     """
 
     max_message: int = MAX_MESSAGE_BYTES
@@ -62,6 +63,7 @@ class SocketOptions:
     handover: bool = False
     identity: bytes | None = None
     reconnect: bool = True
+    monitor: int = 0
 
 
 DEFAULT_OPTIONS = SocketOptions()
@@ -146,6 +148,8 @@ class Sockets(Generic[S]):
         socket = self._context.socket(kind)
         for option, value in _settings(kind, ipv6, options).items():
             socket.set(option, value)
+        if options.monitor:
+            socket.get_monitor_socket(options.monitor)
         return socket
 
 
