@@ -29,6 +29,15 @@ def test_unclaimed_blocks_end_after_a_ttl() -> None:
     assert len(table) == 0
 
 
+def test_blocks_may_wait_longer_for_their_claim_than_a_ttl() -> None:
+    table = LeaseTable(TTL)
+    table.hold("r", [1], now=0.0, wait=60.0)
+    assert ended(table, 59.9) == []
+    table.claim("r", "d", now=59.9)
+    assert ended(table, 60.0) == []
+    assert ended(table, 69.9) == ["r"]
+
+
 def test_a_claim_may_come_before_the_blocks() -> None:
     table = LeaseTable(TTL)
     table.claim("r", "d", now=0.0)
@@ -70,9 +79,9 @@ def test_a_stranger_cannot_release_what_another_reads() -> None:
 
 def test_unwanted_blocks_stay_only_as_long_as_a_claim_that_is_out() -> None:
     table = LeaseTable(TTL)
-    table.hold("nobody", [1], now=0.0, wait_for_claim=False)
+    table.hold("nobody", [1], now=0.0, wait=0.0)
     table.claim("claimed", "d", now=0.0)
-    table.hold("claimed", [2], now=3.0, wait_for_claim=False)
+    table.hold("claimed", [2], now=3.0, wait=0.0)
     assert ended(table, 3.0) == ["nobody"]
     assert ended(table, 10.0) == ["claimed"]
 
@@ -193,8 +202,8 @@ def test_without_leases_nothing_is_due() -> None:
 class World:
     """Two engines with clocks that differ by any constant, and a network that delays, reorders and loses messages.
 
-    Time is the world's; `offset` turns it into each side's own. Every read by the reader starts at will and ends at
-    will; what matters is when it ended and when the holder freed the blocks.
+    Time is the world's; `offset` turns it into each side's own. Of every request a read ends at every tick of the
+    reader, which judges it then and at all later ticks; what matters is when the holder freed the blocks.
     """
 
     holder_offset: float
@@ -207,13 +216,14 @@ class World:
     count: Any = field(default_factory=itertools.count)
     freed: dict[str, float] = field(default_factory=dict)
     completed: list[tuple[str, float]] = field(default_factory=list)
-    good: list[tuple[str, float]] = field(default_factory=list)
+    good: set[tuple[str, float]] = field(default_factory=set)
 
     def at(self, time: float, action: Any) -> None:
         heapq.heappush(self.queue, (time, next(self.count), action))
 
     def send(self, time: float, action: Any) -> None:
-        delay = self.delays.draw(st.one_of(st.none(), st.floats(0.0, 15.0)))
+        # Both a network that nearly works and one that hardly does: near misses need an answer that comes.
+        delay = self.delays.draw(st.one_of(st.just(0.0), st.just(4.0), st.none(), st.floats(0.0, 15.0)))
         if delay is not None:
             self.at(time + delay, action)
 
@@ -265,13 +275,11 @@ class World:
         renewal = self.reader.due(t + self.reader_offset)
         if renewal is not None:
             self.send(t, self.receive_renew(renewal.seq, renewal.request_ids))
+        self.completed += [(request_id, t) for request_id in ("a", "b")]
         for request_id, completed_at in self.completed:
             if self.reader.good(request_id, completed_at + self.reader_offset):
-                self.good.append((request_id, completed_at))
+                self.good.add((request_id, completed_at))
         self.at(t + 0.5, self.tick_reader)
-
-    def complete(self, request_id: str) -> Any:
-        return lambda t: self.completed.append((request_id, t))
 
     def release(self, request_id: str) -> Any:
         def act(t: float) -> None:
@@ -282,10 +290,10 @@ class World:
         return act
 
 
-times = st.floats(0.0, 40.0)
+times = st.one_of(st.floats(0.0, 8.0), st.floats(0.0, 40.0))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_what_the_reader_calls_good_was_read_before_the_holder_freed_it(data: st.DataObject) -> None:
     offsets = st.floats(-1e6, 1e6).map(lambda value: round(value * 1024) / 1024)
@@ -294,8 +302,6 @@ def test_what_the_reader_calls_good_was_read_before_the_holder_freed_it(data: st
         world.at(data.draw(times), world.compute(request_id))
         for again in sorted(data.draw(st.lists(times, min_size=1, max_size=2))):
             world.at(again, world.claim(request_id))
-        for time in data.draw(st.lists(times, max_size=4)):
-            world.at(time, world.complete(request_id))
         if data.draw(st.booleans()):
             world.at(50.0, world.release(request_id))
     world.at(0.0, world.sweep_holder)

@@ -179,5 +179,5 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert record.terminal[0].finish_reason == record.finish_reason == reason
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase

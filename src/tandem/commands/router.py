@@ -15,6 +15,7 @@ def run_router(config: RouterConfig, start_timeout: float) -> int:
         screen.panel(
             f"http://{router.http}", "router", [f"engines register with --router {router.control}", "Ctrl-C stops it"]
         )
+        screen.url(f"http://{router.http}")
         wait_forever(family)
         return 0
 

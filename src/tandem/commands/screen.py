@@ -58,5 +58,10 @@ class Screen:
         text = f"[bold]{model}[/bold] is served at [bold cyan]{url}/v1[/bold cyan]\n" + "\n".join(lines)
         self.console.print(Panel.fit(text, title="Tandem", border_style="green"))
 
+    def url(self, url: str) -> None:
+        """Alone on stdout, for whoever started the command as a child and waits for it; a person has the panel."""
+        if not sys.stdout.isatty():
+            print(url, flush=True)
+
     def failed(self, text: str) -> None:
         print(f"tandem: {text}", file=sys.stderr)

@@ -83,6 +83,7 @@ def run_serve(
                 "Ctrl-C stops everything",
             ],
         )
+        screen.url(url)
         wait_forever(family)
         return 0
 

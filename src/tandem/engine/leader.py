@@ -278,7 +278,7 @@ class Leader:
             stats,
             transfer_time=pull.read_seconds,
             handoff_time=max(0.0, account.first_out_at - pull.final_at) if account.first_out_at else 0.0,
-            blocks=len(pull.destination_blocks or ()) if pull.bytes else 0,
+            blocks=self._pool.blocks_for(pull.ready) - pull.cached // self._pool.block_size,
             bytes=pull.bytes,
             descriptors=pull.descriptors,
             transport=self._transport,

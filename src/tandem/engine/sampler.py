@@ -75,7 +75,8 @@ def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, 
     """Tokens for rows with finite peaks, and why some have none. Writes over the logits."""
     errors: dict[int, str] = {}
     for row, at in enumerate(rows):
-        if (error := _shape(logits[row], at)) is not None:
+        plain = at.history is None and not at.stop_ids and not at.params.logit_bias
+        if not plain and (error := _shape(logits[row], at)) is not None:
             errors[row] = error
     peaks, largest = logits.max(dim=-1)
     chosen: list[int] = largest.tolist()
@@ -149,7 +150,7 @@ def _invert(weights: Tensor, numbers: list[float]) -> list[int]:
     """
     missing = -weights.shape[-1] % _RUN
     runs = torch.nn.functional.pad(weights, (0, missing)).reshape(len(numbers), -1, _RUN)  # [rows, runs, tokens]
-    cumulative = runs.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    cumulative = runs.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     targets = cumulative[:, -1:] * cumulative.new_tensor(numbers).unsqueeze(-1)
     run = _first_above(cumulative, targets)
     targets -= torch.where(run > 0, cumulative.gather(-1, (run - 1).clamp(min=0)), 0.0)

@@ -61,7 +61,11 @@ class Shard:
     def query_head_range(self, num_heads: int, num_kv_heads: int) -> range:
         """The query heads that this rank computes: each attends to a KV head held here. Raises `ModelError`."""
         try:
-            return query_heads(num_heads, num_kv_heads, tp=self.tp_size, tp_rank=self.tp_rank).indices
+            # Of all ranks, so that all refuse a split that leaves one of them without a head.
+            spans = [
+                query_heads(num_heads, num_kv_heads, tp=self.tp_size, tp_rank=rank) for rank in range(self.tp_size)
+            ]
+            return spans[self.tp_rank].indices
         except LayoutError as error:
             raise _too_many_ranks(self, error) from error
 

@@ -7,6 +7,8 @@ What NIXL does and does not promise, as measured with version 1.5.1:
 - A read that was posted cannot be called back. Releasing its handle, and even removing the remote agent, succeeds
   at once, and yet the bytes arrive when a peer that was stopped continues. So a peer that is disconnected stays
   known to NIXL, and its reads stay IN_PROGRESS, until NIXL says of each that it ended. They end as FAILED then.
+- With the settings of its Python class the progress thread of an agent never sleeps, so each rank would take a whole
+  core; with a delay it sleeps until UCX has an event. See `_new_agent`.
 - A reader whose agent vanishes in the middle of a read over TCP can make UCX abort the *serving* process, so
   `close` gives reads in progress a moment to end.
 """
@@ -14,6 +16,7 @@ What NIXL does and does not promise, as measured with version 1.5.1:
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import logging
 import os
 import time
@@ -36,6 +39,10 @@ PIECE_RUNS = 512
 MAX_PIECES_IN_FLIGHT = 32
 POST_SECONDS = 0.005
 CLOSE_SECONDS = 2.0
+
+# The progress thread wakes up with every event of UCX, and after this long without any. Measured for ranks on two
+# busy cores: idle share of a core 0.67 -> 0.01, 64 MiB over TCP 268 -> 120 ms, 8 bytes over TCP 6.0 -> 0.6 ms.
+PROGRESS_DELAY_MICROSECONDS = 5_000
 
 _DIGEST_BYTES = 16
 _BACKEND = "UCX"
@@ -90,7 +97,7 @@ class NixlTransport:
         nixl = _import_nixl()
         self._agent_name = agent
         try:
-            self._nixl = nixl.nixl_agent(agent, nixl.nixl_agent_config(backends=[_BACKEND]))
+            self._nixl = _new_agent(nixl, agent)
         except Exception as error:
             raise ConfigError(f"NIXL does not start: {_words(error)}; try `--connector tcp`") from error
         if _BACKEND not in self._nixl.backends:
@@ -311,6 +318,30 @@ def _import_nixl() -> Any:
     return nixl
 
 
+def _new_agent(nixl: Any, name: str) -> Any:
+    """A NIXL agent with UCX whose progress thread sleeps while there is nothing to do.
+
+    `nixl_agent` fixes the delay of that thread at 0, with which it spins. So the agent underneath is made here, from
+    the same bindings; where they have changed, the one that spins is used.
+    """
+    spinning = nixl.nixl_agent_config(backends=[_BACKEND])
+    try:
+        settings = nixl._bindings.nixlAgentConfig()
+        settings.useProgThread = True
+        settings.useListenThread = False
+        settings.syncMode = nixl._bindings.NIXL_THREAD_SYNC_NONE
+        settings.pthrDelay = PROGRESS_DELAY_MICROSECONDS
+        settings.captureTelemetry = False
+        agent = nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
+        agent.agent = nixl._bindings.nixlAgent(name, settings)
+    except (AttributeError, TypeError) as error:
+        log.warning("NIXL's progress thread cannot be told to sleep (%s); it will keep a core busy", error)
+        return nixl.nixl_agent(name, spinning)
+    if _BACKEND in agent.get_plugin_list():
+        agent.create_backend(_BACKEND)
+    return agent
+
+
 def _memory_type(region: Region) -> str:
     return "DRAM" if region.device < 0 else "VRAM"
 
@@ -331,3 +362,25 @@ def _words(error: Exception) -> str:
     """NIXL's exceptions have no common base and an error code for text."""
     text = str(error) or type(error).__name__
     return text.removeprefix("NIXL_ERR_").replace("_", " ").lower() if text.startswith("NIXL_ERR_") else text
+
+
+@dataclass(frozen=True, slots=True)
+class NixlInstallation:
+    """`plugins`: backends that NIXL can load here. `ucx_library`: file of the libucp that it uses; None if not found."""
+
+    version: str
+    plugins: list[str]
+    ucx_library: str | None
+
+
+def nixl_installation() -> NixlInstallation:
+    """Start an agent and look at what was loaded. Raises ConfigError if NIXL is not installed or does not start."""
+    nixl = _import_nixl()
+    try:
+        agent = _new_agent(nixl, f"doctor-{os.getpid()}")
+        plugins = [str(name) for name in agent.get_plugin_list()]
+    except Exception as error:
+        raise ConfigError(f"NIXL does not start: {_words(error)}") from error
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if "/libucp" in line}
+    return NixlInstallation(importlib.metadata.version("nixl"), plugins, next(iter(sorted(libraries)), None))

@@ -1,0 +1,1 @@
+"""What `tandem doctor` looks at: this machine, the nodes of an engine, the engines of a router."""

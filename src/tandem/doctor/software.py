@@ -1,0 +1,164 @@
+"""What is installed: versions, CUDA devices, NIXL and what UCX makes of this machine, the cluster key."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tandem.doctor.finding import Finding, ok, problem, warning
+from tandem.doctor.machine import size
+from tandem.doctor.network import network_devices, ucx_environment
+from tandem.doctor.nixl_probe import NixlReport, ask_nixl
+from tandem.doctor.ucx import UcxReport
+from tandem.errors import ConfigError, TransferError
+from tandem.wire.keys import load_key
+
+PROBE_SECONDS = 60.0
+TORCH = ((2, 11), (2, 14))
+"""From, and up to but without."""
+
+RDMA = re.compile(r"rc|dc|ud|srd|gga")
+SAME_MACHINE = ("sysv", "posix", "xpmem", "knem", "cma")
+GPU = ("cuda", "gdr_copy", "rocm")
+
+
+def check_versions() -> list[Finding]:
+    import zmq
+
+    from tandem import __version__
+
+    return [
+        ok("python", platform.python_version()),
+        ok("tandem", __version__),
+        messages(zmq.__version__, zmq.zmq_version(), curve=zmq.has("curve")),
+    ]
+
+
+def check_torch() -> list[Finding]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    memory = [torch.cuda.mem_get_info(i) for i in range(len(names))]
+    devices = [f"{i}: {name}, {size(free)} of {size(total)} free" for i, (name, (free, total)) in
+               enumerate(zip(names, memory, strict=True))]
+    return [
+        torch_version(torch.__version__),
+        cuda_devices(devices, torch.version.cuda, driver=os.path.exists("/dev/nvidiactl")),
+    ]
+
+
+def check_nixl(cuda: bool) -> list[Finding]:
+    """`cuda`: whether KV would be in GPU memory."""
+    if importlib.util.find_spec("nixl") is None:
+        return [warning("nixl", "not installed", "KV moves over the slower tcp connector; `pip install nixl`")]
+    try:
+        report = ask_nixl(PROBE_SECONDS)
+    except TransferError as error:
+        return [problem("nixl", str(error), "reinstall `nixl` for this CUDA version, or use --connector tcp")]
+    environment = ucx_environment()
+    return [*nixl(report), *(ucx(report.ucx, environment, cuda) if report.ucx else []),
+            ucx_settings(environment, network_devices())]
+
+
+def messages(pyzmq: str, libzmq: str, *, curve: bool) -> Finding:
+    text = f"{pyzmq}, libzmq {libzmq}"
+    if not curve:
+        return problem("pyzmq", f"{text} without CURVE", "internal sockets cannot be encrypted; `pip install pyzmq`")
+    return ok("pyzmq", f"{text} with CURVE")
+
+
+def torch_version(version: str) -> Finding:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    low, high = TORCH
+    if match is None or not low <= (int(match[1]), int(match[2])) < high:
+        wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+        return warning("torch", version, f"Tandem is tested with torch {wanted}; `pip install 'torch{wanted}'`")
+    return ok("torch", version)
+
+
+def cuda_devices(devices: Sequence[str], built_for: str | None, *, driver: bool) -> Finding:
+    """`built_for`: the CUDA version of this torch; None if it has none. `driver`: an NVIDIA driver is loaded."""
+    if devices:
+        return ok("CUDA devices", "; ".join(devices))
+    if driver:
+        why = f"torch is built for CUDA {built_for}" if built_for else "this torch is built without CUDA"
+        return warning(
+            "CUDA devices",
+            f"none that torch can use, though a driver is loaded; {why}",
+            "install a torch for this driver's CUDA version, or start engines with --device cpu",
+        )
+    return ok("CUDA devices", "none; engines compute on the CPU")
+
+
+def nixl(report: NixlReport) -> list[Finding]:
+    if report.version is None:
+        return [problem("nixl", report.error or "does not start", "reinstall `nixl` or use --connector tcp")]
+    found = [ok("nixl", report.version)]
+    plugins = ", ".join(report.plugins) or "none"
+    if "UCX" not in report.plugins:
+        advice = "connector nixl needs it; reinstall `nixl`, unset NIXL_PLUGIN_DIR, or use --connector tcp"
+        return [*found, problem("NIXL plugins", f"{plugins}; UCX is not among them", advice)]
+    found.append(ok("NIXL plugins", plugins))
+    if report.ucx is None:
+        found.append(warning("UCX", report.error or "its library was not found", "its transports are not known"))
+    return found
+
+
+def ucx(report: UcxReport, environment: dict[str, str], cuda: bool) -> list[Finding]:
+    devices: dict[str, list[str]] = {}
+    for transport, device in report.resources:
+        devices.setdefault(transport, []).append(device)
+    text = ", ".join(
+        name if name in SAME_MACHINE or name == "self" else f"{name} ({' '.join(where)})"
+        for name, where in devices.items()
+    )
+    found = [ok("UCX", report.version)]
+    missing = _missing(set(devices), environment, cuda)
+    if missing is not None:
+        return [*found, warning("UCX transports", text or "none", missing)]
+    return [*found, ok("UCX transports", text)]
+
+
+def _missing(transports: set[str], environment: dict[str, str], cuda: bool) -> str | None:
+    """What to do about transports that should be there and are not."""
+    limited = f" (UCX_TLS={environment['UCX_TLS']} limits them)" if "UCX_TLS" in environment else ""
+    if not any(name == "tcp" or RDMA.match(name) for name in transports):
+        return f"none of them leaves this machine{limited}: unset UCX_TLS and UCX_NET_DEVICES, or use --connector tcp"
+    if cuda and not any(name.startswith(GPU) for name in transports):
+        return f"none of them reaches GPU memory{limited}: install the nixl wheel for this CUDA version"
+    if not transports & set(SAME_MACHINE):
+        return f"none of them is for two processes of one machine{limited}: those will use the network"
+    if "cma" not in transports and "xpmem" not in transports:
+        return (
+            f"no cma{limited}: reads within this machine are copied twice; allow process_vm_readv"
+            " (docker --cap-add SYS_PTRACE, Kubernetes: capabilities add SYS_PTRACE)"
+        )
+    return None
+
+
+def ucx_settings(environment: dict[str, str], devices: set[str]) -> Finding:
+    text = " ".join(f"{name}={value}" for name, value in environment.items()) or "none set"
+    chosen = environment.get("UCX_NET_DEVICES", "all")
+    unknown = [name for name in chosen.lstrip("^").split(",") if name not in devices | {"all"}]
+    if unknown:
+        return problem(
+            "UCX settings",
+            f"{text}; there is no {', '.join(unknown)} here",
+            f"UCX_NET_DEVICES takes names among {', '.join(sorted(devices))}",
+        )
+    return ok("UCX settings", text)
+
+
+def check_key(path: Path | None) -> list[Finding]:
+    if path is None:
+        return [ok("cluster key", "none given; internal sockets stay on loopback")]
+    try:
+        load_key(path)
+    except ConfigError as error:
+        return [problem("cluster key", str(error), "every process of the cluster needs a readable copy of one key")]
+    return [ok("cluster key", f"{path}, permissions {path.stat().st_mode & 0o777:o}")]

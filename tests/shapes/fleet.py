@@ -1,0 +1,148 @@
+"""Engines of many shapes at once, and a router in the test's own process that takes any path it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from tandem.api.backend import TokenDelta, TokenRequest
+from tandem.config import (
+    BatchSection,
+    CacheSection,
+    EngineConfig,
+    ModelSection,
+    NetworkSection,
+    ParallelSection,
+    TimeSection,
+)
+from tandem.engine.launch import rank_main
+from tandem.engine.place import RankPlace
+from tandem.processes import Family
+from tandem.router.hub import Hub
+from tandem.router.policy import Path as EnginePath
+from tandem.router.pool import Pool
+from tandem.router.router import Router
+from tandem.wire.messages import Address, EngineStatus
+from tandem.wire.sampling import SamplingParams
+from tandem.wire.sockets import SocketOptions, Sockets
+
+T = TypeVar("T")
+
+START_SECONDS = 240.0
+ANSWER_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    tp: int = 1
+    pp: int = 1
+    block_size: int = 16
+
+    @property
+    def name(self) -> str:
+        parts = [f"tp{self.tp}"] if self.tp > 1 or self.pp == 1 else []
+        parts += [f"pp{self.pp}"] if self.pp > 1 else []
+        return "x".join(parts) + (f"-block{self.block_size}" if self.block_size != 16 else "")
+
+
+class Fleet:
+    """One engine of each shape; `answer` makes any of them prefill for any other."""
+
+    def __init__(self, model: Path, shapes: Sequence[Shape], connector: str) -> None:
+        self._family = Family()
+        self._folder = tempfile.TemporaryDirectory(prefix="fleet-")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._pool = Pool()
+        self._path: EnginePath | str = "no path was chosen"
+        self.control = self._call(self._open())
+        for shape in shapes:
+            self._start(model, shape, connector)
+        self._wait({shape.name for shape in shapes})
+
+    def close(self) -> None:
+        self._family.stop()
+        with contextlib.suppress(Exception):
+            self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._folder.cleanup()
+
+    def answer(self, prefill: str, decode: str, tokens: list[int], count: int) -> tuple[list[int], TokenDelta]:
+        """Greedy output, and the last delta, which says how it was made."""
+        source, sink = self._pool.find(prefill), self._pool.find(decode)
+        assert source is not None
+        assert sink is not None
+        self._path = EnginePath(sink, source)
+        return self._call(self._generate(tokens, count))
+
+    def status(self, name: str) -> EngineStatus:
+        member = self._pool.find(name)
+        assert member is not None
+        return member.status
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(ANSWER_SECONDS)
+
+    async def _open(self) -> Address:
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), None)
+        socket, port = sockets.bind(zmq.ROUTER, "127.0.0.1", 0, SocketOptions(handover=True))
+        self._hub = Hub(socket, self._pool, introduce=False)
+        self._router = Router(self._hub, self._pool, lambda avoid: self._path, request_timeout=ANSWER_SECONDS)
+        self._hub_task = asyncio.create_task(self._hub.run())
+        return Address("127.0.0.1", port)
+
+    async def _close(self) -> None:
+        self._hub_task.cancel()
+        await asyncio.gather(self._hub_task, return_exceptions=True)
+        self._hub.stop()
+
+    async def _generate(self, tokens: list[int], count: int) -> tuple[list[int], TokenDelta]:
+        sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+        output: list[int] = []
+        last = None
+        async for delta in self._router.generate(TokenRequest("shapes", tokens, sampling)):
+            output += delta.token_ids
+            last = delta
+        assert last is not None
+        return output, last
+
+    def _start(self, model: Path, shape: Shape, connector: str) -> None:
+        parallel = ParallelSection(shape.tp, shape.pp)
+        config = EngineConfig(
+            role="mixed",
+            model=ModelSection(str(model), "random", dtype="float32"),
+            engine_id=shape.name,
+            cache=CacheSection(shape.block_size, 8 << 20),
+            batch=BatchSection(max_num_seqs=16, max_batched_tokens=64),
+            parallel=parallel,
+            network=NetworkSection(connector=connector),
+            time=TimeSection(start_timeout=START_SECONDS, lease_ttl=30.0),
+            threads=1,
+            log_level="warning",
+        )
+        meeting = f"{self._folder.name}/{shape.name}"
+        for rank in range(parallel.world_size):
+            place = RankPlace(rank, rank, "127.0.0.1", meeting, (self.control,), None)
+            self._family.start(f"{shape.name} rank {rank}", rank_main, shape.name, config, place)
+
+    def _wait(self, names: set[str]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while {member.engine_id for member in self._pool.ready("mixed")} != names:
+            assert time.monotonic() < deadline, f"only {[m.engine_id for m in self._pool]} of {names} started"
+            for child in self._family.children:
+                child.reports.clear()
+            self._family.wait(self._family.children, 0.2)
