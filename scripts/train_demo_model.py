@@ -31,7 +31,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-LONG_MIX = ("walk", "recall", "recall", "recall")  # a long walk has ten times the answer tokens
 EAGER_UP_TO = 160
 IGNORED = -100  # the label that cross-entropy skips
 
@@ -130,8 +129,7 @@ def training_batch(step: int, steps: int, seed: int, tokens: int) -> list[Questi
     if progress > 0.3 and rng.random() < 0.45:
         most = rng.choice([30, 60, 85])
         count = max(4, tokens // (most * 6 + 50))
-        shortest = most - 25
-        return long_questions(count, draw, held_out=False, kinds=LONG_MIX, min_entries=shortest, max_entries=most)
+        return long_questions(count, draw, held_out=False, min_entries=most - 25, max_entries=most)
     most = 6 if progress < 0.1 else rng.choice([4, 8, 16])
     count = max(8, tokens // (most * 6 + 50))
     return questions(count, draw, held_out=False, max_entries=most)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tandem
-from tandem.demo_questions import KINDS, Question, is_held_out, long_questions, questions
+from tandem.demo_questions import KINDS, Question, is_held_out, long_questions, questions, sample_questions
 
 FOLDER = Path(next(iter(tandem.__path__))) / "demo_model"
 
@@ -55,6 +55,12 @@ def test_long_held_out_questions_are_answered_right(model, tokenizer):
     asked = long_questions(50, seed=11)
     assert all(len(tokenizer(chat(tokenizer, question))["input_ids"]) >= 400 for question in asked)
     assert share_right(model, tokenizer, asked, batch_size=25) >= 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_sample_question_is_answered_right(tokenizer, dtype):
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).eval()
+    assert share_right(model, tokenizer, sample_questions(), batch_size=8) == 1.0
 
 
 def test_a_wrong_byte_early_in_the_prompt_changes_the_answer(model, tokenizer):

@@ -11,11 +11,12 @@ from cyclopts import App, Group, Parameter
 from cyclopts.config import Env, Toml
 
 from tandem import __version__
-from tandem.config import LogLevel, ParallelSection, Role, RouterConfig
+from tandem.config import Device, LogLevel, ParallelSection, Role, RouterConfig
 from tandem.errors import TandemError
 from tandem.options import ModelOptions, NetworkOptions, RunOptions, engine_config, optional_address
 
 SHAPE = Group("Engines", sort_key=1)
+DOCTOR = Group("What to look at", sort_key=0)
 LOOPBACK = "127.0.0.1"
 
 app = App(
@@ -223,6 +224,77 @@ def router(
 
 
 @app.command
+def bench(
+    *,
+    url: str = "http://127.0.0.1:8000",
+    input_len: int = 512,
+    output_len: int = 64,
+    num_prompts: int = 32,
+    request_rate: float = float("inf"),
+    concurrency: int | None = None,
+    model: str | None = None,
+    seed: int = 0,
+    warmup: int = 1,
+    vocab_size: int = 256,
+    ttft_goal: float | None = None,
+    tpot_goal: float | None = None,
+    api_key: str | None = None,
+    json: Path | None = None,
+) -> int:
+    """Send random prompts to a server and measure what comes back; exit code 1 if a request fails.
+
+    Parameters
+    ----------
+    url
+        Of a router, an engine, or another server with an OpenAI API.
+    input_len
+        Tokens of each prompt.
+    output_len
+        Tokens of each answer.
+    num_prompts
+        How many requests to measure.
+    request_rate
+        Requests a second, arriving as a Poisson process; inf for all at once.
+    concurrency
+        Most requests under way at once; by default no limit.
+    model
+        What the server calls its model; by default the first that it lists.
+    seed
+        Of the prompts and arrivals.
+    warmup
+        Requests sent before the measured ones.
+    vocab_size
+        Prompts are made of token ids below it; any model has the first 256.
+    ttft_goal
+        Milliseconds to the first token; requests that keep the goals count as goodput.
+    tpot_goal
+        Milliseconds for each token after the first.
+    api_key
+        Bearer token for the server.
+    json
+        A file for the summary and the raw record of each request.
+    """
+    from tandem.commands.bench import Load, run
+    from tandem.commands.measured import Goal
+
+    goal = Goal(ttft_goal and ttft_goal / 1e3, tpot_goal and tpot_goal / 1e3)
+    load = Load(
+        url=url,
+        input_len=input_len,
+        output_len=output_len,
+        num_prompts=num_prompts,
+        request_rate=request_rate,
+        concurrency=concurrency,
+        model=model,
+        seed=seed,
+        warmup=warmup,
+        vocab_size=vocab_size,
+        goal=goal,
+    )
+    return run(load, api_key, json)
+
+
+@app.command
 def keygen(file: Path) -> int:
     """Write a new cluster key. Give the same file to every router and engine with --cluster-key-file.
 
@@ -236,6 +308,77 @@ def keygen(file: Path) -> int:
     new_key_file(file)
     print(f"wrote a new cluster key to {file}; copy it to every node, readable by you alone")
     return 0
+
+
+@app.command
+def doctor(
+    *,
+    url: Annotated[str | None, Parameter(group=DOCTOR)] = None,
+    api_key: Annotated[str | None, Parameter(group=DOCTOR)] = None,
+    master: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    nnodes: Annotated[int, Parameter(group=SHAPE)] = 1,
+    node_rank: Annotated[int, Parameter(group=SHAPE)] = 0,
+    tp: Annotated[int | None, Parameter(group=SHAPE)] = None,
+    pp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    engine_id: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    connector: Annotated[str | None, Parameter(group=SHAPE)] = None,
+    device: Annotated[Device, Parameter(group=SHAPE)] = "auto",
+    start_timeout: Annotated[float, Parameter(group=SHAPE)] = 120.0,
+    host: Annotated[str | None, Parameter(group=DOCTOR)] = None,
+    cluster_key_file: Annotated[Path | None, Parameter(group=DOCTOR)] = None,
+) -> int:
+    """Say what to mend, before traffic comes: on this machine; with --master, between nodes; with --url, in a cluster.
+
+    The exit code is 0 if nothing is in the way of serving.
+
+    Parameters
+    ----------
+    url
+        Ask this router about its engines, and why pairs of them do not work together.
+    api_key
+        As clients of the router send it.
+    master
+        Run on every node as `tandem engine` would be: meets, agrees, and measures reads between all nodes.
+    nnodes
+        Number of nodes.
+    node_rank
+        Which of them this is, from 0.
+    tp
+        As it will be given to the engine; by default --nnodes / --pp.
+    pp
+        As it will be given to the engine.
+    engine_id
+        As it will be given to the engine.
+    connector
+        How KV moves: nixl or tcp; by default nixl where it is installed.
+    device
+        Whose memory is read: cpu or cuda; auto takes CUDA where there is some.
+    start_timeout
+        Seconds for all nodes to come.
+    host
+        This node's address towards the others.
+    cluster_key_file
+        Key of the cluster.
+    """
+    from tandem.commands.doctor import DoctorOptions, run_doctor
+
+    return run_doctor(
+        DoctorOptions(
+            url=url,
+            api_key=api_key,
+            master=optional_address(master, "--master"),
+            nnodes=nnodes,
+            node_rank=node_rank,
+            tp=tp,
+            pp=pp,
+            engine_id=engine_id,
+            connector=connector,
+            device=device,
+            start_timeout=start_timeout,
+            host=host,
+            cluster_key_file=cluster_key_file,
+        )
+    )
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -91,7 +92,7 @@ class Answer:
     @property
     def gaps(self) -> list[float]:
         """Inter-token latencies: seconds from each event to the next."""
-        return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
 
     @property
     def itl(self) -> float:
@@ -197,7 +198,8 @@ class Client:
                     raise _error(response.status, await _json(response))
                 yield response
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, aiohttp.ConnectionTimeoutError) as error:
-            raise Unavailable(f"{self.url} cannot be reached: {error}") from None
+            reason = getattr(error, "strerror", None) or error or type(error).__name__
+            raise Unavailable(f"{self.url} cannot be reached: {reason}") from None
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise EngineFailed(f"{self.url}{path}: the connection was lost: {error or type(error).__name__}") from None
         except msgspec.DecodeError as error:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 KINDS = ("reverse", "sort", "walk", "recall")
 LONG_KINDS = ("walk", "recall")
+SAMPLE_SEED = 0
 
 _LETTERS = string.ascii_lowercase
 _NAMES = string.ascii_letters + string.digits + "!#$%&()*+-/;<?@[]^_{|}~"
@@ -60,6 +61,11 @@ def long_questions(
 ) -> list[Question]:
     """`count` questions over long lists; by default prompts are about 400 to 500 characters (= tokens)."""
     return _draw(count, seed, held_out, kinds, entries=(min_entries, max_entries))
+
+
+def sample_questions() -> list[Question]:
+    """The 32 fixed held-out questions of ``tandem demo``, short and long; the bundled model answers all of them."""
+    return questions(24, seed=SAMPLE_SEED) + long_questions(8, seed=SAMPLE_SEED)
 
 
 def _draw(count: int, seed: int, held_out: bool, kinds: tuple[str, ...], entries: tuple[int, int]) -> list[Question]:

@@ -8,23 +8,25 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import tandem
 from tests.e2e.http import Http
-from tests.e2e.processes import descendants, survivors
+from tests.e2e.processes import session_of, survivors
 
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 SOURCE = Path(tandem.__file__).parent.parent
 
 
-def environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """One thread a rank: many ranks share few cores here. No TANDEM_... variable of whoever runs the tests."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")}
     path = os.pathsep.join(filter(None, (str(SOURCE), kept.get("PYTHONPATH"))))
@@ -35,11 +37,41 @@ def tandem_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "tandem", *map(str, arguments)]
 
 
-def run_tandem(*arguments: str | Path, seconds: float = START_SECONDS) -> subprocess.CompletedProcess[str]:
-    """A command that is expected to end by itself."""
-    return subprocess.run(
-        tandem_command(*arguments), env=environment(), capture_output=True, text=True, timeout=seconds, check=False
-    )
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended. `seconds`: until it did."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def run_tandem(*arguments: str | Path, environment: dict[str, str] | None = None) -> Ended:
+    """A command that is expected to end by itself, and to leave nothing running."""
+    # Files, as pipes would also wait for whatever the command has left running.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = time.monotonic()
+        process = subprocess.Popen(
+            tandem_command(*arguments),
+            env=clean_environment() | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(START_SECONDS)
+            seconds = time.monotonic() - started
+            left = survivors(session_of(process.pid), STOP_SECONDS)
+        finally:
+            for pid in session_of(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        assert not left, f"{process.args} left processes {sorted(left)} behind"
+        out.seek(0)
+        err.seek(0)
+        return Ended(code, out.read(), err.read(), seconds)
 
 
 class Deployment:
@@ -47,17 +79,18 @@ class Deployment:
 
     Args:
         arguments: of `tandem serve`; the port is any that is free.
-        router_only: the command is another one that prints its URL, such as `tandem router`.
+        command: another one that prints its URL, such as `router`.
+        wait: until it serves; else `http` is not there.
 
     Attributes:
         http: the router's API.
     """
 
-    def __init__(self, *arguments: str | Path, command: str = "serve") -> None:
+    def __init__(self, *arguments: str | Path, command: str = "serve", wait: bool = True) -> None:
         self.command = tandem_command(command, *arguments, "--port", "0")
         self.process = subprocess.Popen(
             self.command,
-            env=environment(),
+            env=clean_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -70,6 +103,8 @@ class Deployment:
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_log, self._read_said)]
         for reader in self._readers:
             reader.start()
+        if not wait:
+            return
         try:
             self.http = Http(self._url())
         except BaseException:
@@ -93,7 +128,7 @@ class Deployment:
     @property
     def pids(self) -> set[int]:
         """The command and everything it has started."""
-        return {self.process.pid} | descendants(self.process.pid)
+        return session_of(self.process.pid)
 
     def engines(self) -> dict[str, dict[str, Any]]:
         """What /tandem/engines says, by engine id."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-TIMEOUT = 90.0
+TIMEOUT = 45.0
 
 
 @dataclass(frozen=True)

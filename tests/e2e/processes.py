@@ -16,24 +16,18 @@ def is_alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def descendants(pid: int) -> set[int]:
-    """Children of a process, their children, and so on."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(parent, []).append(int(entry.name))
-    found: set[int] = set()
-    left = [pid]
-    while left:
-        own = children.get(left.pop(), [])
-        found.update(own)
-        left.extend(own)
-    return found
+def session_of(pid: int) -> set[int]:
+    """The living processes of the session that this process has begun, its orphans too."""
+    return {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _session(entry) == pid}
+
+
+def _session(entry: Path) -> int | None:
+    """Fields of proc_pid_stat(5) after the name: state, parent, group, session."""
+    try:
+        fields = (entry / "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[3]) if fields[0] not in "ZX" else None
 
 
 def until(condition: Callable[[], object], seconds: float, step: float = 0.05) -> bool:
@@ -43,6 +37,21 @@ def until(condition: Callable[[], object], seconds: float, step: float = 0.05) -
         if time.monotonic() > deadline:
             return False
         time.sleep(step)
+    return True
+
+
+def until_it_stays(condition: Callable[[], object], seconds: float, stays: float = 1.0) -> bool:
+    """Whether the condition came true in time and was true for a while."""
+    deadline = time.monotonic() + seconds
+    since: float | None = None
+    while since is None or time.monotonic() - since < stays:
+        if not condition():
+            since = None
+            if time.monotonic() > deadline:
+                return False
+        elif since is None:
+            since = time.monotonic()
+        time.sleep(0.05)
     return True
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.deployment import Deployment, flags
+from tests.e2e.deployment import flags
 from tests.e2e.families import Reference, prompt_of
 
 COMMON = ("--kv-memory", "16MiB", "--block-size", "16", "--max-batched-tokens", "64", "--max-num-seqs", "32")

@@ -199,6 +199,11 @@ def test_an_order_with_dim_inside_another_axis_is_refused() -> None:
         packed((*BLOCK_MAJOR[:4], Axis.DIM, Axis.TOKEN), SHARD, **GEOMETRY)
 
 
+def test_an_order_with_blocks_inside_tokens_is_refused() -> None:
+    with pytest.raises(LayoutError, match="token within block, got token, block, head"):
+        packed((Axis.TOKEN, *(a for a in BLOCK_MAJOR if a is not Axis.TOKEN)), SHARD, **GEOMETRY)
+
+
 def test_a_refusal_keeps_its_parts_from_process_to_process() -> None:
     refusal = LayoutError("itemsize", 2, 3)
     copy = pickle.loads(pickle.dumps(refusal))

@@ -85,6 +85,12 @@ class Engine:
         return KvLayout(tuple(dimensions), model.itemsize, held)
 
 
+def token_within_block(axes: list[Axis]) -> tuple[Axis, ...]:
+    block, token = sorted((axes.index(Axis.BLOCK), axes.index(Axis.TOKEN)))
+    axes[block], axes[token] = Axis.BLOCK, Axis.TOKEN
+    return (*axes, Axis.DIM)
+
+
 @st.composite
 def engines(draw: st.DrawFn, model: Model, tokens: int) -> Engine:
     block_size = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
@@ -104,7 +110,7 @@ def engines(draw: st.DrawFn, model: Model, tokens: int) -> Engine:
         pp=pp,
         order=draw(
             st.sampled_from([BLOCK_MAJOR, TOKEN_MAJOR, LAYER_MAJOR, HEADS_OF_TOKEN])
-            | st.permutations(BLOCK_MAJOR[:-1]).map(lambda axes: (*axes, Axis.DIM))
+            | st.permutations(BLOCK_MAJOR[:-1]).map(token_within_block)
         ),
         block_size=block_size,
         block_ids=tuple(ids),
@@ -184,7 +190,7 @@ def fewest_runs(
     return len(moves) - sum(follows)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(transfers(), st.booleans(), st.data())
 def test_a_plan_moves_each_byte_of_the_tokens_once_in_the_fewest_runs(
     case: Transfer, whole_tail: bool, data: st.DataObject
@@ -277,6 +283,24 @@ def test_a_run_goes_on_into_the_next_head_and_block_where_only_the_axes_within_d
     assert planned.runs_per_block == 2 * 3 * 2
     assert len(only(planned, [3], [6], 0, 4)) == 2 * 3 * 2 - 1
     assert len(only(planned, [3, 4, 5], [6, 7, 8], 0, 12)) == 3 * 2 * 3 * 2 - 5
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4)])
+def test_a_run_goes_on_from_the_last_block_of_a_layer_into_the_first_of_the_next(sizes: tuple[int, int]) -> None:
+    model = Model(layers=3, heads=1)
+    larger = Engine(block_size=4, block_ids=(0,), spare=0).ranks(model)
+    smaller = Engine(order=LAYER_MAJOR, block_size=2, block_ids=(3,), spare=0).ranks(model)
+    sides = [(larger, [0]), (smaller, [0, 3])]
+    (sources, src_ids), (destinations, dst_ids) = sides if sizes[0] > sizes[1] else sides[::-1]
+    runs = only(plan(sources, destinations, 0), src_ids, dst_ids, 0, 4)
+    assert len(runs) == 3 * 2 + 1
+
+
+def test_blocks_that_cut_those_of_the_other_side_cut_no_run_where_they_lie_side_by_side() -> None:
+    model = Model(layers=3, heads=1)
+    sources = Engine(block_size=4).ranks(model)
+    destinations = Engine(order=LAYER_MAJOR, block_size=6).ranks(model)
+    assert len(only(plan(sources, destinations, 0), [5, 0, 3], [1, 2], 0, 12)) == 3 * 3 * 2
 
 
 def test_without_whole_tail_nothing_after_the_last_token_is_touched() -> None:

@@ -26,7 +26,7 @@ from tandem.processes import Family
 
 MODEL = Path(__file__).parent.parent / "demo_model"
 NAME = "tandem-demo"
-SEED = 7
+SEED = 0
 PLAIN_WIDTH = 130
 NUMBERS_WIDTH = 62  # of the columns that are not text
 INTERRUPTED = 130
@@ -129,8 +129,10 @@ def _show(asked: list[Asked], alone: int, start_seconds: float, ask_seconds: flo
     console.print(_table(asked, alone, console.width))
     for one in asked:
         if one.complaint is not None:
-            console.print(f"[red]wrong:[/red] {escape(one.question.prompt[:60])} {escape(one.complaint)}")
-    console.print(_summary(asked))
+            console.print(
+                f"[red]wrong:[/red] {escape(one.question.prompt[:60])} {escape(one.complaint)}", soft_wrap=True
+            )
+    console.print(_summary(asked), soft_wrap=True)
     console.print(f"ready after {start_seconds:.1f} s, questions answered in {ask_seconds:.1f} s")
 
 
@@ -139,7 +141,9 @@ def _table(asked: list[Asked], alone: int, width: int) -> Table:
     title = f"{alone} asked one at a time" + (f", then {together} at once" if together else "")
     table = Table(title=f"{title}; TTFT and ITL in ms", box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("question", "answer"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=max(8, (width - NUMBERS_WIDTH) // 2))
+        table.add_column(
+            name, no_wrap=True, overflow="ellipsis", max_width=min(50, max(8, (width - NUMBERS_WIDTH) // 2))
+        )
     table.add_column("right", no_wrap=True)
     for name in ("TTFT", "ITL", "blocks", "kB", "descr.", "GB/s"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -58,7 +58,6 @@ def run_serve(
     """Serve until stopped."""
 
     def body(family: Family, screen: Screen) -> int:
-        family.warm()
         path, name = local_model(model)
         section = options.model(path, name)
         router_config = RouterConfig(
@@ -71,6 +70,7 @@ def run_serve(
             log_level=run.log_level,
         )
         configs = plan_configs(plan, section, connector, options, network, run)
+        family.warm()
         with screen:
             router = start_all(family, screen, router_config, configs)
         url = f"http://{router.http}"

@@ -26,5 +26,7 @@ def within(seconds: float, what: str, check: Callable[[], list[Finding]]) -> lis
     thread.start()
     thread.join(seconds)
     if not found:
-        return [problem(what, f"no answer within {seconds:.0f} s", "something below it hangs: a name service, a driver")]
+        return [
+            problem(what, f"no answer within {seconds:.0f} s", "something below it hangs: a name service, a driver")
+        ]
     return found[0]

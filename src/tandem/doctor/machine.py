@@ -27,7 +27,9 @@ def check_machine() -> list[Finding]:
         memory(*_memory()),
         shared_memory(shared.f_frsize * shared.f_blocks if shared else 0),
         open_files(files),
-        locked_memory(locked, rdma=os.path.isdir("/sys/class/infiniband") and bool(os.listdir("/sys/class/infiniband"))),
+        locked_memory(
+            locked, rdma=os.path.isdir("/sys/class/infiniband") and bool(os.listdir("/sys/class/infiniband"))
+        ),
         clock(_read("/sys/devices/system/clocksource/clocksource0/current_clocksource"), time.time()),
     ]
 
@@ -51,7 +53,9 @@ def memory(total: int, available: int, limit: int | None) -> Finding:
     usable = available if limit is None else min(available, limit)
     found = f"{size(total)}, {size(usable)} available"
     if usable < MIN_MEMORY:
-        return warning("memory", found, "the KV cache of one rank on CPU alone takes 1GiB; set --kv-memory or free some")
+        return warning(
+            "memory", found, "the KV cache of one rank on CPU alone takes 1GiB; set --kv-memory or free some"
+        )
     return ok("memory", found)
 
 

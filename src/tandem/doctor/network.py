@@ -14,7 +14,8 @@ from tandem.errors import ConfigError
 from tandem.wire.addresses import interface_of, is_loopback, own_addresses, resolve
 
 DEFAULT_PORTS = ((8000, "OpenAI API", "--port"), (7000, "control port", "--control-port"))
-ETHERNET_MTU = 1500
+SMALL_MTU = 1400
+"""Networks laid over others have 1400 to 1450 of Ethernet's 1500; below that something is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,10 @@ def interfaces(found: Sequence[Interface]) -> Finding:
             "only loopback",
             "engines on this machine can work together, but no other machine can reach them",
         )
-    small = [interface.name for interface in outward if (interface.mtu or ETHERNET_MTU) < ETHERNET_MTU]
+    small = [interface.name for interface in outward if (interface.mtu or SMALL_MTU) < SMALL_MTU]
     text = ", ".join(map(str, outward))
     if small:
-        return warning("network", text, f"the MTU of {', '.join(small)} is below {ETHERNET_MTU}, which costs throughput")
+        return warning("network", text, f"the MTU of {', '.join(small)} is below {SMALL_MTU}, which costs throughput")
     return ok("network", text)
 
 
@@ -83,7 +84,9 @@ def host_name(name: str, addresses: Sequence[str] | ConfigError, own: Sequence[s
         return warning("host name", f"{name} cannot be resolved", advice)
     text = f"{name} is {', '.join(addresses)}"
     if any(is_loopback(address) for address in addresses):
-        return warning("host name", f"{text}, which is loopback: others who are told this address reach themselves", advice)
+        return warning(
+            "host name", f"{text}, which is loopback: others who are told this address reach themselves", advice
+        )
     if not set(addresses) & set(own) and all("." in address for address in addresses):
         return warning("host name", f"{text}, which no interface of this machine has", advice)
     return ok("host name", text)
@@ -107,7 +110,9 @@ def port_free(host: str, port: int, use: str, flag: str) -> Finding:
             probe.bind((host, port))
         except OSError as error:
             return warning(
-                what, f"not free ({error.strerror})", f"a router's {use} would not start on it; choose another with {flag}"
+                what,
+                f"not free ({error.strerror})",
+                f"a router's {use} would not start on it; choose another with {flag}",
             )
     return ok(what, f"free for a router's {use}")
 

@@ -44,25 +44,31 @@ def check_torch() -> list[Finding]:
     cuda = torch.cuda.is_available()
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
     memory = [torch.cuda.mem_get_info(i) for i in range(len(names))]
-    devices = [f"{i}: {name}, {size(free)} of {size(total)} free" for i, (name, (free, total)) in
-               enumerate(zip(names, memory, strict=True))]
+    devices = [
+        f"{i}: {name}, {size(free)} of {size(total)} free"
+        for i, (name, (free, total)) in enumerate(zip(names, memory, strict=True))
+    ]
     return [
         torch_version(torch.__version__),
         cuda_devices(devices, torch.version.cuda, driver=os.path.exists("/dev/nvidiactl")),
     ]
 
 
-def check_nixl(cuda: bool) -> list[Finding]:
-    """`cuda`: whether KV would be in GPU memory."""
+def check_nixl() -> list[Finding]:
+    import torch
+
     if importlib.util.find_spec("nixl") is None:
         return [warning("nixl", "not installed", "KV moves over the slower tcp connector; `pip install nixl`")]
     try:
         report = ask_nixl(PROBE_SECONDS)
     except TransferError as error:
         return [problem("nixl", str(error), "reinstall `nixl` for this CUDA version, or use --connector tcp")]
-    environment = ucx_environment()
-    return [*nixl(report), *(ucx(report.ucx, environment, cuda) if report.ucx else []),
-            ucx_settings(environment, network_devices())]
+    environment, cuda = ucx_environment(), torch.cuda.is_available()
+    return [
+        *nixl(report),
+        *(ucx(report.ucx, environment, cuda) if report.ucx else []),
+        ucx_settings(environment, network_devices()),
+    ]
 
 
 def messages(pyzmq: str, libzmq: str, *, curve: bool) -> Finding:
@@ -110,6 +116,7 @@ def nixl(report: NixlReport) -> list[Finding]:
 
 
 def ucx(report: UcxReport, environment: dict[str, str], cuda: bool) -> list[Finding]:
+    """`cuda`: whether KV would be in GPU memory."""
     devices: dict[str, list[str]] = {}
     for transport, device in report.resources:
         devices.setdefault(transport, []).append(device)

@@ -18,7 +18,7 @@ _FEATURE_RMA = 2
 _PARAMS_BYTES = 1024
 """Larger than any ucp_params_t; only the first two fields, both 64 bits, are looked at."""
 
-_RESOURCE = re.compile(r"resource\s+\d+\s*:.*--\s*(\S+)/(\S+)")
+_RESOURCE = re.compile(r"resource\s+\d+\s*:.*flags\s+\S+\s+(\S+)/(\S+)")
 
 
 class UcxReport(msgspec.Struct, frozen=True):

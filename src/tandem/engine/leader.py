@@ -189,7 +189,7 @@ class Leader:
         account = self._accounts.get(pull.request_id)
         if account is not None:
             account.pull = pull
-        self._scheduler.kv_ready(pull.request_id, pull.first_token, now)
+        self._scheduler.kv_ready(pull.request_id, pull.first_token if pull.first_token_expected else None, now)
 
     # --- what goes out -------------------------------------------------------------------------------------------
 

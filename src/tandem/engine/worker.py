@@ -300,7 +300,11 @@ class _Leading:
         layout = published[0].descriptor.layout
         pool = BlockPool(layout.blocks, layout.block_size)
         limits = Limits(
-            config.batch.max_num_seqs, config.batch.max_batched_tokens, config.batch.max_waiting, rank.max_model_len
+            config.batch.max_num_seqs,
+            config.batch.max_batched_tokens,
+            config.batch.max_waiting,
+            rank.max_model_len,
+            rank.model.vocab_size,
         )
         scheduler = Scheduler(limits, pool, rank.model.eos_token_ids, config.parallel.pp)
         identity = self._agreement.identity

@@ -97,7 +97,7 @@ class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The KV memory of one rank. Raises `LayoutError` when built of values that contradict each other."""
 
     dimensions: tuple[Dimension, ...]
-    """The six axes, outermost first; `dim` last and dense."""
+    """The six axes, outermost first: `token` within `block`, `dim` last and dense."""
     itemsize: int
     """Bytes of one element."""
     shard: Shard
@@ -152,6 +152,8 @@ class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         axes = [d.axis for d in self.dimensions]
         if sorted(axes) != sorted(Axis) or axes[-1] is not Axis.DIM:
             raise LayoutError("dimensions", "each of the six axes once, dim last", ", ".join(axes) or "none")
+        if axes.index(Axis.BLOCK) > axes.index(Axis.TOKEN):
+            raise LayoutError("dimensions", "token within block", ", ".join(axes))
         for dimension in self.dimensions:
             _within(f"size of {dimension.axis}", dimension.size, MOST_BYTES)
             _within(f"stride of {dimension.axis}", dimension.stride, MOST_BYTES)

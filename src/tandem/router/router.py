@@ -11,6 +11,7 @@ import time
 import uuid
 import zlib
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,8 +132,9 @@ class Router:
                 raise failure or Unavailable(path, retry_after=2)
             self._mark(path)
             try:
-                async for delta in self._attempt(request, path, progress, attempt):
-                    yield delta
+                async with aclosing(self._attempt(request, path, progress, attempt)) as deltas:
+                    async for delta in deltas:
+                        yield delta
                 return
             except FATAL:
                 raise

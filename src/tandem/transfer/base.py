@@ -71,7 +71,10 @@ class Transport(Protocol):
         """Get ready to read from the peer. Raises TransferError."""
 
     def disconnect(self, agent: str) -> None:
-        """Forget a peer; reads from it that are in progress end as FAILED, and afterwards write no byte."""
+        """Forget a peer: nothing more is posted to it.
+
+        Its reads end as FAILED, at once or as soon as the transport knows that no byte of them can arrive.
+        """
 
     def post(
         self, agent: str, source: NDArray[np.int64], destination: NDArray[np.int64], length: NDArray[np.int64]
@@ -86,10 +89,13 @@ class Transport(Protocol):
         """Move everything forward that can move, our reads and, where we serve bytes ourselves, those of others."""
 
     def wait_on(self) -> Sequence[Any]:
-        """Sockets or file descriptors which, when readable, make `poll` worth while (for zmq.Poller)."""
+        """Sockets or file descriptors which, when readable, make `poll` worth while (for zmq.Poller).
+
+        May change with every call of another method; empty means: poll on a timer while reads are in progress.
+        """
 
     def close(self) -> None:
-        """End everything. Idempotent."""
+        """End everything, within about two seconds. Idempotent."""
 
 
 TransportFactory = Callable[[str, str], Transport]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import zmq
 
@@ -74,14 +75,14 @@ class Mover:
 
     def run(self) -> None:
         """Until the leader says Stop."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        for handle in self._transport.wait_on():
-            poller.register(handle, zmq.POLLIN)
+        poller, watched = zmq.Poller(), None
         try:
             while self._running:
                 if not self._greeted:
                     self._report(MoverReady(self._rank))
+                handles = list(self._transport.wait_on())
+                if handles != watched:
+                    poller, watched = _poller(self._socket, handles), handles
                 poller.poll(self._wait_ms())
                 self._take_orders()
                 self._transport.poll()
@@ -170,6 +171,13 @@ class Mover:
             del self._jobs[number]
             seconds = time.monotonic() - job.started
             self._report(ReadEnded(self._rank, number, job.bytes, job.descriptors, seconds, job.error or failed))
+
+
+def _poller(socket: zmq.Socket[bytes], handles: list[Any]) -> zmq.Poller:
+    poller = zmq.Poller()
+    for handle in (socket, *handles):
+        poller.register(handle, zmq.POLLIN)
+    return poller
 
 
 def start_mover(make: Callable[[], Mover], name: str, on_failure: Callable[[BaseException], None]) -> threading.Thread:

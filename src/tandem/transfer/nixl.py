@@ -366,7 +366,7 @@ def _words(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NixlInstallation:
-    """`plugins`: backends that NIXL can load here. `ucx_library`: file of the libucp that it uses; None if not found."""
+    """`plugins`: backends that NIXL can load here. `ucx_library`: the libucp that it uses, if found."""
 
     version: str
     plugins: list[str]
@@ -383,4 +383,8 @@ def nixl_installation() -> NixlInstallation:
         raise ConfigError(f"NIXL does not start: {_words(error)}") from error
     with open("/proc/self/maps") as maps:
         libraries = {line.split()[-1] for line in maps if "/libucp" in line}
-    return NixlInstallation(importlib.metadata.version("nixl"), plugins, next(iter(sorted(libraries)), None))
+    try:
+        version = importlib.metadata.version("nixl")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    return NixlInstallation(version, plugins, min(libraries, default=None))

@@ -1,0 +1,90 @@
+"""However a deployment ends, nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.deployment import Deployment, flags
+from tests.e2e.families import prompt_of
+from tests.e2e.processes import survivors, until
+
+BOUND = 15.0
+"""Seconds; a quiet machine needs a few."""
+
+
+@pytest.fixture
+def split(folder_of: Callable[[str], Path]) -> Iterator[Deployment]:
+    deployment = Deployment(folder_of("qwen3"), *flags(kv_memory="16MiB", connector="tcp"))
+    yield deployment
+    deployment.kill()
+
+
+def serving(deployment: Deployment) -> set[int]:
+    """Its processes, while it has a request to do."""
+    stream = deployment.http.stream(prompt_of(50), max_tokens=900, ignore_eos=True)
+    next(iter(stream))
+    return deployment.pids
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_in_good_order(number: signal.Signals, split: Deployment) -> None:
+    pids = serving(split)
+    assert {rank["pid"] for engine in split.engines().values() for rank in engine["ranks"]} <= pids
+    code, seconds = split.end(number)
+    assert code == 0, split.log
+    assert seconds < BOUND
+    assert not survivors(pids, BOUND)
+    assert "Traceback" not in split.log
+    assert "stopping" in split.log
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(split: Deployment) -> None:
+    pids = serving(split)
+    # A stopped process cannot end in good order, so that the first Ctrl-C has something to wait for.
+    [rank] = split.engines()["decode-0"]["ranks"]
+    os.kill(rank["pid"], signal.SIGSTOP)
+    split.process.send_signal(signal.SIGINT)
+    assert until(lambda: "stopping" in split.log, BOUND)
+    split.process.send_signal(signal.SIGINT)
+    split.wait(BOUND)
+    assert not survivors(pids, BOUND)
+    assert "Traceback" not in split.log
+
+
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_still_ends_in_good_order(split: Deployment) -> None:
+    pids = serving(split)
+    os.killpg(split.process.pid, signal.SIGINT)
+    assert split.wait(BOUND) == 0
+    assert not survivors(pids, BOUND)
+    assert "Traceback" not in split.log
+
+
+def test_a_rank_that_dies_takes_the_command_down_and_is_named(split: Deployment) -> None:
+    pids = serving(split)
+    [rank] = split.engines()["prefill-0"]["ranks"]
+    os.kill(rank["pid"], signal.SIGKILL)
+    assert split.wait(BOUND) != 0
+    assert "tandem: prefill-0 rank 0 was killed by SIGKILL; its last lines:" in split.log
+    assert not survivors(pids, BOUND)
+
+
+def test_children_of_a_command_that_is_killed_end_too(split: Deployment) -> None:
+    pids = serving(split)
+    split.process.kill()
+    split.process.wait()
+    assert not survivors(pids, BOUND)
+
+
+def test_ctrl_c_while_engines_start_ends_everything(folder_of: Callable[[str], Path]) -> None:
+    deployment = Deployment(folder_of("qwen3"), *flags(connector="tcp"), wait=False)
+    assert until(lambda: len(deployment.pids) > 3, 60), deployment.log
+    pids = deployment.pids
+    os.killpg(deployment.process.pid, signal.SIGINT)
+    deployment.wait(BOUND)
+    assert not survivors(pids, BOUND)
+    assert "Traceback" not in deployment.log

@@ -1,0 +1,104 @@
+"""Engines that span nodes hand their KV to engines of other shapes on other nodes, with no engine id given."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.netns.lab import Lab, Node, lab
+from tests.shapes.reference import greedy
+
+MASTER_PORT = 29501
+CONTROL_PORT = 27000
+HTTP_PORT = 28000
+START_SECONDS = 240
+
+
+def start_router(node: Node, key: Path) -> None:
+    node.tandem(
+        "router", "--host", node.address, "--port", str(HTTP_PORT), "--control-port", str(CONTROL_PORT),
+        "--cluster-key-file", str(key),
+    )  # fmt: skip
+
+
+def start_engine(
+    nodes: list[Node], router: Node, model: Path, key: Path, *flags: str, port: int = MASTER_PORT, threads: int = 1
+) -> None:
+    """One engine over these nodes."""
+    for rank, node in enumerate(nodes):
+        master = ["--master", f"{nodes[0].address}:{port}"] if len(nodes) > 1 else ["--host", node.address]
+        node.tandem(
+            "engine", str(model), "--nnodes", str(len(nodes)), "--node-rank", str(rank), *master,
+            "--router", f"{router.address}:{CONTROL_PORT}", "--cluster-key-file", str(key),
+            "--kv-memory", "4MiB", "--threads", str(threads), "--start-timeout", str(START_SECONDS), *flags,
+        )  # fmt: skip
+
+
+def wait_healthy(made: Lab, router: Node) -> None:
+    url = f"http://{router.address}:{HTTP_PORT}/health"
+    made.until(lambda: router.ask(url)[0] == 200, START_SECONDS, "the router has no path")
+
+
+def complete(router: Node, tokens: list[int], count: int) -> dict[str, object]:
+    status, answer = router.ask(
+        f"http://{router.address}:{HTTP_PORT}/v1/completions",
+        {
+            "prompt": tokens,
+            "max_tokens": count,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
+    )
+    assert status == 200, answer
+    return answer  # type: ignore[no-any-return]
+
+
+def check_answers(router: Node, model: Path) -> None:
+    for length in (1, 40, 100):
+        tokens = [random.Random(length).randrange(3, 250) for _ in range(length)]
+        answer = complete(router, tokens, 6)
+        assert answer["choices"][0]["token_ids"] == greedy(model, tokens, 6)  # type: ignore[index]
+        assert answer["tandem"]["disaggregated"], answer["tandem"]  # type: ignore[index]
+
+
+def check_identity(router: Node, sizes: dict[str, int]) -> None:
+    """Every rank of every engine shows the one identity of its engine, made up because none was configured."""
+    _, answer = router.ask(f"http://{router.address}:{HTTP_PORT}/tandem/engines")
+    for engine in answer["engines"]:
+        assert len(engine["ranks"]) == sizes[engine["role"]]
+        assert {(r["engine_id"], r["incarnation"]) for r in engine["ranks"]} == {
+            (engine["engine_id"], engine["incarnation"])
+        }
+        assert engine["engine_id"].startswith("engine-")
+
+
+@pytest.mark.timeout(600)
+def test_tp16_over_two_nodes_prefills_for_tp4_on_a_third(model: Path, key: Path) -> None:
+    with lab(3) as made:
+        a, b, c = made.nodes
+        start_router(c, key)
+        start_engine([a, b], c, model, key, "--role", "prefill", "--tp", "16")
+        start_engine([c], c, model, key, "--role", "decode", "--tp", "4")
+        wait_healthy(made, c)
+        check_answers(c, model)
+        check_identity(c, {"prefill": 16, "decode": 4})
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("connector", ["nixl", "tcp"])
+def test_tp4_pp2_over_two_nodes_prefills_for_tp8_over_the_same_nodes(model: Path, key: Path, connector: str) -> None:
+    with lab(2) as made:
+        a, b = made.nodes
+        start_router(a, key)
+        start_engine(
+            [a, b], a, model, key, "--role", "prefill", "--tp", "4", "--pp", "2", "--connector", connector
+        )
+        start_engine(
+            [a, b], a, model, key, "--role", "decode", "--tp", "8", "--connector", connector, port=MASTER_PORT + 1
+        )
+        wait_healthy(made, a)
+        check_answers(a, model)
+        check_identity(a, {"prefill": 8, "decode": 8})

@@ -1,0 +1,92 @@
+"""What a person may configure, and how mistakes are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from tandem.config import (
+    BatchSection,
+    CacheSection,
+    EngineConfig,
+    ModelSection,
+    NetworkSection,
+    ParallelSection,
+    RouterConfig,
+    TimeSection,
+    parse_address,
+    parse_size,
+)
+from tandem.errors import ConfigError
+from tandem.wire.messages import Address
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1GiB", 2**30), ("512MiB", 2**29), ("2GB", 2_000_000_000), ("1048576", 2**20), ("1.5 kib", 1536), ("10b", 10)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "1XB", "1iB", "GiB", "1 GiB more"])
+def test_what_is_no_size_is_said_with_examples(text: str) -> None:
+    with pytest.raises(ConfigError, match="1GiB, 512MiB or 2GB"):
+        parse_size(text)
+
+
+def test_addresses_are_read_with_brackets_around_ipv6() -> None:
+    assert parse_address("node-0:7000", "--master") == Address("node-0", 7000)
+    assert parse_address("[::1]:7000", "--master") == Address("::1", 7000)
+
+
+@pytest.mark.parametrize("text", ["node-0", ":7000", "node-0:", "node-0:0", "node-0:65536", "node-0:http"])
+def test_what_is_no_address_is_said_with_the_flag(text: str) -> None:
+    with pytest.raises(ConfigError, match="--master must be HOST:PORT"):
+        parse_address(text, "--master")
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: ModelSection("/m", "m", dtype="int8"), "--dtype must be one of auto"),  # type: ignore[arg-type]
+        (lambda: ModelSection("/m", "m", device="tpu"), "--device must be one of"),  # type: ignore[arg-type]
+        (lambda: ModelSection("/m", "m", max_model_len=0), "--max-model-len must be greater than 0"),
+        (lambda: CacheSection(block_size=0), "--block-size must be from 1 to 1024"),
+        (lambda: CacheSection(kv_memory=0), "--kv-memory must be greater than 0"),
+        (lambda: BatchSection(max_waiting=0), "--max-waiting must be greater than 0"),
+        (lambda: BatchSection(max_num_seqs=9, max_batched_tokens=8), r"--max-batched-tokens \(8\)"),
+        (lambda: ParallelSection(tp=0), "--tp must be greater than 0"),
+        (lambda: ParallelSection(tp=5000), "--tp is at most 1024"),
+        (lambda: ParallelSection(node_rank=1), "--node-rank must be from 0"),
+        (lambda: ParallelSection(tp=3, nnodes=2, master=Address("a", 1)), "3 ranks cannot be laid out on 2 nodes"),
+        (lambda: ParallelSection(tp=2, nnodes=2), "needs --master HOST:PORT"),
+        (lambda: NetworkSection(port=65536), "a port is from 0"),
+        (lambda: NetworkSection(allow_peers=("everywhere",)), "--allow-peers takes networks such as"),
+        (lambda: TimeSection(lease_ttl=0), "--lease-ttl must be greater than 0"),
+        (lambda: RouterConfig(request_timeout=-1), "--request-timeout must be greater than 0"),
+        (lambda: EngineConfig("both", ModelSection("/m", "m")), "--role must be one of"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_its_flag(make: object, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        make()  # type: ignore[operator]
+
+
+def test_ranks_are_laid_out_by_node() -> None:
+    master = Address("node-0", 7000)
+    nodes = [ParallelSection(2, 4, 2, node_rank, master) for node_rank in range(2)]
+    assert [list(node.local_ranks) for node in nodes] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.1.2.3", False), ("node-0", False), ("", False)],
+)
+def test_only_loopback_is_followed_by_default(host: str, allowed: bool) -> None:
+    assert NetworkSection().allows(host) is allowed
+
+
+def test_allowed_networks_are_followed() -> None:
+    network = NetworkSection(allow_peers=("10.0.0.0/8",))
+    assert network.allows("10.200.0.1")
+    assert not network.allows("127.0.0.1")

@@ -1,0 +1,114 @@
+"""What `LLM` makes of its arguments, before any process is started."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tandem.api.openai import ChatBody, CompletionBody
+from tandem.api.parsing import parse, sampling_params
+from tandem.errors import ConfigError, InvalidRequest
+from tandem.llm import _chat_logprobs, blocking, conversations, fields, grouped, prompt_list, spread
+from tandem.wire.sampling import SamplingParams
+
+UNUSUAL = SamplingParams(
+    max_tokens=7,
+    min_tokens=2,
+    temperature=0.5,
+    top_p=0.9,
+    top_k=11,
+    min_p=0.05,
+    repetition_penalty=1.1,
+    presence_penalty=0.2,
+    frequency_penalty=-0.3,
+    seed=99,
+    logprobs=3,
+    logit_bias={5: -1.5},
+    stop_token_ids=[4],
+    ignore_eos=True,
+)
+
+
+def sent(body: dict[str, Any]) -> bytes:
+    return msgspec.json.encode(body)
+
+
+def test_every_sampling_field_reaches_the_completions_api() -> None:
+    unset = [
+        name for name in SamplingParams.__struct_fields__ if getattr(UNUSUAL, name) == getattr(SamplingParams(), name)
+    ]
+    assert not unset
+    body = parse(sent({"prompt": "a", **fields(UNUSUAL, ["x"]), "logprobs": UNUSUAL.logprobs}), CompletionBody)
+    assert body.max_tokens is not None
+    assert sampling_params(body, body.max_tokens, body.logprobs) == UNUSUAL
+    assert body.stop == ["x"]
+    assert body.return_token_ids
+
+
+@pytest.mark.parametrize("params", [UNUSUAL, SamplingParams()])
+def test_every_sampling_field_reaches_the_chat_api(params: SamplingParams) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    body = parse(sent({"messages": messages, **fields(params, None), **_chat_logprobs(params)}), ChatBody)
+    assert body.max_tokens is not None
+    assert sampling_params(body, body.max_tokens, body.top_logprobs) == params
+    assert body.stop is None
+
+
+def test_params_out_of_range_are_refused_before_they_are_sent() -> None:
+    with pytest.raises(InvalidRequest, match="top_p"):
+        fields(SamplingParams(top_p=2.0), None)
+
+
+def test_one_params_for_all_prompts_gives_each_its_own_seed() -> None:
+    assert [one.seed for one in spread(SamplingParams(seed=5), 3)] == [5, 6, 7]
+    assert [one.seed for one in spread(None, 2)] == [0, 1]
+
+
+def test_params_for_each_prompt_are_taken_as_they_are() -> None:
+    given = [SamplingParams(seed=5), SamplingParams(seed=5)]
+    assert spread(given, 2) == given
+    with pytest.raises(InvalidRequest, match="3 prompts and 2"):
+        spread(given, 3)
+
+
+def test_one_prompt_or_several_may_be_given() -> None:
+    assert prompt_list("abc") == ["abc"]
+    assert prompt_list([1, 2]) == [[1, 2]]
+    assert prompt_list([[1], "b"]) == [[1], "b"]
+    assert prompt_list([]) == []
+    with pytest.raises(InvalidRequest, match="prompt 1"):
+        prompt_list(["a", None])  # type: ignore[list-item]
+
+
+def test_one_conversation_or_several_may_be_given() -> None:
+    one = [{"role": "user", "content": "a"}]
+    assert conversations(one) == [one]
+    assert conversations([one, one]) == [one, one]
+
+
+def test_flags_go_to_their_groups() -> None:
+    options, network, run = grouped({"kv_memory": "1MiB", "cluster_key_file": "/a/key", "threads": 3})
+    assert options.kv_memory == "1MiB"
+    assert network.cluster_key_file == Path("/a/key")
+    assert run.threads == 3
+
+
+def test_an_unknown_flag_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'max_num_seq'.*max_num_seqs"):
+        grouped({"max_num_seq": 3})
+
+
+def test_work_is_done_also_where_an_event_loop_runs() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0)
+        return 3
+
+    async def notebook_cell() -> int:
+        return blocking(work())
+
+    assert blocking(work()) == 3
+    assert asyncio.run(notebook_cell()) == 3
