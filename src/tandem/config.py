@@ -220,4 +220,3 @@ class RouterConfig(msgspec.Struct, frozen=True):
         check_port(self.control_port)
         _positive(request_timeout=self.request_timeout)
         _one_of("log-level", self.log_level, get_args(LogLevel))
-

@@ -33,7 +33,8 @@ def new_identity(engine_id: str | None) -> EngineIdentity:
     """The identity of an engine that starts now: its configured id, else a fresh one."""
     if engine_id is not None and not _ENGINE_ID.fullmatch(engine_id):
         raise ConfigError(
-            f"--engine-id must be 1 to 64 letters, digits or '._:-'; got {engine_id!r}. Choose another id or leave it out."
+            f"--engine-id must be 1 to 64 letters, digits or '._:-'; got {engine_id!r}."
+            " Choose another id or leave it out."
         )
     return EngineIdentity(engine_id or f"engine-{uuid.uuid4().hex[:12]}", uuid.uuid4().hex)
 

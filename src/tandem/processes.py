@@ -27,6 +27,15 @@ from tandem.errors import StartError, TandemError
 
 PRELOAD = ("tandem.engine.worker", "tandem.router.server")
 TERM_SECONDS = 4.0
+
+CHILD_DEFAULTS = {
+    # Threads that wait for others give up their core: with spinning ones, two engines on one machine stall each other.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Every failure of a process group or store becomes a sentence of ours; its C++ stack trace helps nobody.
+    "TORCH_CPP_LOG_LEVEL": "FATAL",
+}
+"""Environment of the children where the user has set nothing; it must be there before torch is imported."""
+
 LAST_LINES = 20
 
 Report = Callable[..., None]
@@ -86,6 +95,8 @@ class Family:
     def __init__(self, echo: Callable[[str], None] | None = None) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
+        for variable, value in CHILD_DEFAULTS.items():
+            os.environ.setdefault(variable, value)
         self._echo = echo
         self.children: list[Child] = []
         self.ending = False

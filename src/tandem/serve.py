@@ -74,7 +74,9 @@ def wait_ready(family: Family, engines: Sequence[EngineProcesses], seconds: floa
     while waiting:
         if not family.wait(children, deadline - time.monotonic()):
             names = ", ".join(waiting)
-            raise StartError(f"{names} did not start within {seconds:.0f} s; raise --start-timeout or see the log above")
+            raise StartError(
+                f"{names} did not start within {seconds:.0f} s; raise --start-timeout or see the log above"
+            )
         for engine in engines:
             for child in engine.ranks:
                 while child.reports:

@@ -1,4 +1,7 @@
-"""Nodes as network namespaces on one switch, each with an address and a loopback of its own. Needs root and iproute2."""
+"""Nodes as network namespaces on one switch, each with an address and a loopback of its own.
+
+Needs root and iproute2.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,9 @@ class Node:
     def run(self, *command: str, env: dict[str, str] | None = None) -> Process:
         """Start a command here."""
         log = self.lab.folder / f"{self.name}-{len(self.processes)}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
+        # Namespaces share a kernel, through which UCX would read the other "node" as memory of this machine.
+        network_only = {"UCX_TLS": "tcp"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **network_only, **(env or {})}
         with log.open("wb") as out:
             popen = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace, *command],

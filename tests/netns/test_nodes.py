@@ -93,9 +93,7 @@ def test_tp4_pp2_over_two_nodes_prefills_for_tp8_over_the_same_nodes(model: Path
     with lab(2) as made:
         a, b = made.nodes
         start_router(a, key)
-        start_engine(
-            [a, b], a, model, key, "--role", "prefill", "--tp", "4", "--pp", "2", "--connector", connector
-        )
+        start_engine([a, b], a, model, key, "--role", "prefill", "--tp", "4", "--pp", "2", "--connector", connector)
         start_engine(
             [a, b], a, model, key, "--role", "decode", "--tp", "8", "--connector", connector, port=MASTER_PORT + 1
         )

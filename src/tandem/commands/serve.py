@@ -13,8 +13,10 @@ from tandem.errors import ConfigError
 from tandem.models_on_disk import local_model
 from tandem.options import ModelOptions, NetworkOptions, RunOptions, engine_config
 from tandem.processes import Family
-from tandem.transfer.transports import connector_name
 from tandem.serve import Progress, RouterProcess, start_engines, start_router, wait_healthy, wait_ready
+from tandem.transfer.transports import connector_name
+
+SOLO = ParallelSection()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +24,10 @@ class ServePlan:
     """How many engines of which shape; `prefill` 0 for `decode` mixed engines."""
 
     prefill: int = 1
-    prefill_shape: ParallelSection = ParallelSection()
+    prefill_shape: ParallelSection = SOLO
     prefill_block_size: int | None = None
     decode: int = 1
-    decode_shape: ParallelSection = ParallelSection()
+    decode_shape: ParallelSection = SOLO
     decode_block_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ def run_serve(
             section.name,
             [
                 f"curl {url}/v1/completions -H 'Content-Type: application/json' \\",
-                f"  -d '{{\"model\": \"{section.name}\", \"prompt\": \"Hello\", \"max_tokens\": 16}}'",
+                f'  -d \'{{"model": "{section.name}", "prompt": "Hello", "max_tokens": 16}}\'',
                 "Ctrl-C stops everything",
             ],
         )

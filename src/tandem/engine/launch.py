@@ -147,6 +147,10 @@ def rank_main(report: Callable[..., None], name: str, config: EngineConfig, plac
         elif place.rank == 0 or not started.is_set():
             os._exit(143)
 
+    def end(text: str) -> None:
+        report("error", text)
+        os._exit(1)
+
     started = threading.Event()
     signal.signal(signal.SIGTERM, on_term)
     run_rank(
@@ -156,4 +160,5 @@ def rank_main(report: Callable[..., None], name: str, config: EngineConfig, plac
         on_ready=lambda status: report("ready", status),
         on_mailbox=stop.append,
         on_following=started.set,
+        on_shared_fate=end,
     )

@@ -270,7 +270,7 @@ class Leader:
         log.debug("request %s finished: %s", event.request_id, event.finish_reason)
 
     def _with_transfer(self, stats: RequestStats, account: _Account) -> RequestStats:
-        """Add what was moved. `handoff_time`: from the news of the first token to the end of the first step after it."""
+        """Add what was moved. `handoff_time`: from the news of the first token to the end of the first step here."""
         pull = account.pull
         if pull is None:
             return stats

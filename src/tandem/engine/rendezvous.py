@@ -7,8 +7,11 @@ which could say no more than that it timed out.
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +28,22 @@ SHAPE = ("version", "nnodes", "tp", "pp")
 
 LAST_WORD_SECONDS = 3.0
 STEP_SECONDS = 1.0
+KNOCK_SECONDS = 0.2
+CONNECT_SECONDS = 2.0
+
+
+class _Arrival(msgspec.Struct, frozen=True):
+    """`mark` tells two processes with one rank apart."""
+
+    mark: str
+    record: RankRecord
+
+
+class _Verdict(msgspec.Struct, frozen=True):
+    """What rank 0 made of the arrivals: an error, or the marks and places of the ranks that form the engine."""
+
+    error: str
+    members: dict[str, str] = {}
 
 
 def open_store(master: Address | None, path: str | None, rank: int, timeout: float) -> Any:
@@ -32,63 +51,85 @@ def open_store(master: Address | None, path: str | None, rank: int, timeout: flo
     if master is None:
         assert path is not None
         return stores.FileStore(path, -1)
+    if rank != 0:
+        _knock(master, timeout)
+    wait = timedelta(seconds=max(timeout, STEP_SECONDS))
     try:
-        return stores.TCPStore(
-            master.host,
-            master.port,
-            is_master=rank == 0,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout),
-        )
+        return stores.TCPStore(master.host, master.port, is_master=rank == 0, wait_for_workers=False, timeout=wait)
     except (RuntimeError, ValueError) as error:
         if rank == 0:
             raise StartError(f"node 0 cannot listen on --master {master}: {_brief(error)}") from None
-        raise StartError(
-            f"--master {master} could not be reached within {timeout:.0f} s: is node 0 started, and is this its address?"
-            f" ({_brief(error)})"
-        ) from None
+        raise StartError(f"--master {master} does not serve a meeting of ranks: {_brief(error)}") from None
+
+
+def _knock(master: Address, timeout: float) -> None:
+    """Returns once somebody listens there: the store's own client keeps to no deadline."""
+    deadline = time.monotonic() + timeout
+    reason = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection((master.host, master.port), timeout=min(left, CONNECT_SECONDS)).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(min(KNOCK_SECONDS, max(0.0, deadline - time.monotonic())))
+    raise StartError(
+        f"--master {master} could not be reached within {timeout:.0f} s ({reason}): is node 0 started,"
+        " and is that its address?"
+    )
 
 
 def meet(store: Any, record: RankRecord, world_size: int, timeout: float) -> None:
     """Returns once all ranks are there and of one shape. Raises StartError, on all ranks alike, in bounded time."""
     deadline = time.monotonic() + timeout
+    arrival = _Arrival(uuid.uuid4().hex, record)
     number = store.add("arrivals", 1)
-    store.set(f"arrival/{number}", msgspec.json.encode(record).decode())
+    store.set(f"arrival/{number}", msgspec.json.encode(arrival).decode())
     if record.rank == 0 and record.node_rank == 0:
         verdict = _judge(store, record, world_size, timeout, deadline)
-        store.set("verdict", verdict)
-        if verdict:
+        store.set("verdict", msgspec.json.encode(verdict).decode())
+        if verdict.error:
             _let_everybody_hear(store)
     else:
         verdict = _await_verdict(store, timeout, deadline + LAST_WORD_SECONDS)
         store.add("heard", 1)
-    if verdict:
-        raise StartError(verdict)
+    if verdict.error:
+        raise StartError(verdict.error)
+    if arrival.mark not in verdict.members:
+        taken = next((place for place in verdict.members.values() if place.startswith(f"rank {record.rank} ")), "")
+        raise StartError(
+            f"the engine at --master is whole already: {taken or 'all its ranks'} runs, and this is"
+            f" {_place(record)}; every node needs its own --node-rank, and every engine a --master of its own"
+        )
 
 
-def _judge(store: Any, own: RankRecord, world_size: int, timeout: float, deadline: float) -> str:
-    """What rank 0 makes of the arrivals: an error, or nothing."""
-    arrived: dict[int, RankRecord] = {}
+def _judge(store: Any, own: RankRecord, world_size: int, timeout: float, deadline: float) -> _Verdict:
+    arrived: dict[int, _Arrival] = {}
     number = 0
     while len(arrived) < world_size:
         number += 1
         if not _wait(store, f"arrival/{number}", deadline):
-            return _missing(own, arrived, world_size, timeout)
+            records = {rank: arrival.record for rank, arrival in arrived.items()}
+            return _Verdict(_missing(own, records, world_size, timeout))
         try:
-            record = msgspec.json.decode(store.get(f"arrival/{number}"), type=RankRecord)
-            check_agreement([own, record], SHAPE)
+            arrival = msgspec.json.decode(store.get(f"arrival/{number}"), type=_Arrival)
+            check_agreement([own, arrival.record], SHAPE)
         except msgspec.DecodeError as error:
-            return f"something that is not a rank of this version came to --master: {error}"
+            return _Verdict(f"something that is not a rank of this version came to --master: {error}")
         except StartError as error:
-            return str(error)
-        twin = arrived.get(record.rank)
+            return _Verdict(str(error))
+        twin = arrived.get(arrival.record.rank)
         if twin is not None:
-            return (
-                f"rank {record.rank} was started twice: on {twin.node}, pid {twin.pid}, and on {record.node},"
-                f" pid {record.pid}; every node needs its own --node-rank"
+            return _Verdict(
+                f"one rank was started twice: {_place(twin.record)} and {_place(arrival.record)};"
+                " every node needs its own --node-rank"
             )
-        arrived[record.rank] = record
-    return ""
+        arrived[arrival.record.rank] = arrival
+    return _Verdict("", {arrival.mark: _place(arrival.record) for arrival in arrived.values()})
+
+
+def _place(record: RankRecord) -> str:
+    return f"rank {record.rank} on {record.node}, pid {record.pid}"
 
 
 def _missing(own: RankRecord, arrived: dict[int, RankRecord], world_size: int, timeout: float) -> str:
@@ -108,10 +149,12 @@ def _plural(word: str, numbers: Iterable[int]) -> str:
     return f"{word} {shown}" if len(listed) == 1 else f"{word}s {shown}"
 
 
-def _await_verdict(store: Any, timeout: float, deadline: float) -> str:
+def _await_verdict(store: Any, timeout: float, deadline: float) -> _Verdict:
     try:
         if _wait(store, "verdict", deadline):
-            return str(store.get("verdict").decode())
+            return msgspec.json.decode(store.get("verdict"), type=_Verdict)
+    except msgspec.DecodeError:
+        raise StartError("node 0 runs another version: what it said cannot be read") from None
     except RuntimeError as error:
         raise StartError(f"node 0 was lost while the ranks came together ({_brief(error)})") from None
     raise StartError(f"node 0 did not say within {timeout:.0f} s whether all ranks are there; see its log")
@@ -141,3 +184,42 @@ def _let_everybody_hear(store: Any) -> None:
 
 def _brief(error: Exception) -> str:
     return str(error).splitlines()[0][:200]
+
+
+class SharedFate:
+    """While an engine starts, a rank that fails takes the others along and tells them why.
+
+    Without it they would wait in a collective until that times out, each with an error of its own.
+
+    Args:
+        store: a connection of its own to the store in which the ranks met.
+        on_failure: called, in a thread of this object, with what another rank said.
+    """
+
+    def __init__(self, store: Any, on_failure: Callable[[str], None]) -> None:
+        self._store = store
+        self._on_failure = on_failure
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, name="shared fate", daemon=True).start()
+
+    def fail(self, text: str) -> None:
+        """This rank fails. Its process should live on for a moment if it serves the store."""
+        self._over.set()
+        with self._lock:
+            self._store.set("failure", text)
+
+    def end(self) -> None:
+        """The start is over."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(STEP_SECONDS / 4):
+            try:
+                with self._lock:
+                    text = self._store.get("failure").decode() if self._store.check(["failure"]) else None
+            except RuntimeError:
+                text = "node 0 was lost while the engine started; see its log"
+            if text is not None and not self._over.is_set():
+                self._on_failure(text)
+                return

@@ -89,9 +89,7 @@ class Runner:
         shard = self._world.shard
         rows = [(row.tokens, row.start, row.block_ids) for row in batch.rows]
         forward = build_batch(rows, self._kv.device, self._block_size)
-        hidden = self._world.receive_from_last_stage(
-            forward.num_tokens, self._config.hidden_size, self._kv.dtype
-        )
+        hidden = self._world.receive_from_last_stage(forward.num_tokens, self._config.hidden_size, self._kv.dtype)
         hidden = self._decoder.forward(forward, self._kv, hidden)
         if not shard.is_last_stage:
             self._world.send_to_next_stage(hidden)
@@ -122,5 +120,3 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     if local_rank >= count:
         raise ConfigError(f"rank {local_rank} of this node has no GPU: there are {count}; start fewer ranks per node")
     return torch.device("cuda", local_rank)
-
-

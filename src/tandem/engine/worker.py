@@ -19,13 +19,13 @@ from tandem.config import EngineConfig
 from tandem.engine.commands import Command
 from tandem.engine.leader import Leader
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.place import RankPlace
 from tandem.engine.pipeline import Follower, LeaderPipeline, SoloPipeline
-from tandem.engine.rendezvous import meet, open_store
+from tandem.engine.place import RankPlace
+from tandem.engine.rendezvous import SharedFate, meet, open_store
 from tandem.engine.runner import KvMemory, Runner, kv_blocks, kv_layout, pick_device
 from tandem.engine.switchboard import Switchboard, Wiring
 from tandem.engine.world import SoloWorld, TorchWorld
-from tandem.errors import StartError
+from tandem.errors import StartError, TandemError
 from tandem.ids import new_identity
 from tandem.kv.blocks import BlockPool
 from tandem.kv.layout import KvLayout
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 TRANSFER_START_SECONDS = 60.0
 COLLECTIVE_SECONDS = 300.0
+LAST_WORD_SECONDS = 2.0
 
 
 class _Published(msgspec.Struct, frozen=True):
@@ -67,6 +68,7 @@ def run_rank(
     on_ready: Callable[[EngineStatus], None],
     on_mailbox: Callable[[Mailbox[Command]], None],
     on_following: Callable[[], None],
+    on_shared_fate: Callable[[str], None],
 ) -> str:
     """Serve until stopped; returns why it ended.
 
@@ -75,15 +77,23 @@ def run_rank(
         on_ready: called on rank 0 once the engine can serve.
         on_mailbox: hands out the leader's mailbox, so that a signal handler can put a Shutdown in it.
         on_following: called on the other ranks once they take their orders from rank 0.
+        on_shared_fate: another rank has failed while the engine started, and said why; must end this process.
 
     Raises:
         TandemError: the engine cannot start, or a rank was lost.
     """
-    return _Rank(config, place).run(on_progress, on_ready, on_mailbox, on_following)
+    rank = _Rank(config, place, on_shared_fate)
+    try:
+        return rank.run(on_progress, on_ready, on_mailbox, on_following)
+    except Exception as error:
+        rank.tell_others(error)
+        raise
 
 
 class _Rank:
-    def __init__(self, config: EngineConfig, place: RankPlace) -> None:
+    def __init__(self, config: EngineConfig, place: RankPlace, on_shared_fate: Callable[[str], None]) -> None:
+        self._on_shared_fate = on_shared_fate
+        self._fate: SharedFate | None = None
         self.config = config
         self.place = place
         self.device = pick_device(config.model.device, place.local_rank)
@@ -107,7 +117,11 @@ class _Rank:
     ) -> str:
         record = self._record()
         world = self._meet(record)
-        agreement = agree(world, record)
+        try:
+            agreement = agree(world, record)
+        except StartError:
+            self._end_start()  # every rank has come to this error by itself
+            raise
         log.info("engine %s: rank %d of %d agreed", agreement.identity, world.rank, world.size)
         decoder = load_decoder(
             self.config.model.path, world.shard, world.collectives, self.dtype, self.device, on_progress
@@ -119,9 +133,29 @@ class _Rank:
         published = self._exchange(world, agreement, layout, transport.endpoint(), leading)
         transport.connect(published)
         if leading is None:
+            self._end_start()
             on_following()
             return self._follow(runner, published)
-        return leading.run(runner, world, published, on_ready, on_mailbox)
+
+        def ready(status: EngineStatus) -> None:
+            self._end_start()
+            on_ready(status)
+
+        return leading.run(runner, world, published, ready, on_mailbox)
+
+    def tell_others(self, error: Exception) -> None:
+        """While the engine starts: this rank has failed, and the others need not wait for it."""
+        if self._fate is None:
+            return
+        text = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
+        self._fate.fail(f"rank {self.place.rank} on {hosts.gethostname()}: {text}")
+        if self.place.rank == 0:
+            time.sleep(LAST_WORD_SECONDS)  # the store ends with this process; the others look several times a second
+
+    def _end_start(self) -> None:
+        if self._fate is not None:
+            self._fate.end()
+            self._fate = None
 
     # --- coming together -----------------------------------------------------------------------------------------
 
@@ -158,8 +192,9 @@ class _Rank:
         store = open_store(master, self.place.meeting_file, record.rank, timeout)
         left = max(1.0, timeout - (time.monotonic() - started))
         meet(store, record, parallel.world_size, left)
+        self._fate = SharedFate(store.clone(), self._on_shared_fate)
         try:
-            return TorchWorld(store, record.rank, parallel, self.device, self.place.host, COLLECTIVE_SECONDS)
+            return TorchWorld(store, record.rank, parallel, self.device, self.place.host, max(60.0, timeout))
         except RuntimeError as error:
             raise StartError(f"the ranks met but could not connect: {str(error).splitlines()[0]}") from None
 
@@ -316,9 +351,7 @@ class _Leading:
         )
         return Leader(scheduler, pool, pipeline, mailbox, config.network.connector, config.kv_failure, params)
 
-    def _switchboard(
-        self, mailbox: Mailbox[Command], leader: Leader, published: list[_Published]
-    ) -> Switchboard:
+    def _switchboard(self, mailbox: Mailbox[Command], leader: Leader, published: list[_Published]) -> Switchboard:
         rank, config = self._rank, self._rank.config
         record = self._agreement.records[0]
         wiring = Wiring(
@@ -389,4 +422,3 @@ def _set_threads(config: EngineConfig, device: torch.device) -> None:
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-

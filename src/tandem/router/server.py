@@ -55,9 +55,7 @@ async def _serve(report: Callable[..., None], config: FrontConfig, listener: soc
     key = load_key(Path(config.cluster_key_file) if config.cluster_key_file else None)
     context = zmq.asyncio.Context()
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, key)
-    control, port = sockets.bind(
-        zmq.ROUTER, config.control_host, config.control_port, SocketOptions(handover=True)
-    )
+    control, port = sockets.bind(zmq.ROUTER, config.control_host, config.control_port, SocketOptions(handover=True))
     pool = Pool()
     hub = Hub(control, pool, introduce=config.kind == "router")
     find = pair_finder(pool) if config.kind == "router" else single_finder(pool)
