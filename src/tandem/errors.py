@@ -13,6 +13,8 @@ TandemError
     ├── Overloaded       503: try again later
     ├── Unavailable      503: no engine can take it, and why
     ├── EngineFailed     500: an engine was lost or broke while it worked on the request
+    ├── KvLost           500: the prompt's KV was lost on the way, and the policy is to fail
+    ├── KvRetry          503: the same, and the policy is to try another prefill engine
     └── TimedOut         504
 """
 
@@ -102,14 +104,23 @@ class EngineFailed(RequestError):
     code = "engine_failed"
 
 
+class KvLost(RequestError):
+    status = 500
+    code = "kv_lost"
+
+
+class KvRetry(RequestError):
+    status = 503
+    code = "kv_retry"
+
+
 class TimedOut(RequestError):
     status = 504
     code = "timed_out"
 
 
-REQUEST_ERRORS: dict[str, type[RequestError]] = {
-    kind.code: kind for kind in (RequestError, InvalidRequest, Overloaded, Unavailable, EngineFailed, TimedOut)
-}
+_KINDS = (RequestError, InvalidRequest, Overloaded, Unavailable, EngineFailed, KvLost, KvRetry, TimedOut)
+REQUEST_ERRORS: dict[str, type[RequestError]] = {kind.code: kind for kind in _KINDS}
 
 
 def request_error(code: str, message: str, param: str | None = None, retry_after: int | None = None) -> RequestError:

@@ -16,7 +16,7 @@ from tandem.engine import commands
 from tandem.engine.commands import Command
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.switchboard import KvEvent, Switchboard
-from tandem.errors import EngineFailed, RequestError
+from tandem.errors import KvLost, KvRetry, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
 from tandem.scheduling.events import ChunkComputed, Event, Finished, PrefillEnded, PullEnded, PullReady, TokenOut
@@ -152,10 +152,7 @@ class Leader:
             case commands.KvArrived(pull=pull):
                 self._arrived(pull, now)
             case commands.KvFailed(request_id=request_id, reason=reason):
-                if self._kv_failure == "fail":
-                    scheduler.fail(request_id, EngineFailed(f"KV could not be had: {reason}"), now)
-                else:
-                    scheduler.kv_failed(request_id, reason, now, reading=True)
+                self._kv_failed(request_id, reason, now)
             case commands.ReadsEnded(request_id=request_id):
                 scheduler.read_ended(request_id)
             case commands.LeasesEnded(request_ids=request_ids):
@@ -190,6 +187,16 @@ class Leader:
         if account is not None:
             account.pull = pull
         self._scheduler.kv_ready(pull.request_id, pull.first_token if pull.first_token_expected else None, now)
+
+    def _kv_failed(self, request_id: str, reason: str, now: float) -> None:
+        text = f"the prompt's KV could not be had: {reason}"
+        match self._kv_failure:
+            case "recompute":
+                self._scheduler.kv_failed(request_id, reason, now, reading=True)
+            case "retry":
+                self._scheduler.fail(request_id, KvRetry(text, retry_after=1), now)
+            case "fail":
+                self._scheduler.fail(request_id, KvLost(text), now)
 
     # --- what goes out -------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from tandem.api.backend import Health, HowMade, ModelCard, TokenDelta, TokenRequest
-from tandem.errors import EngineFailed, InvalidRequest, Overloaded, RequestError, TimedOut, Unavailable
+from tandem.errors import EngineFailed, InvalidRequest, KvLost, KvRetry, Overloaded, RequestError, TimedOut, Unavailable
 from tandem.router.hub import Channel, Hub, Inbox
 from tandem.router.policy import Path, choose
 from tandem.router.pool import Pool
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 GRACE = 5.0
-FATAL = (InvalidRequest, Overloaded, TimedOut)
+FATAL = (InvalidRequest, KvLost, Overloaded, TimedOut)
 
 FindPath = Callable[[set[str]], Path | str]
 """The path for a request, avoiding these incarnations, or why there is none."""
@@ -141,7 +141,8 @@ class Router:
             except RequestError as error:
                 log.warning("request %s: %s; trying another path", request.request_id, error)
                 failure = error
-                avoid.add(path.decode.incarnation)
+                at_fault = path.prefill if isinstance(error, KvRetry) and path.prefill is not None else path.decode
+                avoid.add(at_fault.incarnation)
         raise failure or EngineFailed("no attempt succeeded")
 
     # --- one attempt -------------------------------------------------------------------------------------------
