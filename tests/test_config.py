@@ -25,13 +25,13 @@ from tandem.wire.messages import Address
     [("1GiB", 2**30), ("512MiB", 2**29), ("2GB", 2_000_000_000), ("1048576", 2**20), ("1.5 kib", 1536), ("10b", 10)],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_size(text, "--kv-memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "1XB", "1iB", "GiB", "1 GiB more"])
 def test_what_is_no_size_is_said_with_examples(text: str) -> None:
-    with pytest.raises(ConfigError, match="1GiB, 512MiB or 2GB"):
-        parse_size(text)
+    with pytest.raises(ConfigError, match="--kv-memory must be a size such as 1GiB"):
+        parse_size(text, "--kv-memory")
 
 
 def test_addresses_are_read_with_brackets_around_ipv6() -> None:

@@ -25,11 +25,11 @@ MAX_PP = 256
 MAX_BLOCK_SIZE = 1024
 
 
-def parse_size(text: str) -> int:
-    """Bytes from `1GiB`, `512MiB`, `2GB`, `1048576`. Raises ConfigError."""
+def parse_size(text: str, flag: str) -> int:
+    """Bytes from `1GiB`, `512MiB`, `2GB`, `1048576`. Raises ConfigError that names `flag`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if match is None or (match[3] and not match[2]):
-        raise ConfigError(f"a size such as 1GiB, 512MiB or 2GB was expected; got {text!r}")
+        raise ConfigError(f"{flag} must be a size such as 1GiB, 512MiB or 2GB; got {text!r}")
     power = " kmgt".index(match[2] or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 

@@ -57,7 +57,7 @@ class ModelOptions:
         return ModelSection(str(path), self.served_name or name, self.dtype, self.device, self.max_model_len)
 
     def cache(self) -> CacheSection:
-        return CacheSection(self.block_size, parse_size(self.kv_memory) if self.kv_memory else None)
+        return CacheSection(self.block_size, parse_size(self.kv_memory, "--kv-memory") if self.kv_memory else None)
 
     def batch(self) -> BatchSection:
         return BatchSection(self.max_num_seqs, self.max_batched_tokens, self.max_waiting)

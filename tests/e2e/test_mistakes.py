@@ -71,7 +71,7 @@ def test_a_connector_that_does_not_exist(folder_of: FolderOf) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--kv-memory", "much"], ["much", "1GiB"]),
+        (["--kv-memory", "much"], ["--kv-memory", "much", "1GiB"]),
         (["--kv-memory", "1KiB"], ["--kv-memory"]),
         (["--max-batched-tokens", "8", "--max-num-seqs", "16"], ["--max-batched-tokens (8)", "--max-num-seqs (16)"]),
         (["--decode", "0"], ["--decode", "0"]),

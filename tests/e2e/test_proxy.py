@@ -26,7 +26,7 @@ ASK = {
 
 @pytest.fixture(scope="module", params=["nixl", "tcp"])
 def split(request: pytest.FixtureRequest, serve: Serve) -> Deployment:
-    return serve("qwen3", *flags(kv_memory="16MiB", max_batched_tokens=64, connector=request.param))
+    return serve("qwen3", *flags(kv_memory="16MiB", max_batched_tokens=64, lease_ttl=2, connector=request.param))
 
 
 def prefilled(deployment: Deployment, request: dict[str, Any]) -> Reply:

@@ -32,7 +32,7 @@ from tandem.router.hub import Hub
 from tandem.router.policy import Path as EnginePath
 from tandem.router.pool import Pool
 from tandem.router.router import Router
-from tandem.wire.messages import Address, EngineStatus
+from tandem.wire.messages import Address, EngineStatus, PeerInfo
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
 
@@ -91,6 +91,16 @@ class Fleet:
         member = self._pool.find(name)
         assert member is not None
         return member.status
+
+    def wait_for_peer(self, decode: str, prefill: str) -> PeerInfo:
+        """The decode engine's session with the prefill engine, once its status tells of it."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            for peer in self.status(decode).peers:
+                if peer.engine_id == prefill and peer.handshake_time is not None:
+                    return peer
+            time.sleep(0.05)
+        raise AssertionError(f"{decode} never told of {prefill}")
 
     # --- inside --------------------------------------------------------------------------------------------------
 

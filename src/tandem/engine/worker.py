@@ -404,6 +404,7 @@ class _Leading:
             kv=snapshot.kv,
             requests=snapshot.requests,
             peers=consumer.peers if consumer else [],
+            identity_time=self._agreement.seconds,
             counters=msgspec.structs.replace(
                 snapshot.counters,
                 kv_failures=consumer.failures if consumer else 0,

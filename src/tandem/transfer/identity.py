@@ -7,6 +7,7 @@ Connectors, scheduler and published descriptors take the identity from here and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -79,10 +80,11 @@ class RankRecord(msgspec.Struct, frozen=True):
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    """What all ranks agree on."""
+    """What all ranks agree on, and how long the exchange took on this rank."""
 
     identity: EngineIdentity
     records: list[RankRecord]
+    seconds: float = 0.0
 
     @property
     def ranks(self) -> list[RankInfo]:
@@ -103,7 +105,9 @@ class Agreement(msgspec.Struct, frozen=True):
 
 def agree(world: World, record: RankRecord) -> Agreement:
     """Exchange records with all ranks. Raises StartError, on all ranks alike, if they disagree."""
+    began = time.monotonic()
     gathered = world.all_gather(msgspec.msgpack.encode(record))
+    seconds = time.monotonic() - began
     try:
         records = [msgspec.msgpack.decode(data, type=RankRecord) for data in gathered]
     except msgspec.DecodeError as error:
@@ -112,7 +116,7 @@ def agree(world: World, record: RankRecord) -> Agreement:
     identity = records[0].identity
     if identity is None or len(records) > MAX_RANKS:
         raise StartError("rank 0 sent no identity")
-    return Agreement(identity, records)
+    return Agreement(identity, records, seconds)
 
 
 def check_agreement(records: Sequence[RankRecord], fields: Sequence[str] = COMPARED) -> None:

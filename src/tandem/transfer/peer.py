@@ -92,6 +92,8 @@ class PeerSession:
         self.error: TransferError | None = None
         self.descriptor: EngineDescriptor | None = None
         self.introduced = False
+        self.handshake_time: float | None = None
+        self._began = time.monotonic()
         self.pulls: dict[str, Pull] = {}
         self.opening: set[int] = set()
         self._leases = ReaderLeases(ttl=1.0)
@@ -114,7 +116,11 @@ class PeerSession:
     @property
     def info(self) -> PeerInfo:
         return PeerInfo(
-            self.engine_id, self.incarnation or "", self.state.value, str(self.error) if self.error else None
+            self.engine_id,
+            self.incarnation or "",
+            self.state.value,
+            str(self.error) if self.error else None,
+            self.handshake_time,
         )
 
     def opened(self, rank: int, error: str | None) -> None:
@@ -124,6 +130,8 @@ class PeerSession:
             self._end(TransferError(error))
         elif not self.opening and self.state is PeerState.CONNECTING:
             self.state = PeerState.READY
+            self.handshake_time = time.monotonic() - self._began
+            log.info("peer %s ready after %.0f ms", self.key, self.handshake_time * 1000)
             for pull in self.pulls.values():
                 self._claim(pull)
             self._opened.set()

@@ -162,12 +162,13 @@ class RequestCounts(msgspec.Struct, frozen=True):
 
 
 class PeerInfo(msgspec.Struct, frozen=True):
-    """A peer session. `state`: connecting, ready, refused or lost."""
+    """A peer session. `state`: connecting, ready, refused or lost. `handshake_time`: seconds until all ranks were ready."""
 
     engine_id: Text
     incarnation: Text
     state: Text
     error: Text | None = None
+    handshake_time: Seconds | None = None
 
 
 class EngineCounters(msgspec.Struct, frozen=True):
@@ -188,7 +189,10 @@ class EngineCounters(msgspec.Struct, frozen=True):
 
 
 class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
-    """What GET /tandem/engine shows, beside what is sent again and again as the heartbeat."""
+    """What GET /tandem/engine shows, and the heartbeat.
+
+    `identity_time`: seconds that the ranks took to agree on who they are.
+    """
 
     engine_id: Name
     incarnation: Name
@@ -204,6 +208,7 @@ class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
     requests: RequestCounts
     peers: Annotated[list[PeerInfo], Meta(max_length=MAX_PEERS)]
     counters: EngineCounters = EngineCounters()
+    identity_time: Seconds = 0.0
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):
