@@ -58,7 +58,16 @@ class Shape:
 class Fleet:
     """One engine of each shape; `answer` makes any of them prefill for any other."""
 
-    def __init__(self, model: Path, shapes: Sequence[Shape], connector: str) -> None:
+    def __init__(
+        self,
+        model: Path,
+        shapes: Sequence[Shape],
+        connector: str,
+        *,
+        kv_memory: int = 8 << 20,
+        max_batched_tokens: int = 64,
+    ) -> None:
+        self._cache_bytes, self._batch_tokens = kv_memory, max_batched_tokens
         self._family = Family()
         self._folder = tempfile.TemporaryDirectory(prefix="fleet-")
         self._loop = asyncio.new_event_loop()
@@ -136,8 +145,8 @@ class Fleet:
             role="mixed",
             model=ModelSection(str(model), "random", dtype="float32"),
             engine_id=shape.name,
-            cache=CacheSection(shape.block_size, 8 << 20),
-            batch=BatchSection(max_num_seqs=16, max_batched_tokens=64),
+            cache=CacheSection(shape.block_size, self._cache_bytes),
+            batch=BatchSection(max_num_seqs=16, max_batched_tokens=self._batch_tokens),
             parallel=parallel,
             network=NetworkSection(connector=connector),
             time=TimeSection(start_timeout=START_SECONDS, lease_ttl=30.0),

@@ -162,7 +162,7 @@ class RequestCounts(msgspec.Struct, frozen=True):
 
 
 class PeerInfo(msgspec.Struct, frozen=True):
-    """A peer session. `state`: connecting, ready, refused or lost. `handshake_time`: seconds until all ranks were ready."""
+    """A peer session. `state`: connecting, ready, refused or lost. `handshake_time`: seconds until it was ready."""
 
     engine_id: Text
     incarnation: Text
