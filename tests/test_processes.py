@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -127,6 +128,20 @@ def test_none_is_left_when_the_family_ends_whatever_happens() -> None:
         use()
     assert len(pids) == 2
     assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_child_that_is_being_started_when_the_interrupt_comes_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Family() as family:
+        with monkeypatch.context() as patch:
+            patch.setattr("tandem.processes.threading.Thread", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                family.start("child", child_processes.stay)
+        [child] = multiprocessing.active_children()
+        assert child.is_alive()
+    assert not multiprocessing.active_children()
 
 
 def test_who_does_not_end_when_asked_is_made_to(family: Family) -> None:

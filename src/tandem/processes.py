@@ -63,6 +63,11 @@ class Child:
     def alive(self) -> bool:
         return self.process.is_alive()
 
+    def join(self, seconds: float) -> None:
+        """Until it has ended; at once if it never started."""
+        if self.process.pid is not None:
+            self.process.join(seconds)
+
     def receive(self) -> None:
         """Move what it told into `reports`."""
         try:
@@ -121,14 +126,14 @@ class Family:
         process = self._context.Process(
             target=_child_main, args=(name, theirs, out_write, target, args), name=name, daemon=False
         )
+        child = Child(name, process, ours)
+        self.children.append(child)  # before it starts: an interrupt amid this leaves nobody behind
         with _without_main():
             process.start()
         theirs.close()
         out_write.close()
-        child = Child(name, process, ours)
         child.reader = threading.Thread(target=self._read, args=(child, out), name=f"{name} output", daemon=True)
         child.reader.start()
-        self.children.append(child)
         return child
 
     def _read(self, child: Child, out: Connection) -> None:
@@ -191,7 +196,7 @@ class Family:
             if child.alive:
                 child.process.terminate()
         for child in self.children:
-            child.process.join(max(0.0, deadline - time.monotonic()))
+            child.join(max(0.0, deadline - time.monotonic()))
         self.kill()
 
     def kill(self) -> None:
@@ -201,7 +206,7 @@ class Family:
             if child.alive:
                 child.process.kill()
         for child in self.children:
-            child.process.join(1.0)
+            child.join(1.0)
 
 
 @contextlib.contextmanager

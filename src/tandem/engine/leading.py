@@ -1,0 +1,157 @@
+"""What only rank 0 has: the sockets of the leader, scheduler, event loop and step loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from tandem import __version__
+from tandem.engine.commands import Command
+from tandem.engine.leader import Leader
+from tandem.engine.mailbox import Mailbox
+from tandem.engine.pipeline import LeaderPipeline, SoloPipeline
+from tandem.engine.rank import Published, Rank
+from tandem.engine.runner import Runner
+from tandem.engine.switchboard import Switchboard, Wiring
+from tandem.engine.world import SoloWorld, TorchWorld
+from tandem.kv.blocks import BlockPool
+from tandem.scheduling.admission import Limits
+from tandem.scheduling.scheduler import Scheduler
+from tandem.transfer.handshake import PROTOCOL, EngineDescriptor
+from tandem.transfer.identity import Agreement
+from tandem.wire.messages import Address, EngineStatus, KvTransferParams, Register
+from tandem.wire.peer_messages import Envelope
+from tandem.wire.sockets import SocketOptions, Sockets
+
+
+class Leading:
+    """What only rank 0 has: the sockets of the leader, bound before the ranks hear of them, and the step loop."""
+
+    def __init__(self, rank: Rank, agreement: Agreement) -> None:
+        self._rank = rank
+        self._agreement = agreement
+        host = rank.place.host
+        self._async_context = zmq.asyncio.Context()
+        self._async_sockets: Sockets[zmq.asyncio.Socket] = Sockets(self._async_context, rank.key)
+        options = SocketOptions(mandatory=False, handover=True)
+        self._step_socket, step_port = rank.sockets.bind(zmq.ROUTER, host, 0, options)
+        self._mover_socket, mover_port = self._async_sockets.bind(zmq.ROUTER, host, 0, options)
+        self._peer_socket, peer_port = self._async_sockets.bind(zmq.ROUTER, host, 0, options)
+        self.step_address = Address(host, step_port)
+        self.mover_address = Address(host, mover_port)
+        self.peer_address = Address(host, peer_port)
+
+    def run(
+        self,
+        runner: Runner,
+        world: SoloWorld | TorchWorld,
+        published: list[Published],
+        on_ready: Callable[[EngineStatus], None],
+        on_mailbox: Callable[[Mailbox[Command]], None],
+    ) -> str:
+        pipeline: SoloPipeline | LeaderPipeline = SoloPipeline(runner)
+        if world.size > 1:
+            pipeline = LeaderPipeline(runner, self._step_socket, world.size)
+            pipeline.wait_for_followers()
+        mailbox: Mailbox[Command] = Mailbox()
+        leader = self._leader(pipeline, mailbox, published)
+        switchboard = self._switchboard(mailbox, leader, published)
+        leader.attach(switchboard)
+        switchboard.start()
+        on_mailbox(mailbox)
+        on_ready(self._status(leader, switchboard))
+        reason = "it failed"
+        try:
+            reason = leader.run()
+            return reason
+        finally:
+            switchboard.stop(reason)
+            pipeline.close()
+
+    def _leader(
+        self, pipeline: SoloPipeline | LeaderPipeline, mailbox: Mailbox[Command], published: list[Published]
+    ) -> Leader:
+        rank, config = self._rank, self._rank.config
+        layout = published[0].descriptor.layout
+        pool = BlockPool(layout.blocks, layout.block_size)
+        limits = Limits(
+            config.batch.max_num_seqs,
+            config.batch.max_batched_tokens,
+            config.batch.max_waiting,
+            rank.max_model_len,
+            rank.model.vocab_size,
+        )
+        scheduler = Scheduler(limits, pool, rank.model.eos_token_ids, config.parallel.pp)
+        identity = self._agreement.identity
+        params = KvTransferParams(
+            do_remote_prefill=True,
+            remote_engine_id=identity.engine_id,
+            remote_incarnation=identity.incarnation,
+            tp_size=config.parallel.tp,
+        )
+        return Leader(scheduler, pool, pipeline, mailbox, config.network.connector, config.kv_failure, params)
+
+    def _switchboard(self, mailbox: Mailbox[Command], leader: Leader, published: list[Published]) -> Switchboard:
+        rank, config = self._rank, self._rank.config
+        record = self._agreement.records[0]
+        wiring = Wiring(
+            config=config,
+            descriptor=EngineDescriptor(
+                self._agreement.identity, config.cache.block_size, [p.descriptor for p in published]
+            ),
+            envelope=Envelope(
+                PROTOCOL, rank.fingerprint, record.dtype, config.network.connector, f"tandem {__version__}"
+            ),
+            fronts=rank.place.fronts,
+            context=self._async_context,
+            sockets=self._async_sockets,
+            peer_socket=self._peer_socket,
+            mover_socket=self._mover_socket,
+            register=lambda: self._register(leader, switchboard),
+        )
+        switchboard = Switchboard(wiring, mailbox)
+        return switchboard
+
+    def _register(self, leader: Leader, switchboard: Switchboard) -> Register:
+        rank, config = self._rank, self._rank.config
+        return Register(
+            identity=self._agreement.identity,
+            status=self._status(leader, switchboard),
+            peer_address=self.peer_address,
+            max_model_len=rank.max_model_len,
+            max_waiting=config.batch.max_waiting,
+            model_path=config.model.path,
+            dtype=self._agreement.records[0].dtype,
+            version=__version__,
+            protocol=PROTOCOL,
+            http_address=rank.place.http_address,
+        )
+
+    def _status(self, leader: Leader, switchboard: Switchboard) -> EngineStatus:
+        config, snapshot = self._rank.config, leader.snapshot
+        listener, consumer = switchboard.listener, switchboard.consumer
+        return EngineStatus(
+            engine_id=self._agreement.identity.engine_id,
+            incarnation=self._agreement.identity.incarnation,
+            role=config.role,
+            model=config.model.name,
+            fingerprint=self._rank.fingerprint,
+            tp=config.parallel.tp,
+            pp=config.parallel.pp,
+            nnodes=config.parallel.nnodes,
+            connector=config.network.connector,
+            ranks=self._agreement.ranks,
+            kv=snapshot.kv,
+            requests=snapshot.requests,
+            peers=consumer.peers if consumer else [],
+            identity_time=self._agreement.seconds,
+            counters=msgspec.structs.replace(
+                snapshot.counters,
+                kv_failures=consumer.failures if consumer else 0,
+                leases_expired=listener.expired if listener else 0,
+                bad_messages=listener.bad_messages if listener else 0,
+            ),
+        )

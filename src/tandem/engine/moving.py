@@ -1,0 +1,69 @@
+"""Starts a rank's transfer thread, before and after the ranks know of each other."""
+
+from __future__ import annotations
+
+import os
+
+import zmq
+
+from tandem.engine.mailbox import Mailbox
+from tandem.engine.rank import Published, Rank
+from tandem.engine.runner import KvMemory
+from tandem.errors import StartError
+from tandem.ids import EngineIdentity
+from tandem.transfer.base import RankEndpoint
+from tandem.transfer.mover import Mover, start_mover
+from tandem.transfer.transports import transport_factory
+from tandem.wire.sockets import SocketOptions
+
+TRANSFER_START_SECONDS = 60.0
+OTHERS_SECONDS = 300.0
+
+
+class Moving:
+    """Starts this rank's transfer thread, which makes the transport, and then waits to hear of the others."""
+
+    def __init__(self, rank: Rank, identity: EngineIdentity, memory: KvMemory) -> None:
+        self._rank = rank
+        self._number = rank.place.rank
+        self._agent = f"{identity.engine_id}/{identity.incarnation}/{rank.place.rank}"
+        self._memory = memory
+        self._described: Mailbox[RankEndpoint | BaseException] = Mailbox()
+        self._published: Mailbox[list[Published]] = Mailbox()
+        self._serving = False
+        start_mover(self._make, f"mover-{rank.place.rank}", self._failed)
+
+    def endpoint(self) -> RankEndpoint:
+        """How peers reach this rank. Raises what the transport raised."""
+        described = self._described.wait(TRANSFER_START_SECONDS)
+        if described is None:
+            raise StartError(f"the transport did not start in {TRANSFER_START_SECONDS:.0f} s")
+        if isinstance(described, BaseException):
+            raise described
+        return described
+
+    def connect(self, published: list[Published]) -> None:
+        """Let the transfer thread find the leader."""
+        self._serving = True
+        self._published.put(published)
+
+    def _make(self) -> Mover:
+        """In the transfer thread."""
+        rank = self._rank
+        make = transport_factory(rank.config.network.connector, rank.key)
+        transport = make(self._agent, rank.place.host)
+        transport.register(self._memory.region)
+        self._described.put(transport.describe())
+        published = self._published.wait(OTHERS_SECONDS)
+        if published is None:
+            raise StartError("the other ranks did not publish their memory")
+        address = published[0].mover_address
+        assert address is not None
+        options = SocketOptions(identity=b"%d" % self._number)
+        socket = rank.sockets.connect(zmq.DEALER, address.host, address.port, options)
+        return Mover(self._number, [p.descriptor.layout for p in published], transport, socket)
+
+    def _failed(self, error: BaseException) -> None:
+        if self._serving:
+            os._exit(70)  # nothing can be moved without this thread; the launcher says that the rank died
+        self._described.put(error)
