@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tandem.cli import take_config
 from tandem.config import (
     BatchSection,
     CacheSection,
@@ -90,3 +93,20 @@ def test_allowed_networks_are_followed() -> None:
     network = NetworkSection(allow_peers=("10.0.0.0/8",))
     assert network.allows("10.200.0.1")
     assert not network.allows("127.0.0.1")
+
+
+def test_the_file_of_flags_is_taken_out_of_the_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "tandem.toml"
+    file.write_text("[serve]\nport = 1\n")
+    assert take_config(["serve", "m", "--config", str(file), "--port", "2"], {}) == (
+        ["serve", "m", "--port", "2"],
+        str(file),
+    )
+    assert take_config(["serve", f"--config={file}"], {}) == (["serve"], str(file))
+    assert take_config(["serve"], {"TANDEM_CONFIG": str(file)}) == (["serve"], str(file))
+    assert take_config(["serve"], {}) == (["serve"], None)
+
+
+def test_a_file_of_flags_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="/nowhere.toml is not a file"):
+        take_config(["serve", "--config", "/nowhere.toml"], {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from cyclopts.config import Env, Toml
 
 from tandem import __version__
 from tandem.config import Device, LogLevel, ParallelSection, Role, RouterConfig
-from tandem.errors import TandemError
+from tandem.errors import ConfigError, TandemError
 from tandem.options import ModelOptions, NetworkOptions, RunOptions, engine_config, optional_address
 
 SHAPE = Group("Engines", sort_key=1)
@@ -22,7 +23,11 @@ LOOPBACK = "127.0.0.1"
 app = App(
     name="tandem",
     version=__version__,
-    help="Serve large language models with prefill and decode on separate engines.",
+    help=(
+        "Serve large language models with prefill and decode on separate engines.\n\n"
+        "Every flag can be set as TANDEM_... in the environment, or in a TOML file (--config FILE or TANDEM_CONFIG)"
+        " with a table per command."
+    ),
     config=[Env("TANDEM_", command=False)],
 )
 
@@ -383,13 +388,34 @@ def doctor(
 
 def main() -> None:
     """Entry point: a mistake of the user is one sentence on stderr and exit code 1 (2 for wrong flags)."""
-    if path := os.environ.get("TANDEM_CONFIG"):
-        app.config = [*app.config, Toml(path, must_exist=True)]
     try:
-        code = app(sys.argv[1:], exit_on_error=True, print_error=True, result_action="return_value")
+        arguments, file = take_config(sys.argv[1:], os.environ)
+        if file is not None:
+            app.config = [*app.config, Toml(file, must_exist=True)]
+        code = app(arguments, exit_on_error=True, print_error=True, result_action="return_value")
     except TandemError as error:
         print(f"tandem: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def take_config(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config FILE`, and the file: a TOML table per command, with flags as keys.
+
+    Raises ConfigError if it is not there. Flags go before the environment, and that before the file.
+    """
+    rest, file = list(arguments), environment.get("TANDEM_CONFIG")
+    for index, argument in enumerate(rest):
+        if argument == "--config" and index + 1 < len(rest):
+            file = rest[index + 1]
+            del rest[index : index + 2]
+            break
+        if argument.startswith("--config="):
+            file = argument.partition("=")[2]
+            del rest[index]
+            break
+    if file is not None and not os.path.isfile(file):
+        raise ConfigError(f"--config {file} is not a file; a TOML file with a table per command was expected")
+    return rest, file

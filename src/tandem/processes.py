@@ -116,11 +116,17 @@ class Family:
         """Start importing now, beside whatever comes before the first child."""
         from multiprocessing import forkserver
 
-        with _without_main():
-            forkserver.ensure_running()
+        # Ctrl-C reaches the whole process group: the fork server inherits that it is not for it, while it imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with _without_main():
+                forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def start(self, name: str, target: Callable[..., None], *args: Any) -> Child:
         """Run `target(report, *args)` in a child. Arguments must pickle; sockets do."""
+        self.warm()
         ours, theirs = self._context.Pipe()
         out, out_write = self._context.Pipe(duplex=False)
         process = self._context.Process(
