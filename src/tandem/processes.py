@@ -114,8 +114,9 @@ class Family:
 
     def warm(self) -> None:
         """Start importing now, beside whatever comes before the first child."""
-        from multiprocessing import forkserver
+        from multiprocessing import forkserver, resource_tracker
 
+        resource_tracker.ensure_running()  # by itself, as starting it unblocks SIGINT
         # Ctrl-C reaches the whole process group: the fork server inherits that it is not for it, while it imports.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 BEAT = 0.25
 SILENCE = 10.0
+MAX_QUEUED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Front:
         self._codec: Codec[ToEngine] = Codec(ToEngine)
         self._known = False
         self._heard = time.monotonic()
-        options = SocketOptions(identity=incarnation.encode())
+        options = SocketOptions(identity=incarnation.encode(), hwm=MAX_QUEUED)
         self._socket = sockets.connect(zmq.DEALER, address.host, address.port, options)
 
     async def run(self) -> None:
@@ -95,8 +96,10 @@ class Front:
             self._send(status)
 
     def _send(self, message: ToFront) -> None:
+        """Now or never: what a front that is not there cannot take must not pile up here."""
         if not self._socket.closed:
-            self._socket.send(self._codec.encode(message))
+            sending = self._socket.send(self._codec.encode(message), zmq.NOBLOCK)
+            asyncio.ensure_future(sending).add_done_callback(_forget)
 
     async def _beat(self) -> None:
         while True:
@@ -130,3 +133,9 @@ class Front:
                 self._events.abort(request_id)
             case Introduce():
                 self._events.introduce(message)
+
+
+def _forget(sent: asyncio.Future[object]) -> None:
+    """A queue that is full (EAGAIN) belongs to a front that will be taken for lost; nothing to be done here."""
+    if not sent.cancelled():
+        sent.exception()

@@ -211,7 +211,7 @@ class Switchboard:
                 if not ok:
                     self.listener.abort(request_id, "the prefill ended early")
             case PullReady():
-                self.consumer.allocated(event.request_id, event.block_ids, event.num_cached_tokens)
+                self.consumer.allocated(event.request_id, event.block_ids, event.num_cached_tokens, event.num_tokens)
             case PullEnded(request_id=request_id):
                 self.consumer.give_up(request_id, "the request has ended")
 

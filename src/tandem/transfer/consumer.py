@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import zmq.asyncio
 
-from tandem.errors import TransferError
+from tandem.errors import TransferError, WireError
 from tandem.ids import EngineIdentity
 from tandem.kv.layout import KvLayout
 from tandem.transfer.handshake import EngineDescriptor, peers_needed
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 4096
 RETRY_SECONDS = 2.0
+
+_Whom = tuple[str, str | None, Address]
+"""Engine id, incarnation if known, and address: a client that names a wrong address shall not harm the right one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ class Consumer:
         self._movers = movers
         self._sockets = sockets
         self._events = events
-        self._sessions: dict[tuple[str, str | None], PeerSession] = {}
-        self._ended_at: dict[tuple[str, str | None], float] = {}
+        self._sessions: dict[_Whom, PeerSession] = {}
+        self._ended_at: dict[_Whom, float] = {}
         self._pulls: dict[str, tuple[Pull, PeerSession]] = {}
         self._jobs: dict[int, tuple[Pull, PeerSession]] = {}
         self._numbers = itertools.count(1)
@@ -89,6 +92,7 @@ class Consumer:
         for key, session in list(self._sessions.items()):
             if session.introduced and session.incarnation not in present and not session.pulls:
                 del self._sessions[key]
+                self._ended_at.pop(key, None)
                 self._shut(session)
 
     def open(self, request_id: str, source: messages.Pull) -> None:
@@ -96,25 +100,31 @@ class Consumer:
         session = self._session(source.engine_id, source.incarnation, source.address, introduced=not source.foreign)
         if session is None:
             self._events.failed(request_id, f"more than {MAX_SESSIONS} prefill engines")
+            self._events.quiet(request_id)
             return
         pull = Pull(request_id, source.remote_request_id, source.first_token)
         self._pulls[request_id] = (pull, session)
         if session.state in (PeerState.REFUSED, PeerState.LOST):
             self._fail(pull, session, str(session.error))
+        elif pull.remote_id in session.pulls:
+            self._fail(pull, session, f"another request reads the KV of {pull.remote_id} already")
         else:
             session.add(pull)
 
-    def allocated(self, request_id: str, blocks: list[int], cached: int) -> None:
+    def allocated(self, request_id: str, blocks: list[int], cached: int, wanted: int) -> None:
+        """Where the KV goes. `wanted`: tokens of the prompt, of which the first `cached` are here already."""
         entry = self._pulls.get(request_id)
         if entry is not None:
-            entry[0].allocated(blocks, cached)
+            entry[0].allocated(blocks, cached, wanted)
             self._advance(*entry)
 
     def give_up(self, request_id: str, why: str) -> None:
         """The request does not want its KV any more. `quiet` follows, at once or when its reads have ended."""
         entry = self._pulls.pop(request_id, None)
         if entry is None:
-            self._events.quiet(request_id)
+            # It may have failed or arrived meanwhile; what has failed may still be being read.
+            if not any(pull.request_id == request_id for pull, _ in self._jobs.values()):
+                self._events.quiet(request_id)
             return
         pull, session = entry
         pull.gave_up = why
@@ -128,19 +138,31 @@ class Consumer:
         self, engine_id: str, incarnation: str | None, address: Address, *, introduced: bool
     ) -> PeerSession | None:
         """The session with an engine; a new one if there is none, or the last one was lost a while ago."""
-        key = (engine_id, incarnation)
+        key = (engine_id, incarnation, address)
         session = self._sessions.get(key)
-        if session is not None:
-            again = session.state is PeerState.LOST and time.monotonic() - self._ended_at.get(key, 0.0) > RETRY_SECONDS
-            if not again:
-                return session
-        elif len(self._sessions) >= MAX_SESSIONS:
+        if session is not None and not self._try_again(key, session):
+            return session
+        if session is None and len(self._sessions) >= MAX_SESSIONS and not self._forget_ended():
             return None
+        self._ended_at.pop(key, None)
         events = PeerEvents(self._welcomed, self._received, self._ended)
         session = PeerSession(engine_id, incarnation, address, self._identity, self._envelope, self._sockets, events)
         session.introduced = introduced
         self._sessions[key] = session
         return session
+
+    def _try_again(self, key: _Whom, session: PeerSession) -> bool:
+        """One life of an engine that refuses will refuse again; what answers there later may not."""
+        refused_for_good = session.state is PeerState.REFUSED and key[1] is not None
+        ended_at = self._ended_at.get(key)
+        return ended_at is not None and not refused_for_good and time.monotonic() - ended_at > RETRY_SECONDS
+
+    def _forget_ended(self) -> bool:
+        """Make room for a session; whether there was one that had ended."""
+        for key in self._ended_at:
+            del self._sessions[key], self._ended_at[key]
+            return True
+        return False
 
     def _welcomed(self, session: PeerSession, descriptor: EngineDescriptor) -> None:
         """Give each rank only the peers that its plan needs."""
@@ -173,13 +195,22 @@ class Consumer:
         if isinstance(message, KvGone):
             self._fail(pull, entry[1], message.reason)
             return
-        pull.announced(message, now)
+        try:
+            pull.announced(message, now)
+        except WireError as error:
+            self._fail(pull, entry[1], str(error))
+            return
         self._advance(pull, entry[1])
 
     def _advance(self, pull: Pull, session: PeerSession) -> None:
         """Read what can be read now; tell the engine when everything is here."""
         assert session.descriptor is not None or not pull.ready
-        span = pull.next_read(session.descriptor.block_size if session.descriptor else 1)
+        block_size = session.descriptor.block_size if session.descriptor else 1
+        wrong = pull.contradiction(block_size)
+        if wrong is not None:
+            self._fail(pull, session, wrong)
+            return
+        span = pull.next_read(block_size)
         if span is not None and pull.destination_blocks is not None:
             job = next(self._numbers)
             pull.jobs[job] = set(range(self._movers.ranks))

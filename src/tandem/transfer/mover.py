@@ -134,16 +134,21 @@ class Mover:
             self._peers[message.peer] = _Peer([s.endpoint.agent for s in message.sources], chosen)
         except (TransferError, LayoutError) as problem:
             error = str(problem)
-            for source in message.sources:
-                self._transport.disconnect(source.endpoint.agent)
+            self._disconnect([source.endpoint.agent for source in message.sources])
         self._report(PeerOpened(self._rank, message.peer, error))
 
     def _close(self, name: str) -> None:
         peer = self._peers.pop(name, None)
-        for agent in peer.agents if peer else ():
-            self._transport.disconnect(agent)
+        self._disconnect(peer.agents if peer else [])
         self._finish_jobs()
         self._report(PeerClosed(self._rank, name))
+
+    def _disconnect(self, agents: Sequence[str]) -> None:
+        """From those that no other peer has too: an engine that is known by two addresses is two peers."""
+        used = {agent for peer in self._peers.values() for agent in peer.agents}
+        for agent in agents:
+            if agent not in used:
+                self._transport.disconnect(agent)
 
     def _start(self, order: ReadOrder) -> None:
         job = self._jobs[order.job] = _Job(order, time.monotonic())

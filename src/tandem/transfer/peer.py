@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from tandem.wire.sockets import SocketOptions, Sockets
 log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT = 10.0
+_NUMBERS = itertools.count(1)
 KEEPALIVE = 1 << 40
 """Sequence number of a renewal that renews nothing: it only asks whether the peer is there."""
 
@@ -103,15 +105,16 @@ class PeerSession:
         self._events = events
         self._codec: Codec[ToDecode] = Codec(ToDecode)
         self._opened = asyncio.Event()
-        self._socket = sockets.connect(
-            zmq.DEALER, address.host, address.port, SocketOptions(identity=identity.incarnation.encode())
-        )
+        self._number = next(_NUMBERS)
+        # Of its own: leases are held under this name, and must not pass from a session that was lost to the next one.
+        name = f"{identity.incarnation}/{self._number}"
+        self._socket = sockets.connect(zmq.DEALER, address.host, address.port, SocketOptions(identity=name.encode()))
         self._task = asyncio.create_task(self._run(), name=f"peer {engine_id}")
 
     @property
     def key(self) -> str:
         """Names this session towards the ranks."""
-        return f"{self.engine_id}/{self.incarnation}"
+        return f"{self.engine_id}/{self.incarnation}/{self._number}"
 
     @property
     def info(self) -> PeerInfo:
@@ -148,8 +151,11 @@ class PeerSession:
 
     def remove(self, pull: Pull) -> None:
         """Nothing more is wanted of it, or everything is here: its blocks may go."""
+        if self.pulls.get(pull.remote_id) is not pull:
+            return
+        del self.pulls[pull.remote_id]
         self._leases.drop(pull.remote_id)
-        if self.pulls.pop(pull.remote_id, None) is not None and self.state is PeerState.READY:
+        if self.state is PeerState.READY:
             self._send(Release(self._to, [pull.remote_id]))
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ class _Offer:
     Attributes:
         known_by: None once the request itself has arrived; for a claim that came first, until when it may still.
         wait: seconds for which its blocks are kept for a first claim.
+        aborted: why nothing more comes, though the prompt was not computed.
     """
 
     known_by: float | None
@@ -34,6 +35,7 @@ class _Offer:
     num_tokens: int = 0
     final: bool = False
     first_token: int | None = None
+    aborted: str | None = None
 
 
 @dataclass(slots=True)
@@ -99,6 +101,8 @@ class Producer:
                 return Outcome(send=[(client, gone)])
             self._early += 1
             offer = self._offers[request_id] = _Offer(now + self._ttl, self._ttl)
+        if offer.aborted is not None:
+            return Outcome(send=[(client, KvGone(self._source, request_id, offer.aborted))])
         self._leases.claim(request_id, client.hex(), now)
         offer.readers.add(client)
         outcome = Outcome(send=[(client, Claimed(self._source, request_id))])
@@ -130,7 +134,7 @@ class Producer:
         offer = self._offers.get(request_id)
         if offer is None or offer.final:
             return outcome
-        offer.final = True
+        offer.final, offer.aborted = True, reason
         self._leases.hold(request_id, offer.blocks, now, wait=0.0)
         outcome.send = [(client, KvGone(self._source, request_id, reason)) for client in offer.readers]
         return outcome

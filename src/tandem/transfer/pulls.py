@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tandem.errors import WireError
 from tandem.wire.peer_messages import KvReady
 
 
@@ -16,6 +17,7 @@ class Pull:
 
     Attributes:
         first_token_expected: the prefill engine samples the first token and sends it along.
+        wanted: tokens of the prompt; None until the scheduler has said.
         cached: tokens, from the start, that are here already and are not read.
         posted: tokens, from the start, that are here or being read.
         jobs: ranks that have not yet reported, by read job.
@@ -30,6 +32,7 @@ class Pull:
     final: bool = False
     first_token: int | None = None
     destination_blocks: list[int] | None = None
+    wanted: int | None = None
     cached: int = 0
     posted: int = 0
     jobs: dict[int, set[int]] = field(default_factory=dict)
@@ -40,6 +43,8 @@ class Pull:
     final_at: float = 0.0
 
     def announced(self, message: KvReady, now: float) -> None:
+        if message.first_block > len(self.source_blocks):
+            raise WireError(f"blocks from {message.first_block} on were announced, {len(self.source_blocks)} are known")
         self.source_blocks[message.first_block :] = message.block_ids
         self.ready = max(self.ready, message.num_tokens)
         if message.final:
@@ -47,9 +52,18 @@ class Pull:
             self.first_token = message.first_token
             self.final_at = now
 
-    def allocated(self, blocks: list[int], cached: int) -> None:
+    def allocated(self, blocks: list[int], cached: int, wanted: int) -> None:
         self.destination_blocks = blocks
+        self.wanted = wanted
         self.cached = self.posted = cached
+
+    def contradiction(self, source_block_size: int) -> str | None:
+        """Why what was announced cannot be this prompt's KV, if it cannot."""
+        if self.ready > len(self.source_blocks) * source_block_size:
+            return f"{self.ready} tokens were announced, but blocks for {len(self.source_blocks) * source_block_size}"
+        if self.wanted is not None and (self.ready > self.wanted or (self.final and self.ready < self.wanted)):
+            return f"the prompt has {self.wanted} tokens here, {self.ready} there"
+        return None
 
     def next_read(self, source_block_size: int) -> tuple[int, int] | None:
         """Tokens [start, stop) to read now. Whole source blocks, so that a block is read once, until the last chunk."""
