@@ -108,5 +108,5 @@ def test_the_file_of_flags_is_taken_out_of_the_arguments(tmp_path: Path) -> None
 
 
 def test_a_file_of_flags_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="/nowhere.toml is not a file"):
+    with pytest.raises(ConfigError, match=r"/nowhere\.toml is not a file"):
         take_config(["serve", "--config", "/nowhere.toml"], {})

@@ -100,3 +100,16 @@ def test_tp4_pp2_over_two_nodes_prefills_for_tp8_over_the_same_nodes(model: Path
         wait_healthy(made, a)
         check_answers(a, model)
         check_identity(a, {"prefill": 8, "decode": 8})
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_an_engine_that_loses_a_node_ends_on_the_other_one_too(model: Path, key: Path, lost: int) -> None:
+    with lab(2) as made:
+        nodes = made.nodes
+        start_engine(nodes, nodes[0], model, key, "--role", "mixed", "--tp", "2")
+        made.until(lambda: "ready" in nodes[0].processes[0].output, START_SECONDS, "the engine is ready")
+        nodes[lost].processes[0].popen.kill()
+        survivor = nodes[1 - lost].processes[0]
+        assert survivor.wait(60) == 1
+        assert "of this engine was lost" in survivor.output

@@ -13,7 +13,11 @@ def run_router(config: RouterConfig, start_timeout: float) -> int:
     def body(family: Family, screen: Screen) -> int:
         router = start_router(family, config, start_timeout)
         screen.panel(
-            f"http://{router.http}", "router", [f"engines register with --router {router.control}", "Ctrl-C stops it"]
+            [
+                f"OpenAI API at [bold cyan]http://{router.http}/v1[/bold cyan], once engines are there",
+                f"Engines register with --router {router.control}",
+                "Ctrl-C stops it",
+            ]
         )
         screen.url(f"http://{router.http}")
         wait_forever(family)

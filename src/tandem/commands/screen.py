@@ -54,9 +54,11 @@ class Screen:
             soft_wrap=True,
         )
 
-    def panel(self, url: str, model: str, lines: list[str]) -> None:
-        text = f"[bold]{model}[/bold] is served at [bold cyan]{url}/v1[/bold cyan]\n" + "\n".join(lines)
-        self.console.print(Panel.fit(text, title="Tandem", border_style="green"))
+    def panel(self, lines: list[str], copyable: str | None = None) -> None:
+        """A box, and under it, unbroken, a command to copy."""
+        self.console.print(Panel.fit("\n".join(lines), title="Tandem", border_style="green"))
+        if copyable is not None:
+            self.console.print(copyable, markup=False, soft_wrap=True)
 
     def url(self, url: str) -> None:
         """Alone on stdout, for whoever started the command as a child and waits for it; a person has the panel."""

@@ -77,13 +77,12 @@ def run_serve(
             router = start_all(family, screen, router_config, configs)
         url = f"http://{router.http}"
         screen.panel(
-            url,
-            section.name,
             [
-                f"curl {url}/v1/completions -H 'Content-Type: application/json' \\",
-                f'  -d \'{{"model": "{section.name}", "prompt": "Hello", "max_tokens": 16}}\'',
+                f"[bold]{section.name}[/bold] is served at [bold cyan]{url}/v1[/bold cyan]",
                 "Ctrl-C stops everything",
             ],
+            f"curl {url}/v1/completions -H 'Content-Type: application/json'"
+            f' -d \'{{"model": "{section.name}", "prompt": "Hello", "max_tokens": 16}}\'',
         )
         screen.url(url)
         wait_forever(family)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -135,7 +136,7 @@ class Front:
                 self._events.introduce(message)
 
 
-def _forget(sent: asyncio.Future[object]) -> None:
+def _forget(sent: asyncio.Future[Any]) -> None:
     """A queue that is full (EAGAIN) belongs to a front that will be taken for lost; nothing to be done here."""
     if not sent.cancelled():
         sent.exception()

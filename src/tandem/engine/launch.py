@@ -144,7 +144,7 @@ def rank_main(report: Callable[..., None], name: str, config: EngineConfig, plac
     def on_term(*_: object) -> None:
         if stop:
             stop[0].put(commands.Shutdown("it was told to stop"))
-        elif place.rank == 0 or not started.is_set():
+        elif place.rank == 0 or not started.is_set() or config.parallel.node_rank != 0:
             os._exit(143)
 
     def end(text: str) -> None:

@@ -289,6 +289,7 @@ class Leader:
             bytes=pull.bytes,
             descriptors=pull.descriptors,
             transport=self._transport,
+            kv_source=pull.source_engine,
         )
 
     def _params(self, request_id: str) -> KvTransferParams:

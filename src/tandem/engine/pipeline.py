@@ -62,7 +62,7 @@ class LeaderPipeline:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepResult | Here)
         self._results: deque[StepResult] = deque()
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._connections: set[int] = set()
 
     def wait_for_followers(self) -> None:
@@ -74,17 +74,20 @@ class LeaderPipeline:
             rank, data = self._socket.recv_multipart()
             if isinstance(self._decoder.decode(data), Here):
                 missing.discard(rank)
-        self._lost_connection()
+        self._lost_connection(counting=True)
 
-    def _lost_connection(self) -> bool:
-        """Whether a connection that had completed its handshake has ended; strangers who knock do not count."""
+    def _lost_connection(self, *, counting: bool = False) -> bool:
+        """Whether a connection has ended that was there when all followers were; strangers who knock do not count."""
+        lost = False
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connections.add(event["value"])
-            elif event["value"] in self._connections:
-                return True
-        return False
+            file_descriptor = event["value"]
+            if event["event"] == zmq.EVENT_DISCONNECTED and file_descriptor in self._connections:
+                self._connections.discard(file_descriptor)
+                lost = True
+            elif event["event"] == zmq.EVENT_ACCEPTED and counting:
+                self._connections.add(file_descriptor)
+        return lost
 
     def submit(self, batch: Batch) -> None:
         self._broadcast(self._encoder.encode(batch))

@@ -110,6 +110,7 @@ class Router:
 
     def describe_engine(self, status: EngineStatus) -> dict[str, Any]:
         described: dict[str, Any] = msgspec.to_builtins(status)
+        del described["type"]
         member = self._pool.find(status.engine_id, status.incarnation)
         if member is not None:
             register = member.register
@@ -280,7 +281,7 @@ def how_made(path: Path, stats: dict[str, RequestStats], progress: _Progress, at
     if path.prefill is not None:
         prefix[path.prefill.engine_id] = prefill.prefix_tokens
     return HowMade(
-        prefill_engine=(path.prefill or path.decode).engine_id,
+        prefill_engine=decode.kv_source or (path.prefill or path.decode).engine_id,
         decode_engine=path.decode.engine_id,
         disaggregated=pulled,
         reason=reason,

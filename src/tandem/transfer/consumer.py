@@ -102,7 +102,7 @@ class Consumer:
             self._events.failed(request_id, f"more than {MAX_SESSIONS} prefill engines")
             self._events.quiet(request_id)
             return
-        pull = Pull(request_id, source.remote_request_id, source.first_token)
+        pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token)
         self._pulls[request_id] = (pull, session)
         if session.state in (PeerState.REFUSED, PeerState.LOST):
             self._fail(pull, session, str(session.error))
@@ -242,7 +242,7 @@ class Consumer:
         pull, session = entry
         pull.bytes += report.bytes
         pull.descriptors += report.descriptors
-        pull.read_seconds = max(pull.read_seconds, report.seconds)
+        pull.job_seconds[report.job] = max(pull.job_seconds.get(report.job, 0.0), report.seconds)
         ranks = pull.jobs[report.job]
         ranks.discard(report.rank)
         if not ranks:

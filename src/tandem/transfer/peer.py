@@ -180,7 +180,11 @@ class PeerSession:
     async def _run(self) -> None:
         try:
             await self._shake_hands()
-            await asyncio.gather(self._receive(), self._renew())
+            renewing = asyncio.create_task(self._renew())
+            try:
+                await asyncio.gather(self._receive(), renewing)
+            finally:
+                renewing.cancel()
         except TransferError as error:
             self._end(error)
         except (ConfigError, WireError) as error:

@@ -26,6 +26,7 @@ class Pull:
 
     request_id: str
     remote_id: str
+    source_engine: str
     first_token_expected: bool
     source_blocks: list[int] = field(default_factory=list)
     ready: int = 0
@@ -39,7 +40,7 @@ class Pull:
     gave_up: str | None = None
     bytes: int = 0
     descriptors: int = 0
-    read_seconds: float = 0.0
+    job_seconds: dict[int, float] = field(default_factory=dict)
     final_at: float = 0.0
 
     def announced(self, message: KvReady, now: float) -> None:
@@ -75,6 +76,11 @@ class Pull:
             return None
         start, self.posted = self.posted, stop
         return start, stop
+
+    @property
+    def read_seconds(self) -> float:
+        """What its reads took, each as long as the slowest rank."""
+        return sum(self.job_seconds.values())
 
     @property
     def reading(self) -> bool:

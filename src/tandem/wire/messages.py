@@ -242,7 +242,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestStats(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How one engine made its part of a response. Times in seconds."""
+    """How one engine made its part of a response. Times in seconds; `kv_source` is the engine that KV was read from."""
 
     queue_time: Seconds = 0.0
     prefill_time: Seconds = 0.0
@@ -254,6 +254,7 @@ class RequestStats(msgspec.Struct, frozen=True, omit_defaults=True):
     descriptors: Count = 0
     recomputations: Count = 0
     transport: Text | None = None
+    kv_source: Text | None = None
     recompute_reason: Text | None = None
 
 
