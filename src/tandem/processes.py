@@ -18,7 +18,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -114,7 +114,6 @@ class Family:
 
     def warm(self) -> None:
         """Start importing now, beside whatever comes before the first child."""
-        from multiprocessing import forkserver, resource_tracker
 
         resource_tracker.ensure_running()  # by itself, as starting it unblocks SIGINT
         # Ctrl-C reaches the whole process group: the fork server inherits that it is not for it, while it imports.
@@ -214,6 +213,21 @@ class Family:
                 child.process.kill()
         for child in self.children:
             child.join(1.0)
+
+
+@contextlib.contextmanager
+def ending_fork_server() -> Iterator[None]:
+    """For a command whose process ends with this: the fork server ends too, at once, even while it imports.
+
+    By itself it goes when it finds its owner gone, but it looks only once its imports are done.
+    """
+    try:
+        yield
+    finally:
+        pid = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

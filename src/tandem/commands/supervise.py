@@ -8,7 +8,7 @@ from types import FrameType
 
 from tandem.commands.screen import Screen
 from tandem.errors import TandemError
-from tandem.processes import Family
+from tandem.processes import Family, ending_fork_server
 
 
 class Stop(KeyboardInterrupt):
@@ -18,7 +18,7 @@ class Stop(KeyboardInterrupt):
 def supervised(body: Callable[[Family, Screen], int]) -> int:
     """Run `body` with a family of children, which are gone when this returns; its value is the exit code."""
     screen = Screen()
-    with Family(echo=screen.echo) as family:
+    with ending_fork_server(), Family(echo=screen.echo) as family:
         _take_signals(family)
         try:
             return body(family, screen)

@@ -143,7 +143,7 @@ class Producer:
         """End what no reader has asked for in time. A prompt that is still being computed cannot expire."""
         outcome = Outcome()
         for lease in self._leases.expire(now):
-            if lease.claimed:
+            if lease.claimed and lease.blocks:
                 outcome.expired.append(lease.request_id)
             self._gone(lease.request_id, "the lease ended", outcome)
             self._end(lease.request_id, outcome)
