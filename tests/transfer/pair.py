@@ -76,6 +76,7 @@ class Prefill:
         return messages.Pull(**(plain | dict(remote_request_id=request_id) | fields))
 
     async def die(self) -> None:
+        await asyncio.sleep(0)  # a task that was cancelled before it began closes nothing
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
 

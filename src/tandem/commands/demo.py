@@ -147,7 +147,7 @@ def _table(asked: list[Asked], alone: int, width: int) -> Table:
     table.add_column("right", no_wrap=True)
     for name in ("TTFT", "ITL", "blocks", "kB", "descr.", "GB/s"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("PD", no_wrap=True)
+    table.add_column("PD", no_wrap=True, min_width=3)
     for place, one in enumerate(asked):
         table.add_row(*_row(one), end_section=place == alone - 1)
     return table
