@@ -73,6 +73,7 @@ class RequestError(TandemError):
         code: a short machine-readable word; also how the error is named on the wire.
         param: the field of the request that is at fault, if one is.
         retry_after: seconds after which the client may try again, if it may.
+        engine: incarnation of the engine that said so, if one did.
     """
 
     status = 500
@@ -82,6 +83,7 @@ class RequestError(TandemError):
         super().__init__(message)
         self.param = param
         self.retry_after = retry_after
+        self.engine: str | None = None
 
 
 class InvalidRequest(RequestError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 
@@ -13,5 +14,12 @@ def set_up(who: str, level: str) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     for noisy in ("asyncio", "uvicorn.error", "uvicorn", "httpx"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A request that is cancelled because the server stops is not worth a traceback."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, asyncio.CancelledError)

@@ -95,11 +95,12 @@ class Family:
 
     Args:
         echo: called with every line that a child prints.
+        preload: modules that the fork server imports once for all.
     """
 
-    def __init__(self, echo: Callable[[str], None] | None = None) -> None:
+    def __init__(self, echo: Callable[[str], None] | None = None, preload: Sequence[str] = PRELOAD) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOAD))
+        self._context.set_forkserver_preload(list(preload))
         for variable, value in CHILD_DEFAULTS.items():
             os.environ.setdefault(variable, value)
         self._echo = echo

@@ -29,7 +29,7 @@ PATIENCE = 20.0
 
 async def until(happened: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE):
-        while not happened():
+        while not happened():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

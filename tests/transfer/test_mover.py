@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_any_shape_is_read_into_any_other_in_chunks(source: Any, destination: An
     own = np.zeros(here[rank].nbytes, np.uint8)
     with rig(FakeTransport(memories, own), here, rank) as it:
         it.tell(OpenPeer("p", descriptors(there)))
-        for job, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for job, (start, stop) in enumerate(pairwise(cuts)):
             it.tell(ReadOrder(job, "p", "r", list(src), list(dst), start, stop, stop == total))
         opened, *ended = it.heard()
     assert opened == PeerOpened(rank, "p")

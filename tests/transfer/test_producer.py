@@ -181,6 +181,25 @@ def test_claims_of_requests_that_never_come_are_bounded(producer: Producer, monk
     assert kinds(claim(producer, A, TTL, "7")) == [(A, Claimed)]
 
 
+@pytest.mark.parametrize("claimed_first", [True, False])
+def test_kv_of_another_prompt_is_not_given_to_a_reader(producer: Producer, claimed_first: bool) -> None:
+    outcomes = [claim(producer, A, 0.0)] if claimed_first else []
+    outcomes.append(producer.begin("r", TTL, "digest"))
+    if not claimed_first:
+        outcomes.append(claim(producer, A, 0.0))
+    assert kinds(outcomes[-1]) == [(A, KvGone)]
+    right = producer.claim(B, Claim(LIFE, "r", "digest"), 0.0)
+    assert kinds(right) == [(B, Claimed)]
+    assert kinds(producer.chunk("r", 0, [1], 4, True, 7, 0.0)) == [(B, KvReady)]
+    release(producer, A, 0.0)
+    assert release(producer, B, 0.0).ended == ["r"]
+
+
+def test_a_claim_that_is_not_early_is_told_at_once_that_there_is_nothing(producer: Producer) -> None:
+    assert kinds(producer.claim(A, Claim(LIFE, "r", early=False), 0.0)) == [(A, KvGone)]
+    assert len(producer) == 0
+
+
 class Interleavings(RuleBasedStateMachine):
     """Any order of events. A model keeps for each request who may be reading it, and until when."""
 

@@ -18,12 +18,14 @@ class ModelCard(msgspec.Struct, frozen=True):
         name: what clients call it.
         path: folder with tokenizer.json, tokenizer_config.json, generation_config.json.
         max_model_len: prompt and output together, in tokens.
+        seed: for requests that bring none; None draws one for each.
     """
 
     name: str
     path: str
     max_model_len: int
     created: int
+    seed: int | None = None
 
 
 class TokenRequest(msgspec.Struct, frozen=True):

@@ -36,7 +36,7 @@ async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return new_job(caller, model, body, [(prompt, sampling_params(body, limit, logprobs))])
+    return new_job(caller, model, body, [(prompt, sampling_params(body, limit, logprobs, model.card.seed))])
 
 
 class ChatAssembly(Assembly):

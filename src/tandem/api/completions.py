@@ -63,7 +63,7 @@ class CompletionAssembly(Assembly):
 
 def _sampling(body: CompletionBody, prompt: Prompt, model: ServedModel) -> SamplingParams:
     limit = model.output_limit(len(prompt.token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
-    return sampling_params(body, limit, body.logprobs)
+    return sampling_params(body, limit, body.logprobs, model.card.seed)
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -99,15 +99,18 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     return convert(served, kind)
 
 
-def sampling_params(body: GenerateBody, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def sampling_params(
+    body: GenerateBody, max_tokens: int, logprobs: int | None, default_seed: int | None = None
+) -> SamplingParams:
     """How `body` wants its tokens chosen. Defaults are OpenAI's, not those of the model's generation_config.json.
 
-    Without a seed a random one is taken. Raises InvalidRequest for a value out of range.
+    Without any seed a random one is taken. Raises InvalidRequest for a value out of range.
     """
     given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
     if given.get("top_k") == -1:
         given["top_k"] = 0
-    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
+    wanted = default_seed if body.seed is None else body.seed
+    seed = secrets.randbits(63) if wanted is None else wanted % 2**63
     return convert(given | {"max_tokens": max_tokens, "logprobs": logprobs, "seed": seed}, SamplingParams)
 
 

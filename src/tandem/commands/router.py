@@ -23,4 +23,4 @@ def run_router(config: RouterConfig, start_timeout: float) -> int:
         wait_forever(family)
         return 0
 
-    return supervised(body)
+    return supervised(body, preload=["tandem.router.server"])

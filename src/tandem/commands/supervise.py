@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from tandem.commands.screen import Screen
 from tandem.errors import TandemError
-from tandem.processes import Family, ending_fork_server
+from tandem.processes import PRELOAD, Family, ending_fork_server
 
 
 class Stop(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came."""
 
 
-def supervised(body: Callable[[Family, Screen], int]) -> int:
+def supervised(body: Callable[[Family, Screen], int], preload: Sequence[str] = PRELOAD) -> int:
     """Run `body` with a family of children, which are gone when this returns; its value is the exit code."""
     screen = Screen()
-    with ending_fork_server(), Family(echo=screen.echo) as family:
+    with ending_fork_server(), Family(echo=screen.echo, preload=preload) as family:
         _take_signals(family)
         try:
             return body(family, screen)

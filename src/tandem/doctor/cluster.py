@@ -185,6 +185,7 @@ def _record(plan: ClusterPlan, host: str) -> RankRecord:
         model=NONE,
         fingerprint=NONE,
         dtype="none",
+        device=plan.device,
         tp=parallel.tp,
         pp=parallel.pp,
         nnodes=parallel.nnodes,

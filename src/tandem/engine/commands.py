@@ -48,7 +48,10 @@ class LeasesEnded:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
+    """`failed`: not because somebody asked for it."""
+
     reason: str
+    failed: bool = False
 
 
 Command = Start | Abort | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown

@@ -12,12 +12,11 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from tandem.errors import WireError
+from tandem.errors import EngineFailed, WireError
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
     Address,
-    EngineStatus,
     Failed,
     Generate,
     Goodbye,
@@ -92,10 +91,6 @@ class Front:
     def goodbye(self, reason: str) -> None:
         self._send(Goodbye(reason))
 
-    def status_changed(self, status: EngineStatus) -> None:
-        if self._known:
-            self._send(status)
-
     def _send(self, message: ToFront) -> None:
         """Now or never: what a front that is not there cannot take must not pile up here."""
         if not self._socket.closed:
@@ -107,10 +102,16 @@ class Front:
             self._send(self._register().status if self._known else self._register())
             await asyncio.sleep(BEAT)
             if self.active and time.monotonic() - self._heard > SILENCE:
-                log.warning("front %s is silent: %d of its requests are aborted", self.address, len(self.active))
-                for request_id in self.active:
-                    self._events.abort(request_id)
-                self.active.clear()
+                self._abandon("is silent")
+
+    def _abandon(self, why: str) -> None:
+        """Nobody waits for its requests any more; should somebody do, they hear of it."""
+        log.warning("front %s %s: %d of its requests are aborted", self.address, why, len(self.active))
+        for request_id in self.active:
+            self._events.abort(request_id)
+        lost = EngineFailed(f"the connection to the front {why}")
+        self._send(Outputs([Failed(request_id, lost.code, str(lost)) for request_id in self.active]))
+        self.active.clear()
 
     async def _receive(self) -> None:
         while True:
@@ -121,10 +122,15 @@ class Front:
             except WireError as error:
                 self.bad_messages += 1
                 log.warning("message of front %s dropped: %s", self.address, error)
+            except Exception:  # whatever one message does, the next one is served
+                self.bad_messages += 1
+                log.exception("a message of front %s could not be handled", self.address)
 
     def _handle(self, message: ToEngine) -> None:
         match message:
             case Registered(known=known):
+                if not known and self.active:
+                    self._abandon("has restarted")
                 self._known = known
             case Generate():
                 self.active.add(message.request_id)

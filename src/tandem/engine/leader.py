@@ -16,7 +16,7 @@ from tandem.engine import commands
 from tandem.engine.commands import Command
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.switchboard import KvEvent, Switchboard
-from tandem.errors import KvLost, KvRetry, RequestError
+from tandem.errors import EngineFailed, KvLost, KvRetry, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
 from tandem.scheduling.events import ChunkComputed, Event, Finished, PrefillEnded, PullEnded, PullReady, TokenOut
@@ -158,6 +158,8 @@ class Leader:
             case commands.LeasesEnded(request_ids=request_ids):
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
+            case commands.Shutdown(reason=reason, failed=True):
+                raise EngineFailed(reason)
             case commands.Shutdown(reason=reason):
                 self._stopping = reason
 

@@ -71,8 +71,8 @@ class LeaderPipeline:
         while missing:
             if not self._socket.poll(30_000):
                 raise EngineFailed(f"ranks {sorted(int(m) for m in missing)} did not connect to the leader")
-            rank, data = self._socket.recv_multipart()
-            if isinstance(self._decoder.decode(data), Here):
+            rank, message = self._receive()
+            if isinstance(message, Here):
                 missing.discard(rank)
         self._lost_connection(counting=True)
 
@@ -89,6 +89,16 @@ class LeaderPipeline:
                 self._connections.add(file_descriptor)
         return lost
 
+    def _receive(self) -> tuple[bytes, StepResult | Here | None]:
+        """The next message and who sent it; None for what is no message of a rank of this engine."""
+        sender, *rest = self._socket.recv_multipart()
+        try:
+            if sender in self._followers:
+                return sender, self._decoder.decode(b"".join(rest))
+        except msgspec.DecodeError as error:
+            log.warning("a message of rank %s was dropped: %s", sender, error)
+        return sender, None
+
     def submit(self, batch: Batch) -> None:
         self._broadcast(self._encoder.encode(batch))
         result = self._runner.run(batch)
@@ -99,8 +109,7 @@ class LeaderPipeline:
         if self._lost_connection():
             raise EngineFailed("a rank of this engine was lost")
         while self._socket.poll(0):
-            _, data = self._socket.recv_multipart()
-            message = self._decoder.decode(data)
+            _, message = self._receive()
             if isinstance(message, StepResult):
                 self._results.append(message)
         done = list(self._results)

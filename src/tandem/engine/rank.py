@@ -63,6 +63,7 @@ class Rank:
             model=config.model.name,
             fingerprint=self.fingerprint,
             dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
             tp=parallel.tp,
             pp=parallel.pp,
             nnodes=parallel.nnodes,

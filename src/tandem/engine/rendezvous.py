@@ -23,7 +23,7 @@ from tandem.errors import StartError
 from tandem.transfer.identity import RankRecord, check_agreement
 from tandem.wire.messages import Address
 
-SHAPE = ("version", "nnodes", "tp", "pp")
+SHAPE = ("version", "nnodes", "tp", "pp", "device")
 """What has to be equal for there to be a world group in which the rest can be compared."""
 
 LAST_WORD_SECONDS = 3.0

@@ -106,6 +106,8 @@ class Runner:
                 places = [row.sample for row in batch.rows if row.sample is not None]
                 for index, token in zip(wanted, sample(logits, places), strict=True):
                     sampled[index] = token
+        elif self._kv.device.type == "cuda":
+            torch.cuda.synchronize(self._kv.device)  # a chunk is announced for others to read: it must be written
         return StepResult(batch.batch_id, sampled) if self.samples else None
 
 

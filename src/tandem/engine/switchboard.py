@@ -18,6 +18,7 @@ from tandem.engine.commands import Command
 from tandem.engine.fronts import Front, FrontEvents
 from tandem.engine.mailbox import Mailbox
 from tandem.errors import InvalidRequest
+from tandem.ids import prompt_digest
 from tandem.scheduling.events import ChunkComputed, PrefillEnded, PullEnded, PullReady
 from tandem.transfer.consumer import Consumer, ConsumerEvents
 from tandem.transfer.handshake import EngineDescriptor
@@ -109,7 +110,7 @@ class Switchboard:
             self._mailbox.put(commands.Shutdown("the event loop has ended"))
         except BaseException as error:
             log.exception("the leader's event loop died")
-            self._mailbox.put(commands.Shutdown(f"the event loop died: {error}"))
+            self._mailbox.put(commands.Shutdown(f"the event loop died: {error}", failed=True))
         finally:
             self._loop.close()
 
@@ -184,10 +185,11 @@ class Switchboard:
                     return
                 case Pull():
                     self._mailbox.put(commands.Start(number, message))
-                    self.consumer.open(message.request_id, message.kv)
+                    self.consumer.open(message.request_id, message.kv, prompt_digest(message.token_ids))
                     return
                 case Prefill(published=published):
-                    self.listener.begin(message.request_id, PUBLISHED_PATIENCE if published else None)
+                    wait = PUBLISHED_PATIENCE if published else None
+                    self.listener.begin(message.request_id, wait, prompt_digest(message.token_ids))
             self._mailbox.put(commands.Start(number, message))
 
         return generate

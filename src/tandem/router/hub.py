@@ -64,6 +64,7 @@ class Hub:
     introduce: bool
     on_change: Callable[[], None] = lambda: None
     bad_messages: int = 0
+    _refused: set[str] = field(default_factory=set)
     _codec: Codec[ToFront] = field(default_factory=lambda: Codec(ToFront))
     _channels: dict[tuple[bytes, str], Channel] = field(default_factory=dict)
 
@@ -97,7 +98,9 @@ class Hub:
             route, *rest = await self.socket.recv_multipart()
             try:
                 self._handle(route, self._codec.decode(rest[0] if rest else b""))
-            except WireError as error:
+            except Exception as error:  # whatever one message does, the next one is served
+                if not isinstance(error, WireError):
+                    log.exception("a message could not be handled")
                 self.bad_messages += 1
                 if self.bad_messages < 10 or self.bad_messages % 1000 == 0:
                     log.warning("message %d dropped: %s", self.bad_messages, error)
@@ -121,6 +124,10 @@ class Hub:
                     self.on_change()
 
     def _register(self, route: bytes, message: Register, now: float) -> None:
+        rival = self.pool.rival(message, now)
+        if rival is not None:
+            self._refuse(route, message, rival)
+            return
         fresh = self.pool.get(route) is None
         for earlier in self.pool.register(route, message, now):
             self._fail_all(earlier, f"{earlier.engine_id} restarted")
@@ -129,6 +136,19 @@ class Hub:
             log.info("engine %s (%s) registered", message.identity, message.status.role)
             self._introduce_all()
         self.on_change()
+
+    def _refuse(self, route: bytes, message: Register, rival: Member) -> None:
+        """An engine that restarts is taken once its earlier life is silent; two that live cannot have one name."""
+        if message.identity.incarnation not in self._refused:
+            self._refused.add(message.identity.incarnation)
+            log.warning(
+                "two engines are called %s, at %s and %s: the second one is not used while the first one lives;"
+                " give each its own --engine-id",
+                rival.engine_id,
+                rival.register.peer_address,
+                message.peer_address,
+            )
+        self._send(route, Registered(False))
 
     def _introduce_all(self) -> None:
         if not self.introduce:
@@ -151,7 +171,11 @@ class Hub:
 
     async def _watch(self) -> None:
         while True:
+            before = time.monotonic()
             await asyncio.sleep(TICK)
+            overslept = time.monotonic() - before - TICK
+            if overslept > TICK:
+                self.pool.pardon(overslept)
             lost = self.pool.expire(time.monotonic())
             for member in lost:
                 log.warning("engine %s is not heard of any more", member.register.identity)

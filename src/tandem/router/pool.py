@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from tandem.wire.messages import EngineStatus, PeerInfo, Register
 
+RIVAL_SECONDS = 1.5
+"""Several heartbeats: an engine that was heard within this time is alive."""
+
 
 class EngineState(enum.Enum):
     READY = "ready"
@@ -72,6 +75,14 @@ class Pool:
                 return member
         return None
 
+    def rival(self, message: Register, now: float) -> Member | None:
+        """Another life of the same engine that was heard of a moment ago, so that this one must be a second engine."""
+        for member in self:
+            same = member.engine_id == message.identity.engine_id and member.incarnation != message.identity.incarnation
+            if same and member.state is EngineState.READY and now - member.last_heard < RIVAL_SECONDS:
+                return member
+        return None
+
     def register(self, route: bytes, message: Register, now: float) -> list[Member]:
         """Add an engine. Returns earlier lives of it, which are over now."""
         known = self._members.get(route)
@@ -101,6 +112,11 @@ class Pool:
         if member is not None:
             member.state = EngineState.LEAVING
         return member
+
+    def pardon(self, seconds: float) -> None:
+        """This process slept for so long: that was not the engines' silence."""
+        for member in self:
+            member.last_heard += seconds
 
     def expire(self, now: float) -> list[Member]:
         """Engines that have been silent for too long since the last call."""

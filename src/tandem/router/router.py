@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 import uuid
-import zlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from tandem.api.backend import Health, HowMade, ModelCard, TokenDelta, TokenRequ
 from tandem.errors import EngineFailed, InvalidRequest, KvLost, KvRetry, Overloaded, RequestError, TimedOut, Unavailable
 from tandem.router.hub import Channel, Hub, Inbox
 from tandem.router.policy import Path, choose
-from tandem.router.pool import Pool
+from tandem.router.pool import Member, Pool
 from tandem.wire.messages import (
     Address,
     EngineStatus,
@@ -39,7 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 GRACE = 5.0
-FATAL = (InvalidRequest, KvLost, Overloaded, TimedOut)
+FATAL = (InvalidRequest, KvLost, TimedOut)
+RESUME_SECONDS = 5.0
+RESUME_POLL_SECONDS = 0.1
 
 FindPath = Callable[[set[str]], Path | str]
 """The path for a request, avoiding these incarnations, or why there is none."""
@@ -99,7 +100,7 @@ class Router:
         if member is None:
             raise Unavailable("no engine has registered yet", retry_after=2)
         register = member.register
-        return ModelCard(register.status.model, register.model_path, register.max_model_len, self._created)
+        return ModelCard(register.status.model, register.model_path, register.max_model_len, self._created, self._seed)
 
     def health(self) -> Health:
         path = self._find_path(set())
@@ -128,9 +129,7 @@ class Router:
         avoid: set[str] = set()
         failure: RequestError | None = None
         for attempt in range(MAX_ATTEMPTS):
-            path = self._find_path(avoid)
-            if isinstance(path, str):
-                raise failure or Unavailable(path, retry_after=2)
+            path = await self._path(avoid, failure)
             self._mark(path)
             try:
                 async with aclosing(self._attempt(request, path, progress, attempt)) as deltas:
@@ -142,9 +141,21 @@ class Router:
             except RequestError as error:
                 log.warning("request %s: %s; trying another path", request.request_id, error)
                 failure = error
-                at_fault = path.prefill if isinstance(error, KvRetry) and path.prefill is not None else path.decode
-                avoid.add(at_fault.incarnation)
+                avoid.add(_at_fault(error, path).incarnation)
         raise failure or EngineFailed("no attempt succeeded")
+
+    async def _path(self, avoid: set[str], failure: RequestError | None) -> Path:
+        """A path for the next attempt. After the loss of an engine it waits a while for one to come (back)."""
+        path = self._find_path(avoid)
+        deadline = time.monotonic() + (RESUME_SECONDS if isinstance(failure, EngineFailed) else 0.0)
+        while isinstance(path, str):
+            if time.monotonic() >= deadline:
+                raise failure or Unavailable(path, retry_after=2)
+            await asyncio.sleep(RESUME_POLL_SECONDS)
+            path = self._find_path(avoid)
+            if isinstance(path, str):
+                path = self._find_path(set())  # what was lost may be heard of again
+        return path
 
     # --- one attempt -------------------------------------------------------------------------------------------
 
@@ -166,7 +177,8 @@ class Router:
             while True:
                 sender, message = await self._next(inbox, progress)
                 if isinstance(message, RequestError):
-                    if sender.member is path.decode or isinstance(message, FATAL):
+                    if sender.member is path.decode or isinstance(message, (*FATAL, Overloaded)):
+                        message.engine = sender.member.incarnation
                         raise message
                     log.warning("request %s: %s; the decode engine goes on alone", request.request_id, message)
                     continue
@@ -190,15 +202,11 @@ class Router:
 
     def _open(self, request: TokenRequest, path: Path, progress: _Progress, inbox: Inbox) -> list[Channel]:
         """Send the request to the engines of the path, at once."""
-        sampling = request.sampling
-        if not sampling.seed:
-            seed = self._seed if self._seed is not None else zlib.crc32(request.request_id.encode()) + 1
-            sampling = msgspec.structs.replace(sampling, seed=seed)
         generate = Generate(
             request_id=f"{request.request_id}-{uuid.uuid4().hex[:8]}",
             token_ids=request.token_ids + progress.tokens,
             prompt_len=len(request.token_ids),
-            sampling=sampling,
+            sampling=request.sampling,
             time_left=max(0.0, progress.started + self._timeout - time.monotonic()),
         )
         if path.prefill is None:
@@ -227,6 +235,13 @@ class Router:
             return None
         address = path.decode.register.peer_address
         return msgspec.structs.replace(params, remote_host=address.host, remote_port=address.port)
+
+
+def _at_fault(error: RequestError, path: Path) -> Member:
+    """Which engine of a path the next attempt had better avoid."""
+    if path.prefill is not None and (isinstance(error, KvRetry) or error.engine == path.prefill.incarnation):
+        return path.prefill
+    return path.decode
 
 
 def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | Pull:
@@ -275,8 +290,8 @@ def how_made(path: Path, stats: dict[str, RequestStats], progress: _Progress, at
     reason = path.reason
     if path.prefill is not None and not pulled:
         reason = decode.recompute_reason or "it ended with the first token"
-    if path.prefill is None and pulled:
-        reason = None
+    if path.prefill is None:
+        reason = None if pulled else decode.recompute_reason or path.reason
     prefix = {path.decode.engine_id: decode.prefix_tokens}
     if path.prefill is not None:
         prefix[path.prefill.engine_id] = prefill.prefix_tokens

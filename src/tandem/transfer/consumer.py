@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import zmq
 import zmq.asyncio
 
-from tandem.errors import TransferError, WireError
+from tandem.errors import ConfigError, TransferError, WireError
 from tandem.ids import EngineIdentity
 from tandem.kv.layout import KvLayout
 from tandem.transfer.handshake import EngineDescriptor, peers_needed
@@ -95,14 +96,15 @@ class Consumer:
                 self._ended_at.pop(key, None)
                 self._shut(session)
 
-    def open(self, request_id: str, source: messages.Pull) -> None:
-        """Claim a request's KV; `allocated` says later where it goes."""
+    def open(self, request_id: str, source: messages.Pull, prompt: str | None = None) -> None:
+        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its tokens."""
         session = self._session(source.engine_id, source.incarnation, source.address, introduced=not source.foreign)
-        if session is None:
-            self._events.failed(request_id, f"more than {MAX_SESSIONS} prefill engines")
+        if isinstance(session, str):
+            self._events.failed(request_id, session)
             self._events.quiet(request_id)
             return
-        pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token)
+        pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token, prompt)
+        pull.early = not source.foreign
         self._pulls[request_id] = (pull, session)
         if session.state in (PeerState.REFUSED, PeerState.LOST):
             self._fail(pull, session, str(session.error))
@@ -136,17 +138,24 @@ class Consumer:
 
     def _session(
         self, engine_id: str, incarnation: str | None, address: Address, *, introduced: bool
-    ) -> PeerSession | None:
-        """The session with an engine; a new one if there is none, or the last one was lost a while ago."""
+    ) -> PeerSession | str:
+        """The session with an engine, or why there can be none; a new one if the last one was lost a while ago."""
         key = (engine_id, incarnation, address)
         session = self._sessions.get(key)
         if session is not None and not self._try_again(key, session):
+            session.introduced |= introduced
             return session
         if session is None and len(self._sessions) >= MAX_SESSIONS and not self._forget_ended():
-            return None
+            return f"more than {MAX_SESSIONS} prefill engines"
         self._ended_at.pop(key, None)
         events = PeerEvents(self._welcomed, self._received, self._ended)
-        session = PeerSession(engine_id, incarnation, address, self._identity, self._envelope, self._sockets, events)
+        try:
+            session = PeerSession(
+                engine_id, incarnation, address, self._identity, self._envelope, self._sockets, events
+            )
+        except (ConfigError, zmq.ZMQError) as error:
+            log.warning("no session with %s at %s: %s", engine_id, address, error)
+            return f"{engine_id} at {address}: {error}"
         session.introduced = introduced
         self._sessions[key] = session
         return session

@@ -22,6 +22,7 @@ COMPARED = (
     "model",
     "fingerprint",
     "dtype",
+    "device",
     "tp",
     "pp",
     "nnodes",
@@ -64,6 +65,7 @@ class RankRecord(msgspec.Struct, frozen=True):
     model: Text
     fingerprint: Text
     dtype: Name
+    device: Name
     tp: Count
     pp: Count
     nnodes: Count

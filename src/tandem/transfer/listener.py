@@ -62,8 +62,9 @@ class PeerListener:
 
     # --- what the engine says ------------------------------------------------------------------------------------
 
-    def begin(self, request_id: str, wait: float | None = None) -> None:
-        self._producer.begin(request_id, self._ttl if wait is None else wait)
+    def begin(self, request_id: str, wait: float | None = None, prompt: str | None = None) -> None:
+        """The request has come here. `wait`: seconds for which its KV waits for a first claim; None for a lease."""
+        self._apply(self._producer.begin(request_id, self._ttl if wait is None else wait, prompt))
 
     def chunk(
         self, request_id: str, first_block: int, blocks: list[int], num_tokens: int, final: bool, token: int | None
@@ -81,7 +82,9 @@ class PeerListener:
             client, *rest = await self._socket.recv_multipart()
             try:
                 self._handle(client, self._codec.decode(rest[0] if rest else b""))
-            except WireError as error:
+            except Exception as error:  # whatever one message does, the next one is served
+                if not isinstance(error, WireError):
+                    log.exception("a message of a peer could not be handled")
                 self.bad_messages += 1
                 if self.bad_messages < 10 or self.bad_messages % 1000 == 0:
                     log.warning("peer message %d dropped: %s", self.bad_messages, error)

@@ -171,7 +171,7 @@ class PeerSession:
 
     def _claim(self, pull: Pull) -> None:
         self._leases.claim(pull.remote_id, time.monotonic())
-        self._send(Claim(self._to, pull.remote_id))
+        self._send(Claim(self._to, pull.remote_id, pull.prompt, pull.early))
 
     def _send(self, message: ToPrefill) -> None:
         if not self._socket.closed:

@@ -16,6 +16,7 @@ Client = bytes
 """Routing id of a decode engine's connection."""
 
 MAX_EARLY_CLAIMS = 65536
+OTHER_PROMPT = "it is the KV of another prompt"
 
 
 @dataclass(slots=True)
@@ -25,12 +26,14 @@ class _Offer:
     Attributes:
         known_by: None once the request itself has arrived; for a claim that came first, until when it may still.
         wait: seconds for which its blocks are kept for a first claim.
+        prompt: digest of its tokens; what a claim says must be equal.
         aborted: why nothing more comes, though the prompt was not computed.
     """
 
     known_by: float | None
     wait: float
-    readers: set[Client] = field(default_factory=set)
+    prompt: str | None = None
+    readers: dict[Client, str | None] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
     num_tokens: int = 0
     final: bool = False
@@ -65,12 +68,17 @@ class Producer:
     def __len__(self) -> int:
         return len(self._offers)
 
-    def begin(self, request_id: str, wait: float) -> None:
+    def begin(self, request_id: str, wait: float, prompt: str | None = None) -> Outcome:
         """The request has arrived. Once computed, its blocks wait so many seconds for a first claim."""
         offer = self._offers.setdefault(request_id, _Offer(None, wait))
         if offer.known_by is not None:
             self._early -= 1
-        offer.known_by, offer.wait = None, wait
+        offer.known_by, offer.wait, offer.prompt = None, wait, prompt
+        outcome = Outcome()
+        for client in [client for client, wanted in offer.readers.items() if wanted != prompt]:
+            del offer.readers[client]
+            outcome.send.append((client, KvGone(self._source, request_id, OTHER_PROMPT)))
+        return outcome
 
     def chunk(
         self,
@@ -96,6 +104,8 @@ class Producer:
         request_id = message.request_id
         offer = self._offers.get(request_id)
         if offer is None:
+            if not message.early:
+                return Outcome(send=[(client, KvGone(self._source, request_id, "there is no KV of it (any more)"))])
             if self._early >= MAX_EARLY_CLAIMS:
                 gone = KvGone(self._source, request_id, "too many claims wait for their requests")
                 return Outcome(send=[(client, gone)])
@@ -103,8 +113,10 @@ class Producer:
             offer = self._offers[request_id] = _Offer(now + self._ttl, self._ttl)
         if offer.aborted is not None:
             return Outcome(send=[(client, KvGone(self._source, request_id, offer.aborted))])
+        if offer.known_by is None and message.prompt != offer.prompt:
+            return Outcome(send=[(client, KvGone(self._source, request_id, OTHER_PROMPT))])
         self._leases.claim(request_id, client.hex(), now)
-        offer.readers.add(client)
+        offer.readers[client] = message.prompt
         outcome = Outcome(send=[(client, Claimed(self._source, request_id))])
         if offer.num_tokens:
             blocks = list(offer.blocks)
@@ -123,7 +135,7 @@ class Producer:
         for request_id in message.request_ids:
             offer = self._offers.get(request_id)
             if offer is not None:
-                offer.readers.discard(client)
+                offer.readers.pop(client, None)
             if self._leases.release(request_id, client.hex(), now) is not None:
                 self._end(request_id, outcome)
         return outcome
@@ -143,7 +155,7 @@ class Producer:
         """End what no reader has asked for in time. A prompt that is still being computed cannot expire."""
         outcome = Outcome()
         for lease in self._leases.expire(now):
-            if lease.claimed and lease.blocks:
+            if lease.blocks and self._offers[lease.request_id].readers:
                 outcome.expired.append(lease.request_id)
             self._gone(lease.request_id, "the lease ended", outcome)
             self._end(lease.request_id, outcome)

@@ -17,6 +17,8 @@ class Pull:
 
     Attributes:
         first_token_expected: the prefill engine samples the first token and sends it along.
+        prompt: digest of its tokens.
+        early: the prefill engine may not have heard of the request yet.
         wanted: tokens of the prompt; None until the scheduler has said.
         cached: tokens, from the start, that are here already and are not read.
         posted: tokens, from the start, that are here or being read.
@@ -28,6 +30,8 @@ class Pull:
     remote_id: str
     source_engine: str
     first_token_expected: bool
+    prompt: str | None = None
+    early: bool = True
     source_blocks: list[int] = field(default_factory=list)
     ready: int = 0
     final: bool = False

@@ -18,6 +18,7 @@ from tandem.errors import ConfigError
 
 _HEADER = "tandem-cluster-key-v1"
 _KEY_BYTES = 32
+ENVIRONMENT = "TANDEM_CLUSTER_KEY"
 _MAX_FILE_BYTES = 4096
 
 
@@ -106,14 +107,15 @@ def new_key_file(path: Path) -> ClusterKey:
 
 
 def load_key(path: Path | None) -> ClusterKey | None:
-    """The key in a file, or None where no file is named.
+    """The key in a file; where none is named, that in the environment (TANDEM_CLUSTER_KEY), or None.
 
     Raises:
         ConfigError: the file cannot be read, holds no key, or is open to every user of the machine. (Its
             group may read it: that is how Kubernetes mounts secrets for processes that are not root.)
     """
     if path is None:
-        return None
+        text = os.environ.get(ENVIRONMENT)
+        return parse_key(text, f"environment variable {ENVIRONMENT}") if text else None
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode

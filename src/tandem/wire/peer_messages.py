@@ -52,10 +52,17 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Claim(msgspec.Struct, frozen=True, tag="claim"):
-    """Announce this request's blocks to me, and keep them for a lease. May come before the request itself."""
+    """Announce this request's blocks to me, and keep them for a lease.
+
+    Attributes:
+        prompt: digest of the tokens whose KV is wanted; that of another prompt is not given out.
+        early: the claim may come before the request itself (a router sends both at once).
+    """
 
     to: Name
     request_id: Name
+    prompt: Name | None = None
+    early: bool = True
 
 
 class Renew(msgspec.Struct, frozen=True, tag="renew"):
