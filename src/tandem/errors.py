@@ -13,6 +13,7 @@ TandemError
     ├── Overloaded       503: try again later
     ├── Unavailable      503: no engine can take it, and why
     ├── EngineFailed     500: an engine was lost or broke while it worked on the request
+    │   └── EngineLost   the same, noticed by its silence: it may be heard again
     ├── KvLost           500: the prompt's KV was lost on the way, and the policy is to fail
     ├── KvRetry          503: the same, and the policy is to try another prefill engine
     └── TimedOut         504
@@ -104,6 +105,10 @@ class Unavailable(RequestError):
 class EngineFailed(RequestError):
     status = 500
     code = "engine_failed"
+
+
+class EngineLost(EngineFailed):
+    pass
 
 
 class KvLost(RequestError):

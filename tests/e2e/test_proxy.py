@@ -95,3 +95,50 @@ def test_kv_of_an_engine_that_is_not_there_is_computed_here(
 def test_a_router_does_not_take_them(split: Deployment) -> None:
     reply = split.http.complete(prompt_of(5), kv_transfer_params=ASK)
     assert (reply.status, reply.error["param"]) == (400, "kv_transfer_params")
+
+
+def test_kv_of_one_prompt_is_never_used_for_another(
+    split: Deployment, reference_of: Callable[[str], Reference]
+) -> None:
+    """Neither in the answer nor, through the prefix cache, in any later one."""
+    secret, asked = prompt_of(70, seed=44), prompt_of(70, seed=45)
+    params = prefilled(split, completion(secret, max_tokens=4, ignore_eos=True)).json["kv_transfer_params"]
+    request = completion(asked, max_tokens=8, ignore_eos=True)
+    mixed_up = split.engine("decode-0").send("POST", "/v1/completions", request | {"kv_transfer_params": params})
+    assert mixed_up.token_ids == reference_of("qwen3")(asked, 8)
+    assert not mixed_up.how["disaggregated"]
+    assert "another prompt" in mixed_up.how["reason"]
+    later = split.http.send("POST", "/v1/completions", request)
+    assert later.token_ids == reference_of("qwen3")(asked, 8)
+
+
+def test_kv_that_was_read_already_is_computed_again_and_the_answer_says_why(
+    split: Deployment, reference_of: Callable[[str], Reference]
+) -> None:
+    prompt = prompt_of(70, seed=46)
+    request = completion(prompt, max_tokens=8, ignore_eos=True)
+    params = prefilled(split, request).json["kv_transfer_params"]
+    decode = split.engine("decode-0")
+    for _ in range(2):
+        reply = decode.send("POST", "/v1/completions", request | {"kv_transfer_params": params})
+        assert reply.token_ids == reference_of("qwen3")(prompt, 8)
+    assert not reply.how["disaggregated"]
+    assert reply.how["reason"]
+
+
+def test_an_allowed_host_without_a_cluster_key_costs_only_that_request_its_kv(serve: Serve) -> None:
+    """Off loopback nothing is connected to without a key, and nothing dies of being asked to."""
+    deployment = serve("qwen3", *flags(kv_memory="16MiB", connector="tcp", allow_peers="10.0.0.0/8"))
+    request = completion(prompt_of(40, seed=47), max_tokens=4, ignore_eos=True)
+    params = ASK | {
+        "do_remote_decode": False,
+        "do_remote_prefill": True,
+        "remote_engine_id": "elsewhere",
+        "remote_request_id": "some-request",
+        "remote_host": "10.1.2.3",
+        "remote_port": 7001,
+    }
+    reply = deployment.engine("decode-0").send("POST", "/v1/completions", request | {"kv_transfer_params": params})
+    assert reply.status == 200
+    assert "without a cluster key" in reply.how["reason"]
+    assert deployment.http.send("POST", "/v1/completions", request).status == 200

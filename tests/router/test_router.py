@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from functools import wraps
 
+import msgspec
 import pytest
 
 from tandem.errors import EngineFailed, InvalidRequest, Overloaded, TimedOut, Unavailable
-from tandem.router.pool import Pool
+from tandem.ids import EngineIdentity
+from tandem.router.pool import RIVAL_SECONDS, Pool
 from tandem.wire.messages import Abort, Generate, Local, PeerInfo, Prefill, Pull
 from tests.router.scene import PROMPT, FakeEngine, Scene, scene, split
 
@@ -177,6 +180,9 @@ async def test_an_engine_that_restarts_fails_what_its_earlier_life_had(stage: Sc
     there, _ = await prefill.request(), await decode.request()
     prefill.say(there, 0, 10, done=True)
     assert await answer.until(1) == [10]
+    for member in stage.pool:
+        if member.engine_id == "decode-0":
+            member.last_heard -= 2 * RIVAL_SECONDS
     reborn = await stage.engine("decode-0", "decode")
     again_there, again = await prefill.request(), await reborn.request()
     assert again.token_ids == [*PROMPT, 10]
@@ -199,9 +205,7 @@ async def test_when_no_other_engine_is_left_the_failure_is_told(stage: Scene) ->
     assert "out of luck" in str(error)
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"), [("invalid_request", InvalidRequest), ("overloaded", Overloaded), ("timed_out", TimedOut)]
-)
+@pytest.mark.parametrize(("code", "kind"), [("invalid_request", InvalidRequest), ("timed_out", TimedOut)])
 def test_what_no_other_engine_can_mend_is_told_at_once(code: str, kind: type[Exception]) -> None:
     @runs
     async def play(stage: Scene) -> None:
@@ -212,11 +216,49 @@ def test_what_no_other_engine_can_mend_is_told_at_once(code: str, kind: type[Exc
         first.fail(await first.request(), code)
         error = await answer.error()
         assert isinstance(error, kind)
-        assert error.retry_after == (3 if code == "overloaded" else None)
+        assert error.retry_after is None
         here = await decode.request()
         assert await decode.next(Abort) == Abort(here.request_id)
 
     play()
+
+
+@runs
+async def test_what_one_engine_has_no_room_for_goes_to_another_one(stage: Scene) -> None:
+    prefill, decode = await stage.pair()
+    other = await stage.engine("prefill-1", "prefill")
+    answer = stage.ask()
+    first = await first_to_hear(prefill, other)
+    first.fail(await first.request(), "overloaded")
+    await decode.request()
+    await decode.next(Abort)
+    second = other if first is prefill else prefill
+    there, here = await second.request(), await decode.request()
+    second.say(there, 0, 10, done=True)
+    decode.say(here, 1, 11, finish="length")
+    assert await answer.whole() == [10, 11]
+
+
+@runs
+async def test_when_nobody_has_room_the_client_is_told_when_to_come_back(stage: Scene) -> None:
+    prefill, _ = await stage.pair()
+    answer = stage.ask()
+    prefill.fail(await prefill.request(), "overloaded")
+    error = await answer.error()
+    assert isinstance(error, Overloaded)
+    assert error.retry_after == 3
+
+
+@runs
+async def test_two_living_engines_of_one_name_do_not_replace_each_other(stage: Scene) -> None:
+    _, decode = await stage.pair()
+    message = next(member.register for member in stage.pool if member.engine_id == "decode-0")
+    twin = msgspec.structs.replace(message, identity=EngineIdentity("decode-0", "another-life"))
+    now = time.monotonic()
+    assert stage.pool.rival(twin, now) is not None
+    assert stage.pool.rival(message, now) is None
+    assert stage.pool.rival(twin, now + 2 * RIVAL_SECONDS) is None
+    assert decode.identity.incarnation in {member.incarnation for member in stage.pool}
 
 
 @runs

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineFailed, RequestError, WireError, request_error
+from tandem.errors import EngineLost, RequestError, WireError, request_error
 from tandem.router.pool import Member, Pool
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
@@ -188,7 +188,7 @@ class Hub:
         for channel in list(self._channels.values()):
             if channel.member is member and not channel.finished:
                 channel.finished = True
-                channel.inbox.put_nowait((channel, EngineFailed(why)))
+                channel.inbox.put_nowait((channel, EngineLost(why)))
 
     def stop(self) -> None:
         self.socket.close(linger=0)

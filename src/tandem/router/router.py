@@ -17,7 +17,17 @@ from typing import Any
 import msgspec
 
 from tandem.api.backend import Health, HowMade, ModelCard, TokenDelta, TokenRequest
-from tandem.errors import EngineFailed, InvalidRequest, KvLost, KvRetry, Overloaded, RequestError, TimedOut, Unavailable
+from tandem.errors import (
+    EngineFailed,
+    EngineLost,
+    InvalidRequest,
+    KvLost,
+    KvRetry,
+    Overloaded,
+    RequestError,
+    TimedOut,
+    Unavailable,
+)
 from tandem.router.hub import Channel, Hub, Inbox
 from tandem.router.policy import Path, choose
 from tandem.router.pool import Member, Pool
@@ -147,7 +157,7 @@ class Router:
     async def _path(self, avoid: set[str], failure: RequestError | None) -> Path:
         """A path for the next attempt. After the loss of an engine it waits a while for one to come (back)."""
         path = self._find_path(avoid)
-        deadline = time.monotonic() + (RESUME_SECONDS if isinstance(failure, EngineFailed) else 0.0)
+        deadline = time.monotonic() + (RESUME_SECONDS if isinstance(failure, EngineLost) else 0.0)
         while isinstance(path, str):
             if time.monotonic() >= deadline:
                 raise failure or Unavailable(path, retry_after=2)
