@@ -177,3 +177,9 @@ def test_kv_parameters_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None
     with pytest.raises(InvalidRequest) as caught:
         kv_transfer_params(wrong)
     assert caught.value.param == "kv_transfer_params"
+
+
+def test_seed_0_is_a_seed_and_a_server_may_have_one_for_requests_that_bring_none() -> None:
+    assert sampling_params(completion(seed=0), 16, None, 7).seed == 0
+    assert sampling_params(completion(), 16, None, 7).seed == 7
+    assert sampling_params(completion(), 16, None, 0).seed == 0
