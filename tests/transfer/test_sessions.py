@@ -537,3 +537,18 @@ async def test_a_peer_that_talks_nonsense_is_lost_and_nothing_else(it: Stage) ->
     decode.pull("s", prefill.names("s"))
     await decode.reading()
     socket.close()
+
+
+@on_stage
+async def test_an_announcement_that_was_lost_with_the_connection_is_asked_for_again(it: Stage) -> None:
+    prefill, decode = it.prefill(ttl=0.5), it.decode()
+    decode.pull("r", prefill.names("r"))
+    await until(lambda: prefill.heard["Claim"] == 1)
+    send = prefill.listener._send
+    prefill.listener._send = lambda client, message: None if isinstance(message, KvReady) else send(client, message)
+    prefill.offer("r")
+    prefill.listener._send = send
+    await until(lambda: decode.movers.reads)
+    decode.end_reads()
+    await until(lambda: prefill.ended == ["r"])
+    assert [pull.first_token for pull in decode.arrived] == [7]

@@ -130,5 +130,9 @@ class Pool:
                 del self._members[member.route]
         return lost
 
+    def served(self) -> Member | None:
+        """The engine that came first and is there: what it serves is what this front serves."""
+        return next((m for m in self if m.state is EngineState.READY), next(iter(self), None))
+
     def ready(self, *roles: str) -> list[Member]:
         return [m for m in self if m.state is EngineState.READY and m.role in roles]

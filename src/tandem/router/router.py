@@ -106,7 +106,7 @@ class Router:
     # --- what the API asks -----------------------------------------------------------------------------------
 
     async def model(self) -> ModelCard:
-        member = next((m for m in self._pool), None)
+        member = self._pool.served()
         if member is None:
             raise Unavailable("no engine has registered yet", retry_after=2)
         register = member.register
@@ -277,8 +277,18 @@ def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | Pull:
 
 
 def pair_finder(pool: Pool) -> FindPath:
-    """How a router finds paths."""
-    return lambda avoid: choose(pool.ready("prefill", "decode", "mixed"), avoid)
+    """How a router finds paths: among the engines of the one model that it serves."""
+
+    def find(avoid: set[str]) -> Path | str:
+        served = pool.served()
+        ready = pool.ready("prefill", "decode", "mixed")
+        fitting = [m for m in ready if served is None or m.status.model == served.status.model]
+        path = choose(fitting, avoid)
+        if isinstance(path, str) and served is not None and len(fitting) < len(ready):
+            path += f"; {len(ready) - len(fitting)} engines of other models than {served.status.model} are not used"
+        return path
+
+    return find
 
 
 def single_finder(pool: Pool) -> FindPath:

@@ -171,6 +171,7 @@ class PeerSession:
 
     def _claim(self, pull: Pull) -> None:
         self._leases.claim(pull.remote_id, time.monotonic())
+        pull.heard_at = time.monotonic()
         self._send(Claim(self._to, pull.remote_id, pull.prompt, pull.early))
 
     def _send(self, message: ToPrefill) -> None:
@@ -252,6 +253,7 @@ class PeerSession:
                 case KvReady() | KvGone():
                     pull = self.pulls.get(message.request_id)
                     if pull is not None:
+                        pull.heard_at = now
                         self._events.received(pull, message, now)
             self._heard = now
 
@@ -269,6 +271,10 @@ class PeerSession:
                 raise PeerLost(f"{self.engine_id} has not answered for {now - self._heard:.1f} s")
             for request_id in leases.run_out(now):
                 self._lease_lost(request_id, "the lease was not renewed in time", now)
+            for pull in list(self.pulls.values()):
+                if not pull.final and now - pull.heard_at > leases.ttl:
+                    # What was announced while the connection broke is lost; the answer to a claim restates it all.
+                    self._claim(pull)
             renewal = leases.due(now)
             ids = renewal.request_ids if renewal else []
             self._send(Renew(self._to, renewal.seq if renewal else KEEPALIVE, ids))

@@ -46,6 +46,7 @@ class Pull:
     descriptors: int = 0
     job_seconds: dict[int, float] = field(default_factory=dict)
     final_at: float = 0.0
+    heard_at: float = 0.0
 
     def announced(self, message: KvReady, now: float) -> None:
         if message.first_block > len(self.source_blocks):
