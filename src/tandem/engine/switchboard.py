@@ -17,7 +17,7 @@ from tandem.engine import commands
 from tandem.engine.commands import Command
 from tandem.engine.fronts import Front, FrontEvents
 from tandem.engine.mailbox import Mailbox
-from tandem.errors import InvalidRequest
+from tandem.errors import EngineFailed, InvalidRequest
 from tandem.ids import prompt_digest
 from tandem.scheduling.events import ChunkComputed, PrefillEnded, PullEnded, PullReady
 from tandem.transfer.consumer import Consumer, ConsumerEvents
@@ -108,6 +108,8 @@ class Switchboard:
         try:
             self._loop.run_until_complete(self._run())
             self._mailbox.put(commands.Shutdown("the event loop has ended"))
+        except EngineFailed as error:
+            self._mailbox.put(commands.Shutdown(str(error), failed=True))
         except BaseException as error:
             log.exception("the leader's event loop died")
             self._mailbox.put(commands.Shutdown(f"the event loop died: {error}", failed=True))
@@ -140,7 +142,12 @@ class Switchboard:
         )
         tasks = [
             asyncio.create_task(coroutine)
-            for coroutine in (movers.run(self.consumer.reported), self.listener.run(), self._serve_fronts(movers))
+            for coroutine in (
+                movers.run(self.consumer.reported),
+                movers.watch(),
+                self.listener.run(),
+                self._serve_fronts(movers),
+            )
         ]
         stopping = asyncio.create_task(self._stopping.wait())
         try:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 POLL_BUSY_MS = 1
 POLL_IDLE_MS = 500
 SPIN_SECONDS = 0.002
+BEAT_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -72,14 +73,14 @@ class Mover:
         self._running = True
         self._greeted = False
         self._last_post = 0.0
+        self._beaten = 0.0
 
     def run(self) -> None:
         """Until the leader says Stop."""
         poller, watched = zmq.Poller(), None
         try:
             while self._running:
-                if not self._greeted:
-                    self._report(MoverReady(self._rank))
+                self._beat(time.monotonic())
                 handles = list(self._transport.wait_on())
                 if handles != watched:
                     poller, watched = _poller(self._socket, handles), handles
@@ -90,6 +91,12 @@ class Mover:
         finally:
             self._transport.close()
             self._socket.close(linger=0)
+
+    def _beat(self, now: float) -> None:
+        """Say that this rank is there: until the leader has answered, and then again and again."""
+        if not self._greeted or now - self._beaten > BEAT_SECONDS:
+            self._beaten = now
+            self._report(MoverReady(self._rank))
 
     def _wait_ms(self) -> int:
         """Right after a read was posted it is worth spinning: small reads take less than a poll interval."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 
 import zmq
 import zmq.asyncio
 
-from tandem.errors import WireError
+from tandem.errors import EngineFailed, WireError
 from tandem.transfer.orders import FromMover, MoverReady, Stop, ToMover
 from tandem.wire.codec import Codec
 
 log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 1.0
+SILENCE_SECONDS = 20.0
+"""A transfer thread beats once a second, also while its rank computes."""
 
 
 class Movers:
@@ -28,7 +33,7 @@ class Movers:
         self._socket = socket
         self.ranks = ranks
         self._codec: Codec[FromMover] = Codec(FromMover)
-        self._here: set[int] = set()
+        self._heard: dict[int, float] = {}
         self.ready = asyncio.Event()
 
     async def run(self, on_report: Callable[[FromMover], None]) -> None:
@@ -41,11 +46,22 @@ class Movers:
                 log.error("report of a transfer thread dropped: %s", error)
                 continue
             if isinstance(message, MoverReady):
-                self._here.add(message.rank)
-                if len(self._here) == self.ranks:
+                self._heard[message.rank] = time.monotonic()
+                if len(self._heard) == self.ranks:
                     self.ready.set()
             else:
                 on_report(message)
+
+    async def watch(self) -> None:
+        """Raises EngineFailed when a rank is not heard of any more."""
+        await self.ready.wait()
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(WATCH_SECONDS)
+            overslept = time.monotonic() - before > 2 * WATCH_SECONDS
+            silent = [r for r, heard in self._heard.items() if time.monotonic() - heard > SILENCE_SECONDS]
+            if silent and not overslept:
+                raise EngineFailed(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
 
     def order(self, order: ToMover, ranks: Iterable[int] | None = None) -> None:
         """Send to these ranks, or to all."""

@@ -52,7 +52,7 @@ ToMover = OpenPeer | ClosePeer | ReadOrder | Stop
 
 
 class MoverReady(msgspec.Struct, frozen=True, tag="mover_ready"):
-    """First message of a transfer thread, repeated until the leader answers with anything."""
+    """First message of a transfer thread, and its heartbeat."""
 
     rank: Count
 
