@@ -5,8 +5,8 @@ The memory of a rank is one contiguous tensor `kv` [blocks, kv heads, layers, 2,
 row copies its pages together and attends to the copy; a prompt's first chunk attends to its keys and values as
 they come. What depends on the step and not on the layer (indices, masks) is computed once, in `plan`.
 
-The same path serves every device. torch's `varlen_attn` with a block table would spare the copy on CUDA, but its
-FlashAttention 2 kernel takes pages of 256 tokens or multiples only.
+The same path serves every device. torch's `varlen_attn` with a block table would spare the copy on CUDA; which page
+sizes and strides its kernels take has not been tried.
 """
 
 from __future__ import annotations
