@@ -12,7 +12,7 @@ from tandem import __version__
 from tandem.engine.commands import Command
 from tandem.engine.leader import Leader
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.pipeline import LeaderPipeline, SoloPipeline
+from tandem.engine.pipeline import LEADER_SOCKET, LeaderPipeline, SoloPipeline
 from tandem.engine.rank import Published, Rank
 from tandem.engine.runner import Runner
 from tandem.engine.switchboard import Switchboard, Wiring
@@ -37,7 +37,7 @@ class Leading:
         self._async_context = zmq.asyncio.Context()
         self._async_sockets: Sockets[zmq.asyncio.Socket] = Sockets(self._async_context, rank.key)
         options = SocketOptions(mandatory=False, handover=True)
-        self._step_socket, step_port = rank.sockets.bind(zmq.ROUTER, host, 0, options)
+        self._step_socket, step_port = rank.sockets.bind(zmq.ROUTER, host, 0, LEADER_SOCKET)
         self._mover_socket, mover_port = self._async_sockets.bind(zmq.ROUTER, host, 0, options)
         self._peer_socket, peer_port = self._async_sockets.bind(zmq.ROUTER, host, 0, options)
         self.step_address = Address(host, step_port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 
 import msgspec
@@ -12,8 +13,19 @@ from zmq.utils.monitor import recv_monitor_message
 from tandem.engine.runner import Runner
 from tandem.errors import EngineFailed
 from tandem.scheduling.batch import Batch, StepResult
+from tandem.wire.sockets import SocketOptions
 
 log = logging.getLogger(__name__)
+
+FOLLOWER_SECONDS = 30
+
+# Monitored from before the first connection, as a connection that nobody saw begin could be lost unseen.
+LEADER_SOCKET = SocketOptions(handover=True, monitor=zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+
+
+def follower_socket(rank: int) -> SocketOptions:
+    """The leader was listening before it told its address: where a connection fails, the leader is lost."""
+    return SocketOptions(identity=b"%d" % rank, monitor=zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
 
 
 class Halt(msgspec.Struct, frozen=True, array_like=True, tag="halt"):
@@ -52,7 +64,7 @@ class LeaderPipeline:
     """The leader's side for an engine of several ranks.
 
     Args:
-        socket: ROUTER to which every other rank connects with its rank as identity.
+        socket: bound with LEADER_SOCKET; every other rank connects to it with its rank as identity.
     """
 
     def __init__(self, runner: Runner, socket: zmq.Socket[bytes], ranks: int) -> None:
@@ -62,42 +74,58 @@ class LeaderPipeline:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepResult | Here)
         self._results: deque[StepResult] = deque()
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
-        self._connections: set[int] = set()
+        self._monitor = socket.get_monitor_socket()
+        self._open: set[int] = set()
+        self._connections: dict[int, bytes] = {}
 
     def wait_for_followers(self) -> None:
-        """Returns when all are connected. They come from the collective that told them the address."""
-        missing = set(self._followers)
-        while missing:
-            if not self._socket.poll(30_000):
-                raise EngineFailed(f"ranks {sorted(int(m) for m in missing)} did not connect to the leader")
-            rank, message = self._receive()
-            if isinstance(message, Here):
-                missing.discard(rank)
-        self._lost_connection(counting=True)
+        """Returns when all are connected. They come from the collective that told them the address.
 
-    def _lost_connection(self, *, counting: bool = False) -> bool:
-        """Whether a connection has ended that was there when all followers were; strangers who knock do not count."""
-        lost = False
+        Raises EngineFailed when one does not come, or is lost meanwhile.
+        """
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        deadline = time.monotonic() + FOLLOWER_SECONDS
+        while missing := set(self._followers) - set(self._connections.values()):
+            poller.poll(int(1000 * max(0.0, deadline - time.monotonic())))
+            if time.monotonic() > deadline:
+                raise EngineFailed(f"ranks {sorted(int(m) for m in missing)} did not connect to the leader")
+            if self._socket.poll(0):
+                self._receive()
+            self._check_connections()
+
+    def _check_connections(self) -> None:
+        """Raises EngineFailed if a rank's connection has ended; strangers who knock do not count."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
-            file_descriptor = event["value"]
-            if event["event"] == zmq.EVENT_DISCONNECTED and file_descriptor in self._connections:
-                self._connections.discard(file_descriptor)
-                lost = True
-            elif event["event"] == zmq.EVENT_ACCEPTED and counting:
-                self._connections.add(file_descriptor)
-        return lost
+            connection = event["value"]
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._open.add(connection)
+                continue
+            self._open.discard(connection)
+            if connection in self._connections:
+                raise _lost(self._connections[connection])
 
-    def _receive(self) -> tuple[bytes, StepResult | Here | None]:
-        """The next message and who sent it; None for what is no message of a rank of this engine."""
-        sender, *rest = self._socket.recv_multipart()
+    def _receive(self) -> StepResult | None:
+        """The next message, if it is a result."""
+        sender, *rest = self._socket.recv_multipart(copy=False)
+        rank = sender.bytes
+        if rank not in self._followers:
+            return None
         try:
-            if sender in self._followers:
-                return sender, self._decoder.decode(b"".join(rest))
+            message = self._decoder.decode(b"".join(frame.buffer for frame in rest))
         except msgspec.DecodeError as error:
-            log.warning("a message of rank %s was dropped: %s", sender, error)
-        return sender, None
+            log.warning("a message of rank %s was dropped: %s", rank.decode(), error)
+            return None
+        if isinstance(message, StepResult):
+            return message
+        self._check_connections()
+        connection = int(rest[0].get(zmq.SRCFD))
+        if connection not in self._open:
+            raise _lost(rank)
+        self._connections[connection] = rank
+        return None
 
     def submit(self, batch: Batch) -> None:
         self._broadcast(self._encoder.encode(batch))
@@ -106,12 +134,10 @@ class LeaderPipeline:
             self._results.append(result)
 
     def results(self) -> list[StepResult]:
-        if self._lost_connection():
-            raise EngineFailed("a rank of this engine was lost")
+        self._check_connections()
         while self._socket.poll(0):
-            _, message = self._receive()
-            if isinstance(message, StepResult):
-                self._results.append(message)
+            if (result := self._receive()) is not None:
+                self._results.append(result)
         done = list(self._results)
         self._results.clear()
         return done
@@ -129,11 +155,15 @@ class LeaderPipeline:
             self._socket.send_multipart([follower, data])
 
 
+def _lost(rank: bytes) -> EngineFailed:
+    return EngineFailed(f"rank {rank.decode()} of this engine was lost")
+
+
 class Follower:
     """The step loop of every rank but the leader's.
 
     Args:
-        socket: DEALER connected to the leader.
+        socket: DEALER connected to the leader with `follower_socket`.
     """
 
     def __init__(self, runner: Runner, socket: zmq.Socket[bytes]) -> None:
@@ -144,7 +174,7 @@ class Follower:
 
     def run(self) -> str:
         """Until the leader halts or is lost; returns which."""
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor = self._socket.get_monitor_socket()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)

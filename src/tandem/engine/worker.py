@@ -15,7 +15,7 @@ from tandem.engine.commands import Command
 from tandem.engine.leading import Leading
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.moving import Moving
-from tandem.engine.pipeline import Follower
+from tandem.engine.pipeline import Follower, follower_socket
 from tandem.engine.place import RankPlace
 from tandem.engine.rank import Published, Rank
 from tandem.engine.rendezvous import SharedFate, meet, open_store
@@ -30,7 +30,6 @@ from tandem.transfer.base import RankEndpoint
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.identity import Agreement, RankRecord, agree
 from tandem.wire.messages import EngineStatus
-from tandem.wire.sockets import SocketOptions
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +173,6 @@ class _Life:
     def _follow(self, runner: Runner, published: list[Published]) -> str:
         address = published[0].step_address
         assert address is not None
-        options = SocketOptions(identity=b"%d" % self.rank.place.rank)
+        options = follower_socket(self.rank.place.rank)
         socket = self.rank.sockets.connect(zmq.DEALER, address.host, address.port, options)
         return Follower(runner, socket).run()
