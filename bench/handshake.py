@@ -26,7 +26,7 @@ def measure(model: Path, ranks: int, connector: str) -> tuple[float, float, int]
     prefill, decode = Shape(ranks), Shape(ranks, 1, 32)
     fleet = Fleet(model, [prefill, decode], connector)
     try:
-        fleet.answer(prefill.name, decode.name, list(range(3, 40)), 2)
+        fleet.introduce(prefill.name, decode.name)
         status = fleet.wait_for_peer(decode.name, prefill.name)
         assert status.handshake_time is not None
         return fleet.status(prefill.name).identity_time, status.handshake_time, ranks

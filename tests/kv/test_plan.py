@@ -23,7 +23,7 @@ from tandem.kv.layout import (
     Span,
     packed,
 )
-from tandem.kv.plan import TransferPlan, plan
+from tandem.kv.plan import TransferPlan, plan, sources_of_all
 from tandem.kv.shard import shard
 
 HEADS_OF_TOKEN = (Axis.BLOCK, Axis.TOKEN, Axis.LAYER, Axis.KV, Axis.HEAD, Axis.DIM)
@@ -364,6 +364,17 @@ def test_readers_spread_evenly_over_the_ranks_that_hold_the_same(
         assert max(loads) - min(loads) <= 1
 
 
+@settings(deadline=None)
+@given(st.integers(1, 8), SHAPES, SHAPES, st.integers(0, 5))
+def test_the_sources_of_all_readers_are_those_of_their_plans(
+    heads: int, src: tuple[int, int], dst: tuple[int, int], turn: int
+) -> None:
+    model = Model(heads=heads)
+    sources, destinations = Engine(*src).ranks(model), Engine(*dst).ranks(model)
+    plans = [plan(sources, destinations, r, turn=turn).sources for r in range(len(destinations))]
+    assert sources_of_all(sources, destinations, turn=turn) == plans
+
+
 def test_as_many_readers_as_replicas_read_each_from_its_own() -> None:
     latent = Engine(tp=4).ranks(Model(heads=1, kv=1))
     assert [plan(latent, latent, r).sources for r in range(4)] == [(0,), (1,), (2,), (3,)]
@@ -409,6 +420,8 @@ def test_heads_and_layers_that_no_source_holds_are_named(tp: int, pp: int, lost:
     del sources[lost]
     with pytest.raises(LayoutError, match=complaint):
         plan(sources, Engine().ranks(Model()), 0)
+    with pytest.raises(LayoutError, match=complaint):
+        sources_of_all(sources, Engine().ranks(Model()))
 
 
 def test_block_ids_must_be_within_the_smallest_of_the_sources() -> None:

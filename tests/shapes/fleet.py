@@ -32,7 +32,7 @@ from tandem.router.hub import Hub
 from tandem.router.policy import Path as EnginePath
 from tandem.router.pool import Pool
 from tandem.router.router import Router
-from tandem.wire.messages import Address, EngineStatus, PeerInfo
+from tandem.wire.messages import Address, EngineStatus, Introduce, PeerAddress, PeerInfo
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
 
@@ -95,6 +95,18 @@ class Fleet:
         assert sink is not None
         self._path = EnginePath(sink, source)
         return self._call(self._generate(tokens, count))
+
+    def introduce(self, prefill: str, decode: str) -> None:
+        """As a router does when both have registered: they shake hands, before any request."""
+
+        async def send() -> None:
+            source, sink = self._pool.find(prefill), self._pool.find(decode)
+            assert source is not None
+            assert sink is not None
+            peer = PeerAddress(source.register.identity, source.register.peer_address)
+            self._hub.send(sink.route, Introduce([peer]))
+
+        self._call(send())
 
     def status(self, name: str) -> EngineStatus:
         member = self._pool.find(name)

@@ -118,11 +118,10 @@ def test_an_engine_without_ranks_is_refused() -> None:
 def test_a_reader_is_given_only_the_ranks_that_it_reads_from() -> None:
     sources = descriptor(WHO, tp=4).ranks
     layouts = [r.layout for r in descriptor(WHO, tp=2).ranks]
-    assert [r.rank for r in peers_needed(sources, layouts, 0)] == [0, 1]
-    assert [r.rank for r in peers_needed(sources, layouts, 1)] == [2, 3]
+    assert [[r.rank for r in needed] for needed in peers_needed(sources, layouts)] == [[0, 1], [2, 3]]
 
 
 def test_an_engine_that_lacks_what_a_reader_needs_is_refused() -> None:
     sources = descriptor(WHO, tp=4).ranks[:3]
-    with pytest.raises(PeerRefused, match="rank 1"):
-        peers_needed(sources, [r.layout for r in descriptor(WHO, tp=2).ranks], 1)
+    with pytest.raises(PeerRefused, match="one that holds heads"):
+        peers_needed(sources, [r.layout for r in descriptor(WHO, tp=2).ranks])

@@ -129,14 +129,12 @@ def plan(sources: Sequence[KvLayout], destinations: Sequence[KvLayout], reader: 
     needs.
     """
     destination = destinations[reader]
-    for rank, source in enumerate(sources):
-        _check_fit(f"source {rank}", source, destination)
-        _check_same("block_size", f"source {rank}", source.block_size, sources[0].block_size)
+    _check_sources(sources, destination)
     parts: list[Part] = []
-    for layers, heads, holders in _cells(sources, destination):
-        readers = [i for i, d in enumerate(destinations) if _shares(d, layers, heads)]
-        chosen = holders[(readers.index(reader) + turn) % len(holders)]
-        parts.append(_part(chosen, sources[chosen], destination, layers, heads))
+    for layers, heads, readers, holders in _cells(sources, destinations):
+        if reader in readers:
+            chosen = _choose(layers, heads, readers.index(reader) + turn, holders)
+            parts.append(_part(chosen, sources[chosen], destination, layers, heads))
     blocks = min(sources[part.source].blocks for part in parts)
     return TransferPlan(
         tuple(parts),
@@ -145,17 +143,46 @@ def plan(sources: Sequence[KvLayout], destinations: Sequence[KvLayout], reader: 
     )
 
 
-def _cells(sources: Sequence[KvLayout], destination: KvLayout) -> Iterator[tuple[Span, Span, list[int]]]:
-    """The layers and heads that the destination needs, cut where sources begin and end; and who holds each."""
-    layer_bands = _bands([s.layers for s in sources], destination.shard.num_layers)
-    head_bands = _bands([s.heads for s in sources], destination.shard.num_kv_heads)
-    for layers in (b for b in layer_bands if b.overlap(destination.layers).size):
+def sources_of_all(
+    sources: Sequence[KvLayout], destinations: Sequence[KvLayout], *, turn: int = 0
+) -> list[tuple[int, ...]]:
+    """`plan(sources, destinations, reader).sources` of every reader, in time linear in the ranks of both sides.
+
+    Raises `LayoutError` as `plan` does for any of them.
+    """
+    _check_sources(sources, destinations[0])
+    chosen: list[set[int]] = [set() for _ in destinations]
+    for layers, heads, readers, holders in _cells(sources, destinations):
+        for place, reader in enumerate(readers):
+            chosen[reader].add(_choose(layers, heads, place + turn, holders))
+    return [tuple(sorted(one)) for one in chosen]
+
+
+def _cells(
+    sources: Sequence[KvLayout], destinations: Sequence[KvLayout]
+) -> Iterator[tuple[Span, Span, list[int], list[int]]]:
+    """Layers and heads, cut where sources begin and end; which destinations need of them, which sources hold them."""
+    shard = destinations[0].shard
+    head_bands = _bands([s.heads for s in sources], shard.num_kv_heads)
+    for layers in _bands([s.layers for s in sources], shard.num_layers):
+        needing = [i for i, d in enumerate(destinations) if d.layers.overlap(layers).size]
         holding = [i for i, s in enumerate(sources) if s.layers.covers(layers)]
-        for heads in (b for b in head_bands if b.overlap(destination.heads).size):
+        for heads in head_bands:
+            readers = [i for i in needing if destinations[i].heads.overlap(heads).size]
             holders = [i for i in holding if sources[i].heads.covers(heads)]
-            if not holders:
-                raise LayoutError("sources", f"one that holds heads {heads} of layers {layers}", "none")
-            yield layers, heads, holders
+            yield layers, heads, readers, holders
+
+
+def _choose(layers: Span, heads: Span, turn: int, holders: Sequence[int]) -> int:
+    if not holders:
+        raise LayoutError("sources", f"one that holds heads {heads} of layers {layers}", "none")
+    return holders[turn % len(holders)]
+
+
+def _check_sources(sources: Sequence[KvLayout], destination: KvLayout) -> None:
+    for rank, source in enumerate(sources):
+        _check_fit(f"source {rank}", source, destination)
+        _check_same("block_size", f"source {rank}", source.block_size, sources[0].block_size)
 
 
 def _bands(spans: Iterable[Span], total: int) -> list[Span]:
@@ -163,10 +190,6 @@ def _bands(spans: Iterable[Span], total: int) -> list[Span]:
     for span in spans:
         cuts |= {span.start, span.stop}
     return [Span(start, stop) for start, stop in pairwise(sorted(cuts))]
-
-
-def _shares(layout: KvLayout, layers: Span, heads: Span) -> bool:
-    return layout.layers.overlap(layers).size > 0 and layout.heads.overlap(heads).size > 0
 
 
 def _part(chosen: int, source: KvLayout, destination: KvLayout, layers: Span, heads: Span) -> Part:

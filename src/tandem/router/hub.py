@@ -79,7 +79,7 @@ class Hub:
         channel = Channel(generate.request_id, member, inbox)
         self._channels[member.route, generate.request_id] = channel
         member.active += 1
-        self._send(member.route, generate)
+        self.send(member.route, generate)
         return channel
 
     def close(self, channel: Channel) -> None:
@@ -88,9 +88,9 @@ class Hub:
             return
         channel.member.active -= 1
         if not channel.finished:
-            self._send(channel.member.route, Abort(channel.request_id))
+            self.send(channel.member.route, Abort(channel.request_id))
 
-    def _send(self, route: bytes, message: ToEngine) -> None:
+    def send(self, route: bytes, message: ToEngine) -> None:
         self.socket.send_multipart([route, self._codec.encode(message)])
 
     async def _receive(self) -> None:
@@ -113,7 +113,7 @@ class Hub:
                     self._deliver(route, item)
             case EngineStatus():
                 known = self.pool.heard(route, message, now) is not None
-                self._send(route, Registered(known))
+                self.send(route, Registered(known))
                 self.on_change()
             case Register():
                 self._register(route, message, now)
@@ -131,7 +131,7 @@ class Hub:
         fresh = self.pool.get(route) is None
         for earlier in self.pool.register(route, message, now):
             self._fail_all(earlier, f"{earlier.engine_id} restarted")
-        self._send(route, Registered(True))
+        self.send(route, Registered(True))
         if fresh:
             log.info("engine %s (%s) registered", message.identity, message.status.role)
             self._introduce_all()
@@ -148,14 +148,14 @@ class Hub:
                 rival.register.peer_address,
                 message.peer_address,
             )
-        self._send(route, Registered(False))
+        self.send(route, Registered(False))
 
     def _introduce_all(self) -> None:
         if not self.introduce:
             return
         prefills = [PeerAddress(m.register.identity, m.register.peer_address) for m in self.pool.ready("prefill")]
         for member in self.pool.ready("decode"):
-            self._send(member.route, Introduce(prefills))
+            self.send(member.route, Introduce(prefills))
 
     def _deliver(self, route: bytes, item: Tokens | Failed) -> None:
         channel = self._channels.get((route, item.request_id))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import zmq
 import zmq.asyncio
@@ -174,14 +175,11 @@ class Consumer:
         return False
 
     def _welcomed(self, session: PeerSession, descriptor: EngineDescriptor) -> None:
-        """Give each rank only the peers that its plan needs."""
-        orders = [
-            OpenPeer(session.key, peers_needed(descriptor.ranks, self._layouts, rank))
-            for rank in range(len(self._layouts))
-        ]
-        session.opening = set(range(len(orders)))
-        for rank, order in enumerate(orders):
-            self._movers.order(order, [rank])
+        """Give each rank only the peers that its plan needs; among replicas, not those that every engine takes."""
+        needed = peers_needed(descriptor.ranks, self._layouts, turn=crc32(self._identity.incarnation.encode()))
+        session.opening = set(range(len(needed)))
+        for rank, sources in enumerate(needed):
+            self._movers.order(OpenPeer(session.key, sources), [rank])
 
     def _ended(self, session: PeerSession, error: TransferError) -> None:
         for key, known in self._sessions.items():

@@ -11,7 +11,7 @@ from msgspec import Meta
 from tandem.errors import PeerRefused, WireError
 from tandem.ids import EngineIdentity
 from tandem.kv.layout import KvLayout, LayoutError
-from tandem.kv.plan import plan
+from tandem.kv.plan import sources_of_all
 from tandem.transfer.base import RankEndpoint
 from tandem.wire.messages import MAX_RANKS, Count, Text
 from tandem.wire.peer_messages import Envelope
@@ -84,11 +84,14 @@ def decode_descriptor(raw: msgspec.Raw) -> EngineDescriptor:
 
 
 def peers_needed(
-    sources: Sequence[RankDescriptor], destinations: Sequence[KvLayout], reader: int
-) -> list[RankDescriptor]:
-    """The source ranks that one destination rank reads from. Raises PeerRefused if something is held by nobody."""
+    sources: Sequence[RankDescriptor], readers: Sequence[KvLayout], *, turn: int = 0
+) -> list[list[RankDescriptor]]:
+    """The source ranks that each of our ranks reads from; `turn` as for `plan`.
+
+    Raises PeerRefused if something is held by nobody.
+    """
     try:
-        chosen = plan([s.layout for s in sources], destinations, reader)
+        chosen = sources_of_all([s.layout for s in sources], readers, turn=turn)
     except LayoutError as error:
-        raise PeerRefused("layout", f"what rank {reader} needs", str(error)) from None
-    return [sources[index] for index in chosen.sources]
+        raise PeerRefused("layout", "what our ranks need", str(error)) from None
+    return [[sources[index] for index in one] for one in chosen]
