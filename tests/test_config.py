@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tandem.cli import take_config
 from tandem.config import (
     BatchSection,
     CacheSection,
@@ -19,6 +18,7 @@ from tandem.config import (
     parse_address,
     parse_size,
 )
+from tandem.config_file import check_tables, take_config
 from tandem.errors import ConfigError
 from tandem.wire.messages import Address
 
@@ -65,7 +65,8 @@ def test_what_is_no_address_is_said_with_the_flag(text: str) -> None:
         (lambda: ParallelSection(tp=2, nnodes=2), "needs --master HOST:PORT"),
         (lambda: NetworkSection(port=65536), "a port is from 0"),
         (lambda: NetworkSection(allow_peers=("everywhere",)), "--allow-peers takes networks such as"),
-        (lambda: TimeSection(lease_ttl=0), "--lease-ttl must be greater than 0"),
+        (lambda: NetworkSection(allow_peers=("10.0.0.0/8",)), "leads off this machine, which needs a cluster key"),
+        (lambda: TimeSection(lease_ttl=0.5), "--lease-ttl must be at least 1 s"),
         (lambda: RouterConfig(request_timeout=-1), "--request-timeout must be greater than 0"),
         (lambda: EngineConfig("both", ModelSection("/m", "m")), "--role must be one of"),  # type: ignore[arg-type]
     ],
@@ -90,7 +91,7 @@ def test_only_loopback_is_followed_by_default(host: str, allowed: bool) -> None:
 
 
 def test_allowed_networks_are_followed() -> None:
-    network = NetworkSection(allow_peers=("10.0.0.0/8",))
+    network = NetworkSection(allow_peers=("10.0.0.0/8",), cluster_key_file="cluster.key")
     assert network.allows("10.200.0.1")
     assert not network.allows("127.0.0.1")
 
@@ -110,3 +111,30 @@ def test_the_file_of_flags_is_taken_out_of_the_arguments(tmp_path: Path) -> None
 def test_a_file_of_flags_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"/nowhere\.toml is not a file"):
         take_config(["serve", "--config", "/nowhere.toml"], {})
+
+
+def test_a_file_of_flags_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="--config needs a file after it"):
+        take_config(["serve", "--config"], {})
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("port = 1\n[serve]\n", "'port' is no table of a command"),
+        ("serve = 1\n", "'serve' is no table of a command"),
+        ("[serv]\nport = 1\n", "'serv' is no table of a command"),
+        ("[serve\n", r"TOML file with a table per command was expected"),
+    ],
+)
+def test_what_no_command_would_read_of_the_file_is_named(tmp_path: Path, content: str, complaint: str) -> None:
+    file = tmp_path / "tandem.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=complaint):
+        check_tables(str(file), ["serve", "engine"])
+
+
+def test_tables_of_commands_are_fine(tmp_path: Path) -> None:
+    file = tmp_path / "tandem.toml"
+    file.write_text("[serve]\nport = 1\n[engine]\n")
+    check_tables(str(file), ["serve", "engine"])

@@ -14,7 +14,7 @@ ROWS = (
     {"__init__", "__main__"},
     {"cli", "llm"},
     {"commands"},
-    {"doctor", "serve", "client", "options", "models_on_disk", "demo_questions"},
+    {"doctor", "serve", "client", "options", "config_file", "models_on_disk", "demo_questions"},
     {"engine"},
     {"router"},
     {"scheduling", "transfer", "models", "api", "processes"},

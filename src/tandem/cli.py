@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 from cyclopts.config import Env, Toml
+from cyclopts.validators import Number
 
 from tandem import __version__
 from tandem.config import Device, LogLevel, ParallelSection, Role, RouterConfig
-from tandem.errors import ConfigError, TandemError
+from tandem.config_file import check_tables, take_config
+from tandem.errors import TandemError
 from tandem.options import ModelOptions, NetworkOptions, RunOptions, engine_config, optional_address
 
 SHAPE = Group("Engines", sort_key=1)
 DOCTOR = Group("What to look at", sort_key=0)
 LOOPBACK = "127.0.0.1"
+
+Count = Annotated[int, Parameter(group=SHAPE, validator=Number(gte=1))]
+"""How many of something that there must be."""
 
 app = App(
     name="tandem",
@@ -55,11 +59,11 @@ def serve(
     host: Annotated[str, Parameter(group=SHAPE)] = LOOPBACK,
     port: Annotated[int, Parameter(group=SHAPE)] = 8000,
     prefill: Annotated[int, Parameter(group=SHAPE)] = 1,
-    prefill_tp: Annotated[int, Parameter(group=SHAPE)] = 1,
-    prefill_pp: Annotated[int, Parameter(group=SHAPE)] = 1,
-    decode: Annotated[int, Parameter(group=SHAPE)] = 1,
-    decode_tp: Annotated[int, Parameter(group=SHAPE)] = 1,
-    decode_pp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    prefill_tp: Count = 1,
+    prefill_pp: Count = 1,
+    decode: Count = 1,
+    decode_tp: Count = 1,
+    decode_pp: Count = 1,
     prefill_block_size: Annotated[int | None, Parameter(group=SHAPE)] = None,
     decode_block_size: Annotated[int | None, Parameter(group=SHAPE)] = None,
     connector: Annotated[str | None, Parameter(group=SHAPE)] = None,
@@ -123,9 +127,9 @@ def engine(
     model: str,
     *,
     role: Annotated[Role, Parameter(group=SHAPE)] = "mixed",
-    tp: Annotated[int, Parameter(group=SHAPE)] = 1,
-    pp: Annotated[int, Parameter(group=SHAPE)] = 1,
-    nnodes: Annotated[int, Parameter(group=SHAPE)] = 1,
+    tp: Count = 1,
+    pp: Count = 1,
+    nnodes: Count = 1,
     node_rank: Annotated[int, Parameter(group=SHAPE)] = 0,
     master: Annotated[str | None, Parameter(group=SHAPE)] = None,
     engine_id: Annotated[str | None, Parameter(group=SHAPE)] = None,
@@ -321,10 +325,10 @@ def doctor(
     url: Annotated[str | None, Parameter(group=DOCTOR)] = None,
     api_key: Annotated[str | None, Parameter(group=DOCTOR)] = None,
     master: Annotated[str | None, Parameter(group=SHAPE)] = None,
-    nnodes: Annotated[int, Parameter(group=SHAPE)] = 1,
+    nnodes: Count = 1,
     node_rank: Annotated[int, Parameter(group=SHAPE)] = 0,
     tp: Annotated[int | None, Parameter(group=SHAPE)] = None,
-    pp: Annotated[int, Parameter(group=SHAPE)] = 1,
+    pp: Count = 1,
     engine_id: Annotated[str | None, Parameter(group=SHAPE)] = None,
     connector: Annotated[str | None, Parameter(group=SHAPE)] = None,
     device: Annotated[Device, Parameter(group=SHAPE)] = "auto",
@@ -391,6 +395,7 @@ def main() -> None:
     try:
         arguments, file = take_config(sys.argv[1:], os.environ)
         if file is not None:
+            check_tables(file, [command for command in app if not command.startswith("-")])
             app.config = [*app.config, Toml(file, must_exist=True)]
         code = app(arguments, exit_on_error=True, print_error=True, result_action="return_value")
     except TandemError as error:
@@ -399,23 +404,3 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
-
-
-def take_config(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config FILE`, and the file: a TOML table per command, with flags as keys.
-
-    Raises ConfigError if it is not there. Flags go before the environment, and that before the file.
-    """
-    rest, file = list(arguments), environment.get("TANDEM_CONFIG")
-    for index, argument in enumerate(rest):
-        if argument == "--config" and index + 1 < len(rest):
-            file = rest[index + 1]
-            del rest[index : index + 2]
-            break
-        if argument.startswith("--config="):
-            file = argument.partition("=")[2]
-            del rest[index]
-            break
-    if file is not None and not os.path.isfile(file):
-        raise ConfigError(f"--config {file} is not a file; a TOML file with a table per command was expected")
-    return rest, file

@@ -23,6 +23,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 MAX_TP = 1024
 MAX_PP = 256
 MAX_BLOCK_SIZE = 1024
+MIN_LEASE_TTL = 1.0
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -161,6 +162,11 @@ class NetworkSection(msgspec.Struct, frozen=True):
                 ipaddress.ip_network(network, strict=False)
             except ValueError:
                 raise ConfigError(f"--allow-peers takes networks such as 10.0.0.0/8; got {network!r}") from None
+            if self.cluster_key_file is None and not ipaddress.ip_network(network, strict=False).is_loopback:
+                raise ConfigError(
+                    f"--allow-peers {network} leads off this machine, which needs a cluster key: make one with"
+                    " `tandem keygen FILE` and give it to every process with --cluster-key-file FILE"
+                )
 
     def allows(self, host: str) -> bool:
         """Whether a client-sent address may be followed; names are not resolved, only addresses are allowed."""
@@ -179,7 +185,12 @@ class TimeSection(msgspec.Struct, frozen=True):
     lease_ttl: float = 10.0
 
     def __post_init__(self) -> None:
-        _positive(start_timeout=self.start_timeout, request_timeout=self.request_timeout, lease_ttl=self.lease_ttl)
+        _positive(start_timeout=self.start_timeout, request_timeout=self.request_timeout)
+        if self.lease_ttl < MIN_LEASE_TTL:
+            raise ConfigError(
+                f"--lease-ttl must be at least {MIN_LEASE_TTL:g} s, as it is renewed three times in it over the"
+                f" network; got {self.lease_ttl:g}"
+            )
 
 
 class EngineConfig(msgspec.Struct, frozen=True):

@@ -445,6 +445,18 @@ async def test_a_wrong_address_does_not_harm_the_session_with_the_right_one(it: 
 
 
 @on_stage
+async def test_an_address_that_may_not_be_called_costs_only_that_pull(it: Stage) -> None:
+    """Off loopback nothing is connected to without a key."""
+    prefill, decode = it.prefill(), it.decode()
+    decode.pull("r", prefill.names("r", address=Address("192.0.2.7", 7001), foreign=True))
+    assert "without a cluster key" in decode.failed[0][1]
+    assert decode.quiet[0] == "r"
+    prefill.offer("s")
+    decode.pull("s", prefill.names("s"))
+    await decode.reading()
+
+
+@on_stage
 async def test_sessions_with_and_without_a_known_life_stand_side_by_side(it: Stage) -> None:
     prefill, decode = it.prefill(ttl=SHORT), it.decode(ranks=1)
     decode.consumer.introduce(introduce(prefill))

@@ -17,6 +17,7 @@ from tandem.engine.runner import pick_device
 from tandem.ids import new_identity
 from tandem.models.config import ModelConfig, load_config
 from tandem.models.fingerprint import fingerprint
+from tandem.models.parallel import check_split
 from tandem.transfer.handshake import PROTOCOL, RankDescriptor
 from tandem.transfer.identity import RankRecord
 from tandem.wire.keys import load_key
@@ -41,6 +42,7 @@ class Rank:
         self.device = pick_device(config.model.device, place.local_rank)
         _set_threads(config, self.device)
         self.model: ModelConfig = load_config(config.model.path)
+        check_split(self.model, config.parallel.tp, config.parallel.pp)
         self.dtype = self.model.torch_dtype(config.model.dtype)
         self.max_model_len = config.model.max_model_len or self.model.max_context
         self.model.check_max_model_len(self.max_model_len)

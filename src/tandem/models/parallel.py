@@ -17,6 +17,7 @@ from tandem.errors import ModelError
 from tandem.kv.layout import LayoutError
 from tandem.kv.layout import Shard as KvShard
 from tandem.kv.shard import query_heads, shard
+from tandem.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,20 @@ class Shard:
         each, more = divmod(total, self.tp_size)
         start = self.tp_rank * each + min(self.tp_rank, more)
         return range(start, start + each + (self.tp_rank < more))
+
+
+def check_split(config: ModelConfig, tp: int, pp: int) -> None:
+    """Raises `ModelError` if a rank would be left without a query head or a layer."""
+    if tp > config.num_heads:
+        raise ModelError(
+            f"the model has {config.num_heads} attention heads, which cannot be split over tp {tp};"
+            f" use at most tp {config.num_heads}"
+        )
+    if pp > config.num_layers:
+        raise ModelError(
+            f"the model has {config.num_layers} layers, which cannot be split over pp {pp};"
+            f" use at most pp {config.num_layers}"
+        )
 
 
 def _too_many_ranks(shard: Shard, error: LayoutError) -> ModelError:
