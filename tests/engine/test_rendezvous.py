@@ -156,8 +156,8 @@ class Told:
 
 def test_a_rank_that_fails_tells_the_others_and_not_itself(open_it: Open) -> None:
     told = [Told() for _ in range(3)]
-    fates = [SharedFate(open_it(rank), told[rank]) for rank in range(3)]
-    fates[1].fail("rank 1 on host0: no weights")
+    fates = [SharedFate(open_it(rank), 2, told[rank]) for rank in range(3)]
+    fates[1].fail("rank 1 on host0: no weights", serves_store=False)
     for rank in (0, 2):
         assert told[rank].event.wait(PATIENCE)
         assert told[rank].texts == ["rank 1 on host0: no weights"]
@@ -166,8 +166,20 @@ def test_a_rank_that_fails_tells_the_others_and_not_itself(open_it: Open) -> Non
 
 def test_who_has_started_is_not_taken_along(open_it: Open) -> None:
     done, waits, late = Told(), Told(), Told()
-    fates = [SharedFate(open_it(rank), told) for rank, told in enumerate((done, waits, late))]
+    fates = [SharedFate(open_it(rank), 2, told) for rank, told in enumerate((done, waits, late))]
     fates[0].end()
-    fates[2].fail("too late")
+    fates[2].fail("too late", serves_store=False)
     assert waits.event.wait(PATIENCE)
     assert done.texts == []
+
+
+def test_who_serves_the_store_goes_once_all_others_know(open_it: Open) -> None:
+    """Also where some of them fail by themselves meanwhile, and need not be told."""
+    store = open_it(0)
+    told = [Told() for _ in range(3)]
+    fates = [SharedFate(store.clone(), 2, told[0]), *(SharedFate(open_it(rank), 2, told[rank]) for rank in (1, 2))]
+    fates[2].fail("rank 2 on host1: no weights", serves_store=False)
+    fates[0].fail("rank 0 on host0: no weights", serves_store=True)
+    assert store.add("fate", 0) == 3
+    assert told[1].event.wait(PATIENCE)
+    assert told[2].texts == []

@@ -7,6 +7,7 @@ which could say no more than that it timed out.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -89,7 +90,7 @@ def meet(store: Any, record: RankRecord, world_size: int, timeout: float) -> Non
         verdict = _judge(store, record, world_size, timeout, deadline)
         store.set("verdict", msgspec.json.encode(verdict).decode())
         if verdict.error:
-            _let_everybody_hear(store)
+            _let_everybody_hear(store, store.add("arrivals", 0) - 1, "heard")
     else:
         verdict = _await_verdict(store, timeout, deadline + LAST_WORD_SECONDS)
         store.add("heard", 1)
@@ -174,11 +175,10 @@ def _wait(store: Any, key: str, deadline: float) -> bool:
     return False
 
 
-def _let_everybody_hear(store: Any) -> None:
-    """The store ends with this process, so wait until the others have read the verdict; bounded."""
-    others = store.add("arrivals", 0) - 1
+def _let_everybody_hear(store: Any, others: int, key: str) -> None:
+    """The store ends with this process, so wait until so many others have counted themselves; bounded."""
     deadline = time.monotonic() + LAST_WORD_SECONDS
-    while store.add("heard", 0) < others and time.monotonic() < deadline:
+    while store.add(key, 0) < others and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
@@ -193,21 +193,26 @@ class SharedFate:
 
     Args:
         store: a connection of its own to the store in which the ranks met.
+        others: how many other ranks there are.
         on_failure: called, in a thread of this object, with what another rank said.
     """
 
-    def __init__(self, store: Any, on_failure: Callable[[str], None]) -> None:
+    def __init__(self, store: Any, others: int, on_failure: Callable[[str], None]) -> None:
         self._store = store
+        self._others = others
         self._on_failure = on_failure
         self._over = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="shared fate", daemon=True).start()
 
-    def fail(self, text: str) -> None:
-        """This rank fails. Its process should live on for a moment if it serves the store."""
+    def fail(self, text: str, *, serves_store: bool) -> None:
+        """This rank fails. Returns once its process may end: where it serves the store, when the others know."""
         self._over.set()
-        with self._lock:
+        with self._lock, contextlib.suppress(RuntimeError):  # where the store is gone, its rank has failed before
             self._store.set("failure", text)
+            self._store.add("fate", 1)
+            if serves_store:
+                _let_everybody_hear(self._store, self._others + 1, "fate")
 
     def end(self) -> None:
         """The start is over."""
@@ -218,6 +223,8 @@ class SharedFate:
             try:
                 with self._lock:
                     text = self._store.get("failure").decode() if self._store.check(["failure"]) else None
+                    if text is not None:
+                        self._store.add("fate", 1)
             except RuntimeError:
                 text = "node 0 was lost while the engine started; see its log"
             if text is not None and not self._over.is_set():

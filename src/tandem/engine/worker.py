@@ -34,7 +34,6 @@ from tandem.wire.messages import EngineStatus
 log = logging.getLogger(__name__)
 
 COLLECTIVE_SECONDS = 60.0
-LAST_WORD_SECONDS = 2.0
 
 
 def run_rank(
@@ -117,9 +116,8 @@ class _Life:
         if self._fate is None:
             return
         text = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
-        self._fate.fail(f"rank {self.rank.place.rank} on {hosts.gethostname()}: {text}")
-        if self.rank.place.rank == 0:
-            time.sleep(LAST_WORD_SECONDS)  # the store ends with this process; the others look several times a second
+        rank = self.rank.place.rank
+        self._fate.fail(f"rank {rank} on {hosts.gethostname()}: {text}", serves_store=rank == 0)
 
     def _end_start(self) -> None:
         if self._fate is not None:
@@ -135,7 +133,7 @@ class _Life:
         store = open_store(master, self.rank.place.meeting_file, record.rank, timeout)
         left = max(1.0, timeout - (time.monotonic() - started))
         meet(store, record, parallel.world_size, left)
-        self._fate = SharedFate(store.clone(), self._on_shared_fate)
+        self._fate = SharedFate(store.clone(), parallel.world_size - 1, self._on_shared_fate)
         try:
             return TorchWorld(
                 store, record.rank, parallel, self.rank.device, self.rank.place.host, max(COLLECTIVE_SECONDS, timeout)
