@@ -97,18 +97,8 @@ def test_blocks_that_were_released_before_they_came_go_at_once() -> None:
 def test_a_claim_for_a_request_that_never_comes_is_forgotten() -> None:
     table = LeaseTable(TTL)
     table.claim("r", "d", now=0.0)
-    assert table.next_expiry() is not None
     assert table.expire(TTL) == []
     assert len(table) == 0
-    assert table.next_expiry() is None
-
-
-def test_losing_the_link_to_a_reader_shortens_nothing() -> None:
-    table = LeaseTable(TTL)
-    table.hold("r", [1], now=0.0)
-    table.claim("r", "d", now=5.0)
-    assert table.lose_reader("d") == ["r"]
-    assert ended(table, 14.9) == []
 
 
 def test_holding_one_request_twice_is_an_error() -> None:

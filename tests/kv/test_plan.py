@@ -249,7 +249,6 @@ def test_engines_that_differ_in_tp_alone_need_one_run_a_block_and_source(src_tp:
         runs = planned.runs(ids, ids[::-1], 0, 4 * 50 - 1, whole_tail=True)
         assert {source: len(copies) for source, copies in runs.items()} == dict.fromkeys(planned.sources, 50)
         assert sum(copies.nbytes for copies in runs.values()) == destination.nbytes // destination.blocks * 50
-        assert planned.runs_per_block == len(planned.sources)
 
 
 @pytest.mark.parametrize("step", [1, -1])
@@ -273,14 +272,12 @@ def test_engines_that_differ_in_pp_need_one_run_a_block_and_head(src_pp: int, ds
     planned = plan(Engine(pp=src_pp).ranks(model), Engine(pp=dst_pp).ranks(model), 0)
     runs = planned.runs([0, 2, 4], [5, 3, 1], 0, 12)
     assert [len(copies) for copies in runs.values()] == [3 * 2] * sources
-    assert planned.runs_per_block == sources * 2
 
 
 def test_a_run_goes_on_into_the_next_head_and_block_where_only_the_axes_within_differ() -> None:
     model = Model(layers=3, heads=2)
     keys_apart = (Axis.BLOCK, Axis.HEAD, Axis.KV, Axis.LAYER, Axis.TOKEN, Axis.DIM)
     planned = plan(Engine().ranks(model), Engine(order=keys_apart).ranks(model), 0)
-    assert planned.runs_per_block == 2 * 3 * 2
     assert len(only(planned, [3], [6], 0, 4)) == 2 * 3 * 2 - 1
     assert len(only(planned, [3, 4, 5], [6, 7, 8], 0, 12)) == 3 * 2 * 3 * 2 - 5
 

@@ -118,10 +118,6 @@ class LeaseTable:
         del self._leases[request_id]
         return EndedLease(request_id, lease.blocks, expired=False, claimed=True)
 
-    def lose_reader(self, reader: str) -> list[str]:
-        """Ids on which this reader has a lease. They are not shortened: it may be reading although we lost its link."""
-        return [request_id for request_id, lease in self._leases.items() if reader in lease.readers]
-
     def expire(self, now: float) -> list[EndedLease]:
         """End what has run out and return it, where there are blocks to give back. Cheap when nothing has."""
         if now < self._soonest:
@@ -134,10 +130,6 @@ class LeaseTable:
             for request_id, lease in ended
             if lease.blocks is not None
         ]
-
-    def next_expiry(self) -> float | None:
-        """When `expire` is worth calling; may be too early, never too late."""
-        return self._soonest if self._leases else None
 
     def _extend(self, lease: _Lease, reader: str, now: float) -> None:
         # Never shortened: messages may overtake each other only where the clock that is read went backwards.

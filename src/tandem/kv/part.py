@@ -101,13 +101,6 @@ class Fold(NamedTuple):
     outside: tuple[Stride, ...]
     inside: tuple[Stride, ...]
 
-    @property
-    def runs(self) -> int:
-        count = 1
-        for stride in self.outside + self.inside:
-            count *= stride.size
-        return count
-
 
 def between(source: int, near: KvLayout, far: KvLayout, layers: Span, heads: Span) -> Part:
     """The part of `source` that both sides hold: these layers and heads."""

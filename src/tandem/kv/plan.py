@@ -55,11 +55,6 @@ class TransferPlan:
         """The sources that the destination reads from."""
         return tuple(sorted({part.source for part in self.parts}))
 
-    @property
-    def runs_per_block(self) -> int:
-        """Runs that a block (the smaller of both sides') takes from all sources together if no two merge."""
-        return sum(part.fold(min(self.src.size, self.dst.size)).runs for part in self.parts)
-
     def runs(
         self,
         src_blocks: BlockIds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -14,15 +14,19 @@ from typing import Any, Literal
 import uvloop
 import zmq
 import zmq.asyncio
+from fastapi import FastAPI
 
 from tandem import logs
-from tandem.api.app import create_app
+from tandem.api.app import create_app, preload
 from tandem.api.server import serve
+from tandem.errors import RequestError
 from tandem.router.hub import Hub
 from tandem.router.pool import Pool
 from tandem.router.router import Router, pair_finder, single_finder
 from tandem.wire.keys import load_key
 from tandem.wire.sockets import SocketOptions, Sockets
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +64,52 @@ async def _serve(report: Callable[..., None], config: FrontConfig, listener: soc
     hub = Hub(control, pool, introduce=config.kind == "router")
     find = pair_finder(pool) if config.kind == "router" else single_finder(pool)
     backend = Router(hub, pool, find, request_timeout=config.request_timeout, seed=config.seed)
-    hub.on_change = _Announcer(report, backend).changed
     app = create_app(backend, kind=config.kind, api_key=config.api_key)
+    announcer = _Announcer(report, backend)
+    hub.on_change = announcer.changed
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     started = asyncio.Event()
     hub_task = asyncio.create_task(hub.run())
     hub_task.add_done_callback(lambda _: stop.set())
+    loading = asyncio.create_task(_load_early(app, announcer.first))
     report("control", port)
     try:
         await serve(app, listener, stop, started=started, grace=1.0)
     finally:
+        loading.cancel()
         hub_task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await hub_task
+        await asyncio.gather(loading, hub_task, return_exceptions=True)
         hub.stop()
 
 
+async def _load_early(app: FastAPI, known: asyncio.Event) -> None:
+    """Read tokenizer and template once an engine has told of its model, so that the first request need not wait."""
+    await known.wait()
+    try:
+        await preload(app)
+    except RequestError as error:
+        log.error("%s; a router needs the model's folder under the same path as its engines", error)
+
+
 class _Announcer:
-    """Tells the owner of the process when the front becomes able to serve, and when it no longer is."""
+    """Tells the owner of the process when the front becomes able to serve, and when it no longer is.
+
+    Attributes:
+        first: set once an engine has come.
+    """
 
     def __init__(self, report: Callable[..., None], backend: Router) -> None:
         self._report = report
         self._backend = backend
         self._last: Any = None
+        self.first = asyncio.Event()
 
     def changed(self) -> None:
         health = self._backend.health()
         states = [(status.engine_id, state) for status, state in self._backend.engines()]
+        if states:
+            self.first.set()
         now = (health.ok, states)
         if now != self._last:
             self._last = now
