@@ -27,12 +27,13 @@ from tandem.config import (
 )
 from tandem.engine.launch import rank_main
 from tandem.engine.place import RankPlace
+from tandem.errors import RequestError
 from tandem.processes import Family
-from tandem.router.hub import Hub
+from tandem.router.hub import Hub, Inbox
 from tandem.router.policy import Path as EnginePath
 from tandem.router.pool import Pool
 from tandem.router.router import Router
-from tandem.wire.messages import Address, EngineStatus, Introduce, PeerAddress, PeerInfo
+from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, Tokens
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
 
@@ -107,6 +108,18 @@ class Fleet:
             self._hub.send(sink.route, Introduce([peer]))
 
         self._call(send())
+
+    def send(self, name: str, message: Generate) -> Tokens | RequestError:
+        """What the engine answers first to a message as a front would send it; the request is then left to itself."""
+
+        async def first() -> Tokens | RequestError:
+            member = self._pool.find(name)
+            assert member is not None
+            inbox: Inbox = asyncio.Queue()
+            self._hub.open(message, member, inbox)
+            return (await inbox.get())[1]
+
+        return self._call(first())
 
     def status(self, name: str) -> EngineStatus:
         member = self._pool.find(name)

@@ -24,7 +24,7 @@ from tandem.transfer.consumer import Consumer, ConsumerEvents
 from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.listener import PeerListener
 from tandem.transfer.movers import Movers
-from tandem.wire.messages import Address, Failed, Generate, Introduce, Prefill, Pull, Register, Tokens
+from tandem.wire.messages import Address, Failed, Generate, Introduce, Local, Prefill, Pull, Register, Tokens
 from tandem.wire.peer_messages import Envelope
 from tandem.wire.sockets import Sockets
 
@@ -182,24 +182,35 @@ class Switchboard:
 
     def _handler(self, number: int) -> Callable[[Front, Generate], None]:
         def generate(front: Front, message: Generate) -> None:
-            assert self.listener is not None
-            assert self.consumer is not None
-            match message.kv:
-                case Pull(foreign=True, address=address) if not self._wiring.config.network.allows(address.host):
-                    why = f"remote_host {address.host} is not within this engine's --allow-peers"
-                    error = InvalidRequest(why, param="kv_transfer_params")
-                    front.send([Failed(message.request_id, error.code, str(error), error.param)])
-                    return
-                case Pull():
-                    self._mailbox.put(commands.Start(number, message))
-                    self.consumer.open(message.request_id, message.kv, prompt_digest(message.token_ids))
-                    return
-                case Prefill(published=published):
-                    wait = PUBLISHED_PATIENCE if published else None
-                    self.listener.begin(message.request_id, wait, prompt_digest(message.token_ids))
-            self._mailbox.put(commands.Start(number, message))
+            try:
+                self._begin(number, message)
+            except InvalidRequest as error:
+                front.send([Failed(message.request_id, error.code, str(error), error.param)])
 
         return generate
+
+    def _begin(self, front: int, message: Generate) -> None:
+        """Raises InvalidRequest, and then nothing has begun."""
+        assert self.listener is not None
+        assert self.consumer is not None
+        request_id, kv = message.request_id, message.kv
+        if self.listener.knows(request_id) or self.consumer.knows(request_id):
+            raise InvalidRequest(f"request id {request_id} is in use; every request needs its own", param="request_id")
+        if isinstance(kv, Pull) and kv.foreign and not self._wiring.config.network.allows(kv.address.host):
+            raise InvalidRequest(
+                f"remote_host {kv.address.host} is not within this engine's --allow-peers", param="kv_transfer_params"
+            )
+        start = commands.Start(front, message)
+        match kv:
+            case Pull():
+                self._mailbox.put(start)
+                self.consumer.open(request_id, kv, prompt_digest(message.token_ids))
+            case Prefill(published=published):
+                wait = PUBLISHED_PATIENCE if published else None
+                self.listener.begin(request_id, wait, prompt_digest(message.token_ids))
+                self._mailbox.put(start)
+            case Local():
+                self._mailbox.put(start)
 
     def _abort(self, request_id: str) -> None:
         self._mailbox.put(commands.Abort(request_id))

@@ -97,6 +97,10 @@ class Consumer:
                 self._ended_at.pop(key, None)
                 self._shut(session)
 
+    def knows(self, request_id: str) -> bool:
+        """Whether the request's KV is awaited, or still being read."""
+        return request_id in self._pulls or any(pull.request_id == request_id for pull, _ in self._jobs.values())
+
     def open(self, request_id: str, source: messages.Pull, prompt: str | None = None) -> None:
         """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its tokens."""
         session = self._session(source.engine_id, source.incarnation, source.address, introduced=not source.foreign)
@@ -126,7 +130,7 @@ class Consumer:
         entry = self._pulls.pop(request_id, None)
         if entry is None:
             # It may have failed or arrived meanwhile; what has failed may still be being read.
-            if not any(pull.request_id == request_id for pull, _ in self._jobs.values()):
+            if not self.knows(request_id):
                 self._events.quiet(request_id)
             return
         pull, session = entry

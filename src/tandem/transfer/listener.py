@@ -66,6 +66,10 @@ class PeerListener:
         """The request has come here. `wait`: seconds for which its KV waits for a first claim; None for a lease."""
         self._apply(self._producer.begin(request_id, self._ttl if wait is None else wait, prompt))
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request of this id has come here whose blocks are not given back yet."""
+        return self._producer.knows(request_id)
+
     def chunk(
         self, request_id: str, first_block: int, blocks: list[int], num_tokens: int, final: bool, token: int | None
     ) -> None:

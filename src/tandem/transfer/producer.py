@@ -68,6 +68,11 @@ class Producer:
     def __len__(self) -> int:
         return len(self._offers)
 
+    def knows(self, request_id: str) -> bool:
+        """Whether the request has arrived and its blocks are not given back yet."""
+        offer = self._offers.get(request_id)
+        return offer is not None and offer.known_by is None
+
     def begin(self, request_id: str, wait: float, prompt: str | None = None) -> Outcome:
         """The request has arrived. Once computed, its blocks wait so many seconds for a first claim."""
         offer = self._offers.setdefault(request_id, _Offer(None, wait))
