@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from tandem.ids import EngineIdentity
-from tandem.router.policy import Path, choose
+from tandem.router.policy import Path, choose, choose_weights
 from tandem.router.pool import Member
 from tandem.wire.messages import PeerInfo, RequestCounts
 from tests.router.scene import make_register
 
 
 def member(
-    engine_id: str, role: str, *, active: int = 0, chosen: int = 0, waiting: int = 0, running: int = 0
+    engine_id: str,
+    role: str,
+    *,
+    active: int = 0,
+    chosen: int = 0,
+    waiting: int = 0,
+    running: int = 0,
+    fingerprint: str = "f",
 ) -> Member:
     register = make_register(
         EngineIdentity(engine_id, f"life-of-{engine_id}"),
         role,
         requests=RequestCounts(waiting=waiting, running=running),
+        fingerprint=fingerprint,
     )
     return Member(b"route", register, register.status, 0.0, active=active, chosen=chosen)
 
@@ -93,3 +101,39 @@ def test_it_says_why_no_pair_fits() -> None:
     assert choose([prefill, decode]) == (
         "no prefill engine fits a decode engine: d0 cannot read from p0: dtype differs"
     )
+
+
+def of_weights(
+    *members: Member, exclude: tuple[str, ...] = (), current: str | None = None
+) -> tuple[str | None, str | None]:
+    """Who decodes, and the fingerprint that is served."""
+    path, weights = choose_weights(members, exclude, current)
+    return (path.decode.engine_id if isinstance(path, Path) else None), weights
+
+
+OLD = member("old", "mixed", active=5, fingerprint="1")
+NEW = member("new", "mixed", fingerprint="2")
+
+
+def test_engines_of_other_weights_under_the_same_name_are_not_used_however_free() -> None:
+    assert of_weights(OLD, NEW) == ("old", "1")
+    assert of_weights(NEW, OLD, current="1") == ("old", "1")
+
+
+def test_new_weights_take_over_once_the_old_ones_have_no_path() -> None:
+    assert of_weights(NEW, current="1") == ("new", "2")
+    prefill = member("p0", "prefill", fingerprint="1")
+    assert of_weights(prefill, NEW, current="1") == ("new", "2")
+
+
+def test_a_request_does_not_go_on_with_other_weights_than_it_began_with() -> None:
+    assert of_weights(OLD, NEW, exclude=("life-of-old",), current="1") == (None, "1")
+
+
+def test_a_prefill_and_a_decode_engine_of_different_weights_are_no_pair_even_before_they_say_so() -> None:
+    prefill, decode = member("p0", "prefill", fingerprint="1"), member("d0", "decode", fingerprint="2")
+    path, _ = choose_weights([prefill, decode])
+    assert path == "no path through engines of the same weights: p0 (prefill) has 1, d0 (decode) has 2"
+    refuse(decode, prefill, error="fingerprint differs: ours is 2, theirs 1")
+    path, _ = choose_weights([prefill, decode])
+    assert "d0 cannot read from p0: fingerprint differs" in str(path)

@@ -62,6 +62,35 @@ def choose(members: Sequence[Member], exclude: Collection[str] = ()) -> Path | s
     return _nothing(prefills, decodes, refused)
 
 
+def choose_weights(
+    members: Sequence[Member], exclude: Collection[str] = (), current: str | None = None
+) -> tuple[Path | str, str | None]:
+    """As `choose`, within the engines of one fingerprint: answers must not change with the engine that is free.
+
+    Args:
+        current: the fingerprint served until now. It stays as long as it has a path, so that engines with new
+            weights under an old name take over when the last of the old ones have left.
+
+    Returns the path, or why there is none, and the fingerprint that is served from now on.
+    """
+    known = dict.fromkeys(m.status.fingerprint for m in members)
+    if current in known:
+        known = {current: None} if exclude else {current: None} | known
+    for fingerprint in known:
+        path = choose([m for m in members if m.status.fingerprint == fingerprint], exclude)
+        if isinstance(path, Path):
+            return path, fingerprint
+    return _no_path(members, exclude), current
+
+
+def _no_path(members: Sequence[Member], exclude: Collection[str]) -> str:
+    path = choose(members, exclude)
+    if isinstance(path, str):
+        return path
+    weights = ", ".join(f"{m.engine_id} ({m.role}) has {m.status.fingerprint}" for m in members)
+    return f"no path through engines of the same weights: {weights}"
+
+
 def _nothing(prefills: Sequence[Member], decodes: Sequence[Member], refused: dict[tuple[str, str], str]) -> str:
     if refused:
         return "no prefill engine fits a decode engine: " + "; ".join(sorted(set(refused.values())))

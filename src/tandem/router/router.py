@@ -29,7 +29,7 @@ from tandem.errors import (
     Unavailable,
 )
 from tandem.router.hub import Channel, Hub, Inbox
-from tandem.router.policy import Path, choose
+from tandem.router.policy import Path, choose_weights
 from tandem.router.pool import Member, Pool
 from tandem.wire.messages import (
     Address,
@@ -277,13 +277,15 @@ def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | Pull:
 
 
 def pair_finder(pool: Pool) -> FindPath:
-    """How a router finds paths: among the engines of the one model that it serves."""
+    """How a router finds paths: among the engines of the one model, and the weights of it, that it serves."""
+    weights: str | None = None
 
     def find(avoid: set[str]) -> Path | str:
+        nonlocal weights
         served = pool.served()
         ready = pool.ready("prefill", "decode", "mixed")
         fitting = [m for m in ready if served is None or m.status.model == served.status.model]
-        path = choose(fitting, avoid)
+        path, weights = choose_weights(fitting, avoid, weights)
         if isinstance(path, str) and served is not None and len(fitting) < len(ready):
             path += f"; {len(ready) - len(fitting)} engines of other models than {served.status.model} are not used"
         return path
