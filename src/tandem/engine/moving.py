@@ -74,8 +74,8 @@ class Moving:
 def _warm_up(transport: Transport, next_rank: RankEndpoint) -> None:
     """Open one connection before peers come: what a transport finds out by its first one, it knows from then on.
 
-    With NIXL this is the choice of UCX's protocols, 15 to 25 ms of CPU time in each rank. In an engine of one rank
-    the first peer pays for it.
+    With NIXL this is the choice of UCX's protocols, 15 to 25 ms of CPU time in each rank (docs/decisions/0019). In an
+    engine of one rank the first peer pays for it.
     """
     transport.connect(next_rank)
     transport.disconnect(next_rank.agent)
