@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,14 @@ MASTER_PORT = 29501
 CONTROL_PORT = 27000
 HTTP_PORT = 28000
 START_SECONDS = 240
+
+STREAM = (
+    "import sys, urllib.request\n"
+    "url, body = sys.argv[1:]\n"
+    "request = urllib.request.Request(url, data=body.encode(), headers={'Content-Type': 'application/json'})\n"
+    "for line in urllib.request.urlopen(request, timeout=60):\n"
+    "    print(line.decode(), flush=True)\n"
+)
 
 
 def start_router(node: Node, key: Path) -> None:
@@ -113,3 +125,20 @@ def test_an_engine_that_loses_a_node_ends_on_the_other_one_too(model: Path, key:
         survivor = nodes[1 - lost].processes[0]
         assert survivor.wait(60) == 1
         assert "of this engine was lost" in survivor.output
+
+
+@pytest.mark.timeout(200)
+def test_nodes_that_cannot_reach_each_other_any_more_end_their_engine_amid_a_step(model: Path, key: Path) -> None:
+    """No packet tells of it, and the ranks wait for each other in a collective."""
+    with lab(2) as made:
+        first, second = made.nodes
+        start_engine(made.nodes, first, model, key, "--role", "mixed", "--tp", "2")
+        made.until(lambda: "ready" in first.processes[0].output, START_SECONDS, "the engine is ready")
+        [url] = re.findall(r"API (http://\S+)", first.processes[0].output)
+        body = {"prompt": [5, 6, 7], "max_tokens": 4_000, "ignore_eos": True, "stream": True}
+        client = first.run(sys.executable, "-c", STREAM, f"{url}/v1/completions", json.dumps(body))
+        made.until(lambda: "data:" in client.output, 60, "tokens come")
+        subprocess.run(["ip", "-n", second.namespace, "link", "set", "eth0", "down"], check=True)
+        for process in (first.processes[0], second.processes[0]):
+            assert process.wait(60) == 1
+            assert "of this engine was lost" in process.output

@@ -15,12 +15,12 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.errors import TransferError
+from tandem.errors import EngineFailed, TransferError
 from tandem.kv.layout import Axis, KvLayout, block_major, layer_major, token_major
 from tandem.kv.shard import shard
 from tandem.transfer.base import RankEndpoint, ReadState, Region
 from tandem.transfer.handshake import RankDescriptor
-from tandem.transfer.mover import Mover, start_mover
+from tandem.transfer.mover import LEADER_EVENTS, Mover, start_mover
 from tandem.transfer.orders import (
     ClosePeer,
     FromMover,
@@ -400,3 +400,27 @@ def test_a_thread_that_dies_says_why() -> None:
     start_mover(make, "mover", failed)
     assert told.wait(10)
     assert str(died[0]) == "no memory to register"
+
+
+def test_a_mover_whose_leader_is_gone_ends_and_closes_its_transport() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    leader = context.socket(zmq.ROUTER)
+    port = leader.bind_to_random_port("tcp://127.0.0.1")
+    socket = context.socket(zmq.DEALER)
+    socket.get_monitor_socket(LEADER_EVENTS)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+    transport = FakeTransport({}, np.zeros(1, np.uint8))
+    mover = Mover(0, [], transport, socket)  # type: ignore[arg-type]
+    leader.rcvtimeo = 10_000
+
+    def leave() -> None:
+        leader.recv_multipart()
+        leader.close(linger=0)
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    with pytest.raises(EngineFailed, match="the leader of this engine was lost"):
+        mover.run()
+    leaving.join()
+    assert transport.closed == 1
+    context.destroy(linger=0)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from tandem.transfer.pulls import Pull
 from tandem.wire.messages import Generate
 
+STUCK_SECONDS = 5.0
+"""A step loop ends within this time of hearing that a rank is lost, or it hangs in a collective with that rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class Start:

@@ -160,5 +160,5 @@ def rank_main(report: Callable[..., None], name: str, config: EngineConfig, plac
         on_ready=lambda status: report("ready", status),
         on_mailbox=stop.append,
         on_following=started.set,
-        on_shared_fate=end,
+        end_process=end,
     )

@@ -28,9 +28,14 @@ from tandem.wire.sockets import SocketOptions, Sockets
 
 
 class Leading:
-    """What only rank 0 has: the sockets of the leader, bound before the ranks hear of them, and the step loop."""
+    """What only rank 0 has: the sockets of the leader, bound before the ranks hear of them, and the step loop.
 
-    def __init__(self, rank: Rank, agreement: Agreement) -> None:
+    Args:
+        end_process: ends this process, with the reason, when the step loop cannot.
+    """
+
+    def __init__(self, rank: Rank, agreement: Agreement, end_process: Callable[[str], None]) -> None:
+        self._end_process = end_process
         self._rank = rank
         self._agreement = agreement
         host = rank.place.host
@@ -112,7 +117,7 @@ class Leading:
             mover_socket=self._mover_socket,
             register=lambda: self._register(leader, switchboard),
         )
-        switchboard = Switchboard(wiring, mailbox)
+        switchboard = Switchboard(wiring, mailbox, self._end_process)
         return switchboard
 
     def _register(self, leader: Leader, switchboard: Switchboard) -> Register:

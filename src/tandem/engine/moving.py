@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import time
+from collections.abc import Callable
 
 import zmq
 
+from tandem.engine.commands import STUCK_SECONDS
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.rank import Published, Rank
 from tandem.engine.runner import KvMemory
-from tandem.errors import StartError
+from tandem.errors import EngineFailed, StartError
 from tandem.ids import EngineIdentity
 from tandem.transfer.base import RankEndpoint, Transport
-from tandem.transfer.mover import Mover, start_mover
+from tandem.transfer.mover import LEADER_EVENTS, Mover, start_mover
 from tandem.transfer.transports import transport_factory
 from tandem.wire.sockets import SocketOptions
 
@@ -21,10 +23,17 @@ OTHERS_SECONDS = 300.0
 
 
 class Moving:
-    """Starts this rank's transfer thread, which makes the transport, and then waits to hear of the others."""
+    """Starts this rank's transfer thread, which makes the transport, and then waits to hear of the others.
 
-    def __init__(self, rank: Rank, identity: EngineIdentity, memory: KvMemory) -> None:
+    Args:
+        end_process: ends this process, with the reason, when it cannot go on.
+    """
+
+    def __init__(
+        self, rank: Rank, identity: EngineIdentity, memory: KvMemory, end_process: Callable[[str], None]
+    ) -> None:
         self._rank = rank
+        self._end_process = end_process
         self._number = rank.place.rank
         self._agent = f"{identity.engine_id}/{identity.incarnation}/{rank.place.rank}"
         self._memory = memory
@@ -61,14 +70,19 @@ class Moving:
             _warm_up(transport, published[(self._number + 1) % len(published)].descriptor.endpoint)
         address = published[0].mover_address
         assert address is not None
-        options = SocketOptions(identity=b"%d" % self._number)
+        options = SocketOptions(identity=b"%d" % self._number, monitor=LEADER_EVENTS)
         socket = rank.sockets.connect(zmq.DEALER, address.host, address.port, options)
         return Mover(self._number, [p.descriptor.layout for p in published], transport, socket)
 
     def _failed(self, error: BaseException) -> None:
-        if self._serving:
-            os._exit(70)  # nothing can be moved without this thread; the launcher says that the rank died
-        self._described.put(error)
+        """In the transfer thread, as its last act."""
+        if not self._serving:
+            self._described.put(error)
+            return
+        if isinstance(error, EngineFailed):
+            time.sleep(STUCK_SECONDS)  # this rank's step loop, if it does not hang, hears of it too and ends by itself
+            self._end_process(str(error))
+        self._end_process(f"the transfer thread of rank {self._number} died: {error or type(error).__name__}")
 
 
 def _warm_up(transport: Transport, next_rank: RankEndpoint) -> None:

@@ -52,11 +52,17 @@ class Wiring:
 
 
 class Switchboard:
-    """Owns the event loop's thread. Other threads call `post_*`; what comes in goes to the mailbox."""
+    """Owns the event loop's thread. Other threads call `post_*`; what comes in goes to the mailbox.
 
-    def __init__(self, wiring: Wiring, mailbox: Mailbox[Command]) -> None:
+    Args:
+        end_process: ends this process, with the reason, when the step loop hangs and cannot.
+    """
+
+    def __init__(self, wiring: Wiring, mailbox: Mailbox[Command], end_process: Callable[[str], None]) -> None:
         self._wiring = wiring
         self._mailbox = mailbox
+        self._end_process = end_process
+        self._step_loop_ended = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._fronts: list[Front] = []
         self._started = threading.Event()
@@ -81,6 +87,7 @@ class Switchboard:
             if self._stopping is not None:
                 self._stopping.set()
 
+        self._step_loop_ended.set()
         self._call(ask)
         self._thread.join(2.0)
 
@@ -109,12 +116,17 @@ class Switchboard:
             self._loop.run_until_complete(self._run())
             self._mailbox.put(commands.Shutdown("the event loop has ended"))
         except EngineFailed as error:
-            self._mailbox.put(commands.Shutdown(str(error), failed=True))
+            self._fail(str(error))
         except BaseException as error:
             log.exception("the leader's event loop died")
-            self._mailbox.put(commands.Shutdown(f"the event loop died: {error}", failed=True))
+            self._fail(f"the event loop died: {error}")
         finally:
             self._loop.close()
+
+    def _fail(self, reason: str) -> None:
+        self._mailbox.put(commands.Shutdown(reason, failed=True))
+        if not self._step_loop_ended.wait(commands.STUCK_SECONDS):
+            self._end_process(reason)
 
     async def _run(self) -> None:
         wiring = self._wiring

@@ -43,7 +43,7 @@ def run_rank(
     on_ready: Callable[[EngineStatus], None],
     on_mailbox: Callable[[Mailbox[Command]], None],
     on_following: Callable[[], None],
-    on_shared_fate: Callable[[str], None],
+    end_process: Callable[[str], None],
 ) -> str:
     """Serve until stopped; returns why it ended.
 
@@ -52,12 +52,13 @@ def run_rank(
         on_ready: called on rank 0 once the engine can serve.
         on_mailbox: hands out the leader's mailbox, so that a signal handler can put a Shutdown in it.
         on_following: called on the other ranks once they take their orders from rank 0.
-        on_shared_fate: another rank has failed while the engine started, and said why; must end this process.
+        end_process: ends this process, with the reason. Called in other threads, when another rank has failed and
+            the main thread may be waiting for it.
 
     Raises:
         TandemError: the engine cannot start, or a rank was lost.
     """
-    life = _Life(Rank(config, place), on_shared_fate)
+    life = _Life(Rank(config, place), end_process)
     try:
         return life.run(on_progress, on_ready, on_mailbox, on_following)
     except Exception as error:
@@ -68,12 +69,12 @@ def run_rank(
 class _Life:
     """
     Args:
-        on_shared_fate: another rank has failed while the engine started, and said why.
+        end_process: another rank has failed while the engine started, and said why.
     """
 
-    def __init__(self, rank: Rank, on_shared_fate: Callable[[str], None]) -> None:
+    def __init__(self, rank: Rank, end_process: Callable[[str], None]) -> None:
         self.rank = rank
-        self._on_shared_fate = on_shared_fate
+        self._end_process = end_process
         self._fate: SharedFate | None = None
 
     def run(
@@ -96,8 +97,8 @@ class _Life:
         )
         memory, layout = self._allocate(world, decoder)
         runner = Runner(decoder, memory.tensor, self.rank.config.cache.block_size, world)
-        leading = Leading(self.rank, agreement) if world.rank == 0 else None
-        transport = Moving(self.rank, agreement.identity, memory)
+        leading = Leading(self.rank, agreement, self._end_process) if world.rank == 0 else None
+        transport = Moving(self.rank, agreement.identity, memory, self._end_process)
         published = self._exchange(world, agreement, layout, transport.endpoint(), leading)
         transport.connect(published)
         if leading is None:
@@ -133,7 +134,7 @@ class _Life:
         store = open_store(master, self.rank.place.meeting_file, record.rank, timeout)
         left = max(1.0, timeout - (time.monotonic() - started))
         meet(store, record, parallel.world_size, left)
-        self._fate = SharedFate(store.clone(), parallel.world_size - 1, self._on_shared_fate)
+        self._fate = SharedFate(store.clone(), parallel.world_size - 1, self._end_process)
         try:
             return TorchWorld(
                 store, record.rank, parallel, self.rank.device, self.rank.place.host, max(COLLECTIVE_SECONDS, timeout)

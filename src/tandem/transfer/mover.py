@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from tandem.errors import TransferError, WireError
+from tandem.errors import EngineFailed, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import TransferPlan, plan
 from tandem.transfer.base import Read, ReadState, Transport
@@ -36,6 +37,9 @@ POLL_IDLE_MS = 500
 SPIN_SECONDS = 0.002
 BEAT_SECONDS = 1.0
 
+LEADER_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+"""What a mover wants to hear of the connection to its leader, from before it is made."""
+
 
 @dataclass(slots=True)
 class _Peer:
@@ -59,7 +63,7 @@ class Mover:
     Args:
         rank: this rank in its engine, which also spreads readers over replicas.
         layouts: of the KV memory of all ranks of this engine; `transport` has registered this rank's.
-        socket: connected to the leader; orders in, reports out.
+        socket: connected to the leader, monitored for LEADER_EVENTS; orders in, reports out.
     """
 
     def __init__(self, rank: int, layouts: Sequence[KvLayout], transport: Transport, socket: zmq.Socket[bytes]) -> None:
@@ -67,6 +71,8 @@ class Mover:
         self._layouts = layouts
         self._transport = transport
         self._socket = socket
+        self._monitor = socket.get_monitor_socket(LEADER_EVENTS)
+        self._linked = False
         self._codec: Codec[ToMover] = Codec(ToMover)
         self._peers: dict[str, _Peer] = {}
         self._jobs: dict[int, _Job] = {}
@@ -76,21 +82,32 @@ class Mover:
         self._beaten = 0.0
 
     def run(self) -> None:
-        """Until the leader says Stop."""
+        """Until the leader says Stop. Raises EngineFailed when the leader is lost: this rank may be waiting for it."""
         poller, watched = zmq.Poller(), None
         try:
             while self._running:
                 self._beat(time.monotonic())
                 handles = list(self._transport.wait_on())
                 if handles != watched:
-                    poller, watched = _poller(self._socket, handles), handles
+                    poller, watched = _poller([self._socket, self._monitor, *handles]), handles
                 poller.poll(self._wait_ms())
                 self._take_orders()
+                if self._running and self._leader_is_lost():
+                    raise EngineFailed("the leader of this engine was lost")
                 self._transport.poll()
                 self._finish_jobs()
         finally:
             self._transport.close()
+            self._socket.disable_monitor()
             self._socket.close(linger=0)
+
+    def _leader_is_lost(self) -> bool:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_DISCONNECTED and self._linked:
+                return True
+            self._linked |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return False
 
     def _beat(self, now: float) -> None:
         """Say that this rank is there: until the leader has answered, and then again and again."""
@@ -185,9 +202,9 @@ class Mover:
             self._report(ReadEnded(self._rank, number, job.bytes, job.descriptors, seconds, job.error or failed))
 
 
-def _poller(socket: zmq.Socket[bytes], handles: list[Any]) -> zmq.Poller:
+def _poller(handles: list[Any]) -> zmq.Poller:
     poller = zmq.Poller()
-    for handle in (socket, *handles):
+    for handle in handles:
         poller.register(handle, zmq.POLLIN)
     return poller
 
@@ -201,6 +218,8 @@ def start_mover(make: Callable[[], Mover], name: str, on_failure: Callable[[Base
     def body() -> None:
         try:
             make().run()
+        except EngineFailed as error:
+            on_failure(error)
         except BaseException as error:
             log.exception("%s: the transfer thread died", name)
             on_failure(error)
