@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
 
+from tandem.engine import pipeline as pipelines
 from tandem.engine.pipeline import LEADER_SOCKET, Follower, Here, LeaderPipeline, follower_socket
 from tandem.errors import EngineFailed
-from tandem.scheduling.batch import Sampled, StepResult
+from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.wire.keys import new_key
 from tandem.wire.sockets import Sockets
 
@@ -113,3 +115,64 @@ def test_a_halt_ends_a_follower_in_good_order(bench: Bench) -> None:
     pipeline.wait_for_followers()
     pipeline.close()
     assert Follower(object(), follower).run() == "the leader has stopped"  # type: ignore[arg-type]
+
+
+class Broken:
+    """A runner whose collective fails because a rank has gone."""
+
+    def __init__(self, gone: Callable[[], None]) -> None:
+        self._gone = gone
+
+    def run(self, batch: Batch) -> None:
+        self._gone()
+        raise RuntimeError("connection closed by peer")
+
+
+def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Bench) -> None:
+    follower = bench.follower(1)
+    pipeline = LeaderPipeline(Broken(follower.close), bench.listener, 2)  # type: ignore[arg-type]
+    pipeline.wait_for_followers()
+    with pytest.raises(EngineFailed, match="rank 1 of this engine was lost"):
+        pipeline.submit(Batch(1, []))
+
+
+def test_a_collective_that_fails_for_another_reason_says_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "CAUSE_SECONDS", 0)
+    bench.follower(1)
+    pipeline = LeaderPipeline(Broken(lambda: None), bench.listener, 2)  # type: ignore[arg-type]
+    pipeline.wait_for_followers()
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        pipeline.submit(Batch(1, []))
+
+
+def test_a_followers_collective_that_fails_with_the_leader_says_so(bench: Bench) -> None:
+    follower = bench.follower(1)
+    pipeline = bench.pipeline(2)
+    pipeline.wait_for_followers()
+    bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Batch(1, []))])
+
+    def leave() -> None:
+        bench.listener.disable_monitor()
+        bench.listener.close(linger=0)
+
+    with pytest.raises(EngineFailed, match="the leader of this engine was lost"):
+        Follower(Broken(leave), follower).run()  # type: ignore[arg-type]
+
+
+def test_a_leader_that_stops_in_good_order_goes_last(bench: Bench) -> None:
+    """Or its end might overtake its word, and be taken for a loss."""
+    follower = bench.follower(1)
+    pipeline = bench.pipeline(2)
+    pipeline.wait_for_followers()
+    ended: list[str] = []
+
+    def follow() -> None:
+        ended.append(Follower(object(), follower).run())  # type: ignore[arg-type]
+        follower.disable_monitor()
+        follower.close(linger=0)
+
+    following = threading.Thread(target=follow)
+    following.start()
+    pipeline.close()
+    assert ended == ["the leader has stopped"]
+    following.join()

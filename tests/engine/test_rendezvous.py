@@ -183,3 +183,15 @@ def test_who_serves_the_store_goes_once_all_others_know(open_it: Open) -> None:
     assert store.add("fate", 0) == 3
     assert told[1].event.wait(PATIENCE)
     assert told[2].texts == []
+
+
+def test_the_first_reason_is_the_one_that_is_told(open_it: Open) -> None:
+    """Later ones are its consequences: a collective with a rank that has gone."""
+    told = [Told() for _ in range(3)]
+    fates = [SharedFate(open_it(rank), 2, told[rank]) for rank in range(2)]
+    fates[1].fail("rank 1 on host0: no weights", serves_store=False)
+    fates[0].fail("rank 0 on host0: connection closed by peer", serves_store=False)
+    late = SharedFate(open_it(2), 2, told[2])
+    assert told[2].event.wait(PATIENCE)
+    assert told[2].texts == ["rank 1 on host0: no weights"]
+    late.end()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.wire.keys import new_key_file
 from tests.netns.lab import Lab, Node, Process, lab, write_hosts
 
 PORT = 29601
@@ -66,6 +67,18 @@ def test_different_models_are_told_apart_by_their_weights(model: Path, other_mod
         a, b = made.nodes
         processes = [start(a, 0, 2, a.address, model, key), start(b, 1, 2, a.address, other_model, key)]
         assert all("disagree on fingerprint" in line for line in errors(made, processes))
+
+
+@pytest.mark.timeout(200)
+def test_different_cluster_keys_are_told_apart_before_anything_is_refused(
+    model: Path, key: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.key"
+    new_key_file(other)
+    with lab(2) as made:
+        a, b = made.nodes
+        processes = [start(a, 0, 2, a.address, model, key), start(b, 1, 2, a.address, model, other)]
+        assert all("disagree on cluster_key" in line for line in errors(made, processes))
 
 
 @pytest.mark.timeout(200)

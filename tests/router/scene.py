@@ -102,9 +102,10 @@ class FakeEngine:
     def beat(self, **changes: object) -> None:
         self.send(make_status(self.identity, self.role, **changes))
 
-    async def register(self) -> FakeEngine:
+    async def register(self, connection: int = 0, **changes: object) -> FakeEngine:
         self.registered.clear()
-        self.send(make_register(self.identity, self.role))
+        register = make_register(self.identity, self.role, **changes)
+        self.send(msgspec.structs.replace(register, connection=connection))
         await within(self.registered.wait())
         return self
 
@@ -214,10 +215,10 @@ class Scene:
         self.router = Router(self.hub, pool, pair_finder(pool), request_timeout=timeout)
         self._engines: list[FakeEngine] = []
 
-    async def engine(self, engine_id: str, role: str) -> FakeEngine:
+    async def engine(self, engine_id: str, role: str, **changes: object) -> FakeEngine:
         """A registered engine."""
         engine = self.stranger(engine_id, role)
-        return await engine.register()
+        return await engine.register(**changes)
 
     def stranger(self, engine_id: str, role: str) -> FakeEngine:
         """One that has not registered yet."""

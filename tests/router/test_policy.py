@@ -126,10 +126,6 @@ def test_new_weights_take_over_once_the_old_ones_have_no_path() -> None:
     assert of_weights(prefill, NEW, current="1") == ("new", "2")
 
 
-def test_a_request_does_not_go_on_with_other_weights_than_it_began_with() -> None:
-    assert of_weights(OLD, NEW, exclude=("life-of-old",), current="1") == (None, "1")
-
-
 def test_a_prefill_and_a_decode_engine_of_different_weights_are_no_pair_even_before_they_say_so() -> None:
     prefill, decode = member("p0", "prefill", fingerprint="1"), member("d0", "decode", fingerprint="2")
     path, _ = choose_weights([prefill, decode])

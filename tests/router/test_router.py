@@ -10,7 +10,7 @@ from functools import wraps
 import msgspec
 import pytest
 
-from tandem.errors import EngineFailed, InvalidRequest, Overloaded, TimedOut, Unavailable
+from tandem.errors import EngineFailed, EngineLost, InvalidRequest, Overloaded, TimedOut, Unavailable
 from tandem.ids import EngineIdentity
 from tandem.router.pool import RIVAL_SECONDS, Pool
 from tandem.wire.messages import Abort, Generate, Local, PeerInfo, Prefill, Pull
@@ -120,6 +120,75 @@ async def test_when_prefill_fails_the_decode_engine_goes_on_alone(stage: Scene) 
     prefill.fail(there)
     decode.say(here, 0, 10, 11, finish="length")
     assert await answer.whole() == [10, 11]
+
+
+@runs
+async def test_a_prefill_engine_that_is_lost_with_the_first_token_on_its_way_is_replaced(stage: Scene) -> None:
+    """The decode engine has read that token with the KV, and so does not send it itself."""
+    prefill, decode = await stage.pair()
+    answer = stage.ask(max_tokens=3)
+    await prefill.request()
+    here = await decode.request()
+    prefill.leave()
+    other = await stage.engine("prefill-1", "prefill")
+    decode.say(here, 1, 11, 12, finish="length")
+    again_there, again = await other.request(), await next_request(decode)
+    decode.say(again, 1, 11, 12, finish="length")
+    other.say(again_there, 0, 10, done=True)
+    assert await answer.whole() == [10, 11, 12]
+
+
+async def next_request(engine: FakeEngine) -> Generate:
+    """What comes after the end of what it had."""
+    while not isinstance(message := await engine.heard.get(), Generate):
+        pass
+    return message
+
+
+@runs
+async def test_an_answer_is_of_one_model_also_when_engines_with_new_weights_take_over(stage: Scene) -> None:
+    prefill, decode = await stage.pair()
+    new = await stage.engine("mixed-1", "mixed", fingerprint="new")
+    begun, waiting = stage.ask(), stage.ask()
+    requests = [await prefill.request(), await prefill.request()]
+    await decode.request()
+    prefill.say(requests[0], 0, 10, done=True)
+    assert await begun.until(1) == [10]
+    decode.leave()
+    request = await new.request()
+    assert request.token_ids == PROMPT, "only a request without output may go on with other weights"
+    new.say(request, 0, 20, finish="stop")
+    assert await waiting.whole() == [20]
+    assert isinstance(await begun.error(), EngineLost)
+
+
+@runs
+async def test_what_was_under_way_when_a_connection_broke_is_asked_for_again(stage: Scene) -> None:
+    mixed = await stage.engine("mixed-0", "mixed")
+    answer = stage.ask()
+    first = await mixed.request()
+    mixed.say(first, 0, 10)
+    assert await answer.until(1) == [10]
+    await mixed.register(connection=1)
+    assert await mixed.next(Abort) == Abort(first.request_id)
+    again = await mixed.request()
+    assert again.token_ids == [*PROMPT, 10]
+    await mixed.register(connection=1)
+    mixed.say(again, 1, 11, finish="stop")
+    assert await answer.whole() == [10, 11]
+
+
+@runs
+async def test_a_prefill_engine_that_has_done_its_part_is_no_longer_busy(stage: Scene) -> None:
+    prefill, decode = await stage.pair()
+    answer = stage.ask()
+    there, here = await prefill.request(), await decode.request()
+    prefill.say(there, 0, 10, done=True)
+    await answer.until(1)
+    assert {member.engine_id: member.active for member in stage.pool} == {"prefill-0": 0, "decode-0": 1}
+    decode.say(here, 1, 11, finish="stop")
+    await answer.whole()
+    assert {member.engine_id: member.active for member in stage.pool} == {"prefill-0": 0, "decode-0": 0}
 
 
 @runs

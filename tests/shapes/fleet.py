@@ -145,7 +145,7 @@ class Fleet:
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), None)
         socket, port = sockets.bind(zmq.ROUTER, "127.0.0.1", 0, SocketOptions(handover=True))
         self._hub = Hub(socket, self._pool, introduce=False)
-        self._router = Router(self._hub, self._pool, lambda avoid: self._path, request_timeout=ANSWER_SECONDS)
+        self._router = Router(self._hub, self._pool, lambda *_: self._path, request_timeout=ANSWER_SECONDS)
         self._hub_task = asyncio.create_task(self._hub.run())
         return Address("127.0.0.1", port)
 

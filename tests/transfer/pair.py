@@ -101,8 +101,8 @@ class FakeMovers:
                 answer = PeerOpened(rank, order.peer, self.open_error)
                 asyncio.get_running_loop().call_soon(self.report, answer)
 
-    def end(self, read: ReadOrder, rank: int, error: str | None = None) -> None:
-        self.report(ReadEnded(rank, read.job, 100, 2, 0.01, error))
+    def end(self, read: ReadOrder, rank: int, error: str | None = None, *, peer_lost: bool = False) -> None:
+        self.report(ReadEnded(rank, read.job, 100, 2, 0.01, error, peer_lost))
 
     def closed(self) -> list[str]:
         return [order.peer for rank, order in self.orders if isinstance(order, ClosePeer) and rank == 0]

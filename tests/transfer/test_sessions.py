@@ -205,6 +205,39 @@ async def test_a_failed_read_fails_the_pull_once_and_quiet_waits_for_all_ranks(i
 
 
 @on_stage
+async def test_a_broken_connection_between_ranks_ends_the_session_and_the_next_one_connects_anew(
+    it: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "RETRY_SECONDS", 0.0)
+    prefill, decode = it.prefill(), it.decode(ranks=2)
+    for request_id in ("r", "s"):
+        prefill.offer(request_id)
+        decode.pull(request_id, prefill.names(request_id))
+    await until(lambda: len(decode.movers.reads) == 2)
+    read, other = decode.movers.reads
+    decode.movers.end(read, 0, "connection reset", peer_lost=True)
+    assert decode.states() == ["lost"]
+    assert [(failed, "connection reset" in why) for failed, why in decode.failed] == [("r", True), ("s", True)]
+    assert len(decode.movers.closed()) == 1
+    for rest in (lambda: decode.movers.end(read, 1), lambda: decode.movers.end(other, 0)):
+        rest()
+    decode.movers.end(other, 1, "connection reset", peer_lost=True)
+    assert sorted(decode.quiet) == ["r", "s"]
+    decode.movers.reads.clear()
+    decode.movers.open_error = "it is still leaving"
+    decode.consumer.introduce(introduce(prefill))
+    await until(lambda: len(decode.movers.closed()) == 2)
+    assert decode.states() == ["lost"], "nobody should count on it before it is ready"
+    decode.movers.open_error = None
+    decode.consumer.introduce(introduce(prefill))
+    assert decode.states() == ["lost"]
+    await until(lambda: decode.states() == ["ready"])
+    prefill.offer("t")
+    decode.pull("t", prefill.names("t"))
+    await decode.reading()
+
+
+@on_stage
 async def test_who_gives_up_is_told_quiet_once_its_read_has_ended(it: Stage) -> None:
     prefill, decode = it.prefill(), it.decode(ranks=2)
     prefill.offer("r")

@@ -6,7 +6,6 @@ One process per node takes part, whatever tp and pp are; those are only compared
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
 import statistics
@@ -137,7 +136,7 @@ def _meet(plan: ClusterPlan, record: RankRecord) -> tuple[Board, Any]:
 
 def _knock_at_all(board: Board, own: int, host: str, key: ClusterKey | None) -> ClusterResult:
     """Pings between all pairs; the same result on all nodes."""
-    digest = hashlib.blake2b(key.server.public, digest_size=4).hexdigest() if key else None
+    digest = key.fingerprint if key else None
     here = NodeDoor(own, host, interface_of(host), _machine(), digest)
     door = None
     try:

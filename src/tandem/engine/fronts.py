@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineFailed, WireError
+from tandem.errors import WireError
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -68,9 +69,11 @@ class Front:
         self._events = events
         self._codec: Codec[ToEngine] = Codec(ToEngine)
         self._known = False
+        self._breaks = 0
         self._heard = time.monotonic()
-        options = SocketOptions(identity=incarnation.encode(), hwm=MAX_QUEUED)
+        options = SocketOptions(identity=incarnation.encode(), hwm=MAX_QUEUED, monitor=zmq.EVENT_DISCONNECTED)
         self._socket = sockets.connect(zmq.DEALER, address.host, address.port, options)
+        self._monitor = self._socket.get_monitor_socket()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -78,7 +81,9 @@ class Front:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive())
                 group.create_task(self._beat())
+                group.create_task(self._watch())
         finally:
+            self._socket.disable_monitor()
             self._socket.close(linger=200)
 
     def send(self, items: list[Tokens | Failed]) -> None:
@@ -99,18 +104,26 @@ class Front:
 
     async def _beat(self) -> None:
         while True:
-            self._send(self._register().status if self._known else self._register())
+            registration = msgspec.structs.replace(self._register(), connection=self._breaks)
+            self._send(registration.status if self._known else registration)
             await asyncio.sleep(BEAT)
             if self.active and time.monotonic() - self._heard > SILENCE:
                 self._abandon("is silent")
 
+    async def _watch(self) -> None:
+        """What was on its way when the connection broke may be lost, unnoticed: both sides begin anew."""
+        while True:
+            await self._monitor.recv_multipart()
+            self._abandon("cannot be reached")
+
     def _abandon(self, why: str) -> None:
-        """Nobody waits for its requests any more; should somebody do, they hear of it."""
-        log.warning("front %s %s: %d of its requests are aborted", self.address, why, len(self.active))
+        """Give its requests up. A front that is there, or comes back, hears of it by the next registration."""
+        self._breaks += 1
+        self._known = False
+        if self.active:
+            log.warning("front %s %s: %d of its requests are aborted", self.address, why, len(self.active))
         for request_id in self.active:
             self._events.abort(request_id)
-        lost = EngineFailed(f"the connection to the front {why}")
-        self._send(Outputs([Failed(request_id, lost.code, str(lost)) for request_id in self.active]))
         self.active.clear()
 
     async def _receive(self) -> None:
@@ -128,10 +141,10 @@ class Front:
 
     def _handle(self, message: ToEngine) -> None:
         match message:
-            case Registered(known=known):
+            case Registered(known=known, connection=connection):
                 if not known and self.active:
                     self._abandon("has restarted")
-                self._known = known
+                self._known = known and connection == self._breaks
             case Generate():
                 self.active.add(message.request_id)
                 self._events.generate(self, message)

@@ -32,6 +32,7 @@ from tandem.wire.messages import (
     RequestCounts,
     RequestStats,
     Tokens,
+    clip,
 )
 from tandem.wire.messages import Pull as PullKv
 
@@ -191,7 +192,7 @@ class Leader:
         self._scheduler.kv_ready(pull.request_id, pull.first_token if pull.first_token_expected else None, now)
 
     def _kv_failed(self, request_id: str, reason: str, now: float) -> None:
-        text = f"the prompt's KV could not be had: {reason}"
+        text = clip(f"the prompt's KV could not be had: {reason}")
         match self._kv_failure:
             case "recompute":
                 self._scheduler.kv_failed(request_id, reason, now, reading=True)

@@ -65,11 +65,11 @@ class Leading:
         leader = self._leader(pipeline, mailbox, published)
         switchboard = self._switchboard(mailbox, leader, published)
         leader.attach(switchboard)
-        switchboard.start()
-        on_mailbox(mailbox)
-        on_ready(self._status(leader, switchboard))
         reason = "it failed"
         try:
+            switchboard.start(pipeline.results, self._rank.config.time.start_timeout)
+            on_mailbox(mailbox)
+            on_ready(self._status(leader, switchboard))
             reason = leader.run()
             return reason
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -18,6 +19,8 @@ from tandem.wire.sockets import SocketOptions
 log = logging.getLogger(__name__)
 
 FOLLOWER_SECONDS = 30
+CAUSE_SECONDS = 2
+HALT_SECONDS = 0.5
 
 # Monitored from before the first connection, as a connection that nobody saw begin could be lost unseen.
 LEADER_SOCKET = SocketOptions(handover=True, monitor=zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
@@ -104,8 +107,8 @@ class LeaderPipeline:
                 self._open.add(connection)
                 continue
             self._open.discard(connection)
-            if connection in self._connections:
-                raise _lost(self._connections[connection])
+            if (rank := self._connections.pop(connection, None)) is not None:
+                raise _lost(rank)
 
     def _receive(self) -> StepResult | None:
         """The next message, if it is a result."""
@@ -129,7 +132,13 @@ class LeaderPipeline:
 
     def submit(self, batch: Batch) -> None:
         self._broadcast(self._encoder.encode(batch))
-        result = self._runner.run(batch)
+        try:
+            result = self._runner.run(batch)
+        except RuntimeError:
+            # A collective with a rank that has just gone; the news of that may be on its way.
+            if self._monitor.poll(CAUSE_SECONDS * 1000):
+                self._check_connections()
+            raise
         if result is not None:
             self._results.append(result)
 
@@ -146,7 +155,12 @@ class LeaderPipeline:
         return int(self._socket.get(zmq.FD))
 
     def close(self) -> None:
+        """Returns once all followers have gone, as they do when they hear of it; bounded."""
         self._broadcast(self._encoder.encode(Halt()))
+        deadline = time.monotonic() + HALT_SECONDS
+        while self._connections and self._monitor.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+            with contextlib.suppress(EngineFailed):
+                self._check_connections()
         self._socket.disable_monitor()
         self._socket.close(linger=500)
 
@@ -185,7 +199,13 @@ class Follower:
                 message = self._decoder.decode(self._socket.recv())
                 if isinstance(message, Halt):
                     return "the leader has stopped"
-                result = self._runner.run(message)
+                try:
+                    result = self._runner.run(message)
+                except RuntimeError:
+                    # A collective with a rank that has gone: the leader, or one that takes the leader along.
+                    if monitor.poll(CAUSE_SECONDS * 1000):
+                        raise EngineFailed("the leader of this engine was lost") from None
+                    raise
                 if result is not None:
                     self._socket.send(self._encoder.encode(result))
             elif monitor in ready:

@@ -202,6 +202,7 @@ class SharedFate:
         self._others = others
         self._on_failure = on_failure
         self._over = threading.Event()
+        self._counted = False
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="shared fate", daemon=True).start()
 
@@ -209,8 +210,8 @@ class SharedFate:
         """This rank fails. Returns once its process may end: where it serves the store, when the others know."""
         self._over.set()
         with self._lock, contextlib.suppress(RuntimeError):  # where the store is gone, its rank has failed before
-            self._store.set("failure", text)
-            self._store.add("fate", 1)
+            self._store.compare_set("failure", "", text)  # the first reason stays: what follows are its consequences
+            self._count()
             if serves_store:
                 _let_everybody_hear(self._store, self._others + 1, "fate")
 
@@ -218,13 +219,18 @@ class SharedFate:
         """The start is over."""
         self._over.set()
 
+    def _count(self) -> None:
+        if not self._counted:
+            self._counted = True
+            self._store.add("fate", 1)
+
     def _watch(self) -> None:
         while not self._over.wait(STEP_SECONDS / 4):
             try:
                 with self._lock:
                     text = self._store.get("failure").decode() if self._store.check(["failure"]) else None
                     if text is not None:
-                        self._store.add("fate", 1)
+                        self._count()
             except RuntimeError:
                 text = "node 0 was lost while the engine started; see its log"
             if text is not None and not self._over.is_set():

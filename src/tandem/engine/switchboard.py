@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,12 +73,20 @@ class Switchboard:
         self.listener: PeerListener | None = None
         self.consumer: Consumer | None = None
 
-    def start(self) -> None:
-        """Returns once all transfer threads are there and the fronts are being called."""
+    def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
+        """Returns once all transfer threads are there and the fronts are being called.
+
+        Args:
+            check_ranks: raises EngineFailed when a rank is lost; called again and again meanwhile.
+        """
         self._thread.start()
+        deadline = time.monotonic() + seconds
         while not self._started.wait(0.1):
+            check_ranks()
             if not self._thread.is_alive():
                 raise RuntimeError("the event loop did not start")
+            if time.monotonic() > deadline:
+                raise EngineFailed(f"the transfer threads of the ranks were not ready within {seconds:.0f} s")
 
     def stop(self, reason: str) -> None:
         """Say goodbye and end the thread; bounded."""

@@ -34,6 +34,7 @@ from tandem.wire.messages import EngineStatus
 log = logging.getLogger(__name__)
 
 COLLECTIVE_SECONDS = 60.0
+CAUSE_SECONDS = 2.0
 
 
 def run_rank(
@@ -116,6 +117,9 @@ class _Life:
         """While the engine starts: this rank has failed, and the others need not wait for it."""
         if self._fate is None:
             return
+        if not isinstance(error, TandemError):
+            # Maybe no more than a collective with a rank that failed. Then its reason comes, and ends this process.
+            time.sleep(CAUSE_SECONDS)
         text = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
         rank = self.rank.place.rank
         self._fate.fail(f"rank {rank} on {hosts.gethostname()}: {text}", serves_store=rank == 0)

@@ -86,9 +86,16 @@ class Hub:
         """Nothing more is wanted; the engine is told unless it is done. Idempotent."""
         if self._channels.pop((channel.member.route, channel.request_id), None) is None:
             return
-        channel.member.active -= 1
         if not channel.finished:
+            self._finish(channel)
             self.send(channel.member.route, Abort(channel.request_id))
+
+    @staticmethod
+    def _finish(channel: Channel) -> None:
+        """The engine has done its part, or is taken to be gone: it is no load any more."""
+        if not channel.finished:
+            channel.finished = True
+            channel.member.active -= 1
 
     def send(self, route: bytes, message: ToEngine) -> None:
         self.socket.send_multipart([route, self._codec.encode(message)])
@@ -112,8 +119,8 @@ class Hub:
                 for item in items:
                     self._deliver(route, item)
             case EngineStatus():
-                known = self.pool.heard(route, message, now) is not None
-                self.send(route, Registered(known))
+                member = self.pool.heard(route, message, now)
+                self.send(route, Registered(True, member.register.connection) if member else Registered(False))
                 self.on_change()
             case Register():
                 self._register(route, message, now)
@@ -128,11 +135,13 @@ class Hub:
         if rival is not None:
             self._refuse(route, message, rival)
             return
-        fresh = self.pool.get(route) is None
+        known = self.pool.get(route)
+        if known is not None and known.register.connection != message.connection:
+            self._fail_all(known, f"the connection to {known.engine_id} broke")
         for earlier in self.pool.register(route, message, now):
             self._fail_all(earlier, f"{earlier.engine_id} restarted")
-        self.send(route, Registered(True))
-        if fresh:
+        self.send(route, Registered(True, message.connection))
+        if known is None:
             log.info("engine %s (%s) registered", message.identity, message.status.role)
             self._introduce_all()
         self.on_change()
@@ -162,11 +171,12 @@ class Hub:
         if channel is None:
             return
         if isinstance(item, Failed):
-            channel.finished = True
+            self._finish(channel)
             error = request_error(item.code, item.message, item.param, item.retry_after)
             channel.inbox.put_nowait((channel, error))
             return
-        channel.finished = item.done
+        if item.done:
+            self._finish(channel)
         channel.inbox.put_nowait((channel, item))
 
     async def _watch(self) -> None:
@@ -187,7 +197,8 @@ class Hub:
     def _fail_all(self, member: Member, why: str) -> None:
         for channel in list(self._channels.values()):
             if channel.member is member and not channel.finished:
-                channel.finished = True
+                self._finish(channel)
+                self.send(member.route, Abort(channel.request_id))  # it may be there after all
                 channel.inbox.put_nowait((channel, EngineLost(why)))
 
     def stop(self) -> None:

@@ -74,9 +74,7 @@ def choose_weights(
     Returns the path, or why there is none, and the fingerprint that is served from now on.
     """
     known = dict.fromkeys(m.status.fingerprint for m in members)
-    if current in known:
-        known = {current: None} if exclude else {current: None} | known
-    for fingerprint in known:
+    for fingerprint in sorted(known, key=lambda one: one != current):
         path = choose([m for m in members if m.status.fingerprint == fingerprint], exclude)
         if isinstance(path, Path):
             return path, fingerprint

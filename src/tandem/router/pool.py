@@ -87,7 +87,7 @@ class Pool:
         """Add an engine. Returns earlier lives of it, which are over now."""
         known = self._members.get(route)
         if known is not None and known.incarnation == message.identity.incarnation:
-            known.last_heard, known.state = now, EngineState.READY
+            known.register, known.last_heard, known.state = message, now, EngineState.READY
             return []
         replaced = [m for m in self if m.engine_id == message.identity.engine_id]
         for member in replaced:

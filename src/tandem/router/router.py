@@ -29,7 +29,7 @@ from tandem.errors import (
     Unavailable,
 )
 from tandem.router.hub import Channel, Hub, Inbox
-from tandem.router.policy import Path, choose_weights
+from tandem.router.policy import Path, choose, choose_weights
 from tandem.router.pool import Member, Pool
 from tandem.wire.messages import (
     Address,
@@ -52,8 +52,8 @@ FATAL = (InvalidRequest, KvLost, TimedOut)
 RESUME_SECONDS = 5.0
 RESUME_POLL_SECONDS = 0.1
 
-FindPath = Callable[[set[str]], Path | str]
-"""The path for a request, avoiding these incarnations, or why there is none."""
+FindPath = Callable[[set[str], str | None], Path | str]
+"""The path for a request, or why there is none: avoiding these incarnations, with engines of this fingerprint."""
 
 
 @dataclass(slots=True)
@@ -64,6 +64,11 @@ class _Progress:
     tokens: list[int] = field(default_factory=list)
     early: dict[int, tuple[int, TokenLogprobs | None]] = field(default_factory=dict)
     first_token_at: float = 0.0
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether tokens wait for one before them, after `take`."""
+        return bool(self.early)
 
     def take(self, message: Tokens) -> tuple[list[int], list[TokenLogprobs] | None]:
         """Tokens that are next in line now; what came before is dropped, what comes too early waits."""
@@ -113,7 +118,7 @@ class Router:
         return ModelCard(register.status.model, register.model_path, register.max_model_len, self._created, self._seed)
 
     def health(self) -> Health:
-        path = self._find_path(set())
+        path = self._find_path(set(), None)
         return Health(False, path) if isinstance(path, str) else Health(True, "ready")
 
     def engines(self) -> list[tuple[EngineStatus, str]]:
@@ -138,8 +143,11 @@ class Router:
         progress = _Progress(time.monotonic())
         avoid: set[str] = set()
         failure: RequestError | None = None
+        weights: str | None = None
         for attempt in range(MAX_ATTEMPTS):
-            path = await self._path(avoid, failure)
+            path = await self._path(avoid, weights if progress.tokens else None, failure)
+            weights = path.decode.status.fingerprint
+            progress.early.clear()
             self._mark(path)
             try:
                 async with aclosing(self._attempt(request, path, progress, attempt)) as deltas:
@@ -154,17 +162,21 @@ class Router:
                 avoid.add(_at_fault(error, path).incarnation)
         raise failure or EngineFailed("no attempt succeeded")
 
-    async def _path(self, avoid: set[str], failure: RequestError | None) -> Path:
-        """A path for the next attempt. After the loss of an engine it waits a while for one to come (back)."""
-        path = self._find_path(avoid)
+    async def _path(self, avoid: set[str], weights: str | None, failure: RequestError | None) -> Path:
+        """A path for the next attempt. After the loss of an engine it waits a while for one to come (back).
+
+        Args:
+            weights: fingerprint of the engines that made the tokens so far: an answer is of one model.
+        """
+        path = self._find_path(avoid, weights)
         deadline = time.monotonic() + (RESUME_SECONDS if isinstance(failure, EngineLost) else 0.0)
         while isinstance(path, str):
             if time.monotonic() >= deadline:
                 raise failure or Unavailable(path, retry_after=2)
             await asyncio.sleep(RESUME_POLL_SECONDS)
-            path = self._find_path(avoid)
+            path = self._find_path(avoid, weights)
             if isinstance(path, str):
-                path = self._find_path(set())  # what was lost may be heard of again
+                path = self._find_path(set(), weights)  # what was lost may be heard of again
         return path
 
     # --- one attempt -------------------------------------------------------------------------------------------
@@ -183,14 +195,18 @@ class Router:
         channels = self._open(request, path, progress, inbox)
         stats: dict[str, RequestStats] = {}
         end: tuple[int, Tokens] | None = None
+        prefill_error: RequestError | None = None
         try:
             while True:
+                if prefill_error is not None and progress.has_gap:
+                    raise prefill_error  # the first token was its to send; the decode engine had it from its KV
                 sender, message = await self._next(inbox, progress)
                 if isinstance(message, RequestError):
+                    message.engine = sender.member.incarnation
                     if sender.member is path.decode or isinstance(message, (*FATAL, Overloaded)):
-                        message.engine = sender.member.incarnation
                         raise message
                     log.warning("request %s: %s; the decode engine goes on alone", request.request_id, message)
+                    prefill_error = message
                     continue
                 if message.stats is not None:
                     stats[sender.member.incarnation] = message.stats
@@ -278,14 +294,18 @@ def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | Pull:
 
 def pair_finder(pool: Pool) -> FindPath:
     """How a router finds paths: among the engines of the one model, and the weights of it, that it serves."""
-    weights: str | None = None
+    current: str | None = None
 
-    def find(avoid: set[str]) -> Path | str:
-        nonlocal weights
+    def find(avoid: set[str], weights: str | None) -> Path | str:
+        nonlocal current
         served = pool.served()
         ready = pool.ready("prefill", "decode", "mixed")
         fitting = [m for m in ready if served is None or m.status.model == served.status.model]
-        path, weights = choose_weights(fitting, avoid, weights)
+        if weights is not None:
+            return choose([m for m in fitting if m.status.fingerprint == weights], avoid)
+        path, chosen = choose_weights(fitting, avoid, current)
+        if not avoid:  # what one request has to avoid changes nothing for the others
+            current = chosen
         if isinstance(path, str) and served is not None and len(fitting) < len(ready):
             path += f"; {len(ready) - len(fitting)} engines of other models than {served.status.model} are not used"
         return path
@@ -296,7 +316,7 @@ def pair_finder(pool: Pool) -> FindPath:
 def single_finder(pool: Pool) -> FindPath:
     """How an engine's own API does: that engine answers alone, whatever its role."""
 
-    def find(avoid: set[str]) -> Path | str:
+    def find(avoid: set[str], _: str | None) -> Path | str:
         members = [m for m in pool.ready("prefill", "decode", "mixed") if m.incarnation not in avoid]
         return Path(members[0], reason="sent to this engine directly") if members else "the engine is not ready"
 

@@ -81,6 +81,9 @@ async def _serve(report: Callable[..., None], config: FrontConfig, listener: soc
         hub_task.cancel()
         await asyncio.gather(loading, hub_task, return_exceptions=True)
         hub.stop()
+    for task in (loading, hub_task):
+        if not task.cancelled():
+            task.result()  # raises what it died of
 
 
 async def _load_early(app: FastAPI, known: asyncio.Event) -> None:

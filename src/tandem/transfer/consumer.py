@@ -21,7 +21,7 @@ from tandem.transfer.orders import ClosePeer, FromMover, OpenPeer, PeerOpened, R
 from tandem.transfer.peer import PeerEvents, PeerSession, PeerState
 from tandem.transfer.pulls import Pull
 from tandem.wire import messages
-from tandem.wire.messages import Address, Introduce, PeerInfo
+from tandem.wire.messages import Address, Introduce, PeerInfo, clip
 from tandem.wire.peer_messages import Envelope, KvGone, KvReady
 from tandem.wire.sockets import Sockets
 
@@ -153,10 +153,11 @@ class Consumer:
         if session is None and len(self._sessions) >= MAX_SESSIONS and not self._forget_ended():
             return f"more than {MAX_SESSIONS} prefill engines"
         self._ended_at.pop(key, None)
+        lost_before = session.error if session is not None and session.state is PeerState.LOST else None
         events = PeerEvents(self._welcomed, self._received, self._ended)
         try:
             session = PeerSession(
-                engine_id, incarnation, address, self._identity, self._envelope, self._sockets, events
+                engine_id, incarnation, address, self._identity, self._envelope, self._sockets, events, lost_before
             )
         except (ConfigError, zmq.ZMQError) as error:
             log.warning("no session with %s at %s: %s", engine_id, address, error)
@@ -261,17 +262,20 @@ class Consumer:
         if pull.gave_up is not None:
             if not pull.reading:
                 self._events.quiet(pull.request_id)
-        elif report.error is not None:
+        elif report.error is not None and not report.peer_lost:
             self._fail(pull, session, report.error)
-        elif not session.good(pull, now):
+        elif not report.peer_lost and not session.good(pull, now):
             self._fail(pull, session, "the lease ended before the read did")
-        else:
+        elif not report.peer_lost:
             self._advance(pull, session)
+        if report.peer_lost:
+            session.lost(report.error or "a read failed")  # and with it all its pulls; a new session connects anew
 
     def _fail(self, pull: Pull, session: PeerSession, why: str) -> None:
         if self._pulls.pop(pull.request_id, None) is None:
             return
         self.failures += 1
+        why = clip(why)
         log.warning("request %s: KV from %s is not to be had: %s", pull.request_id, session.engine_id, why)
         pull.gave_up = why
         session.remove(pull)

@@ -31,6 +31,7 @@ COMPARED = (
     "connector",
     "protocol",
     "version",
+    "cluster_key",
 )
 
 
@@ -52,6 +53,7 @@ class RankRecord(msgspec.Struct, frozen=True):
 
     Attributes:
         engine_id: as configured; None if it was not.
+        cluster_key: fingerprint of the key.
         identity: made by the leader; only rank 0's is there.
     """
 
@@ -74,6 +76,7 @@ class RankRecord(msgspec.Struct, frozen=True):
     connector: Name
     protocol: tuple[Count, Count]
     version: Text
+    cluster_key: Name = "none"
     identity: EngineIdentity | None = None
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tandem.errors import EngineFailed, TransferError, WireError
+from tandem.errors import EngineFailed, PeerLost, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import TransferPlan, plan
 from tandem.transfer.base import Read, ReadState, Transport
@@ -29,6 +29,7 @@ from tandem.transfer.orders import (
     ToMover,
 )
 from tandem.wire.codec import Codec
+from tandem.wire.messages import clip
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class _Job:
     bytes: int = 0
     descriptors: int = 0
     error: str | None = None
+    peer_lost: bool = False
 
 
 class Mover:
@@ -159,7 +161,7 @@ class Mover:
         except (TransferError, LayoutError) as problem:
             error = str(problem)
             self._disconnect([source.endpoint.agent for source in message.sources])
-        self._report(PeerOpened(self._rank, message.peer, error))
+        self._report(PeerOpened(self._rank, message.peer, error and clip(error)))
 
     def _close(self, name: str) -> None:
         peer = self._peers.pop(name, None)
@@ -190,6 +192,7 @@ class Mover:
                 job.descriptors += len(run.length)
         except (TransferError, LayoutError) as problem:
             job.error = str(problem)
+            job.peer_lost = isinstance(problem, PeerLost)
         self._last_post = time.monotonic()
 
     def _finish_jobs(self) -> None:
@@ -199,7 +202,10 @@ class Mover:
             failed = next((read.error or "read failed" for read in job.reads if read.state is ReadState.FAILED), None)
             del self._jobs[number]
             seconds = time.monotonic() - job.started
-            self._report(ReadEnded(self._rank, number, job.bytes, job.descriptors, seconds, job.error or failed))
+            error, lost = job.error or failed, job.peer_lost or failed is not None
+            self._report(
+                ReadEnded(self._rank, number, job.bytes, job.descriptors, seconds, error and clip(error), lost)
+            )
 
 
 def _poller(handles: list[Any]) -> zmq.Poller:

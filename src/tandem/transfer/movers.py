@@ -39,9 +39,11 @@ class Movers:
     async def run(self, on_report: Callable[[FromMover], None]) -> None:
         """Hand every report to `on_report`, until cancelled."""
         while True:
-            _, data = await self._socket.recv_multipart()
+            sender, *rest = await self._socket.recv_multipart()
             try:
-                message = self._codec.decode(data)
+                message = self._codec.decode(rest[0] if len(rest) == 1 else b"")
+                if message.rank >= self.ranks or sender != b"%d" % message.rank:
+                    raise WireError(f"{sender!r} speaks for rank {message.rank}")
             except WireError as error:
                 log.error("report of a transfer thread dropped: %s", error)
                 continue

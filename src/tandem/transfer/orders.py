@@ -69,7 +69,12 @@ class PeerClosed(msgspec.Struct, frozen=True, tag="peer_closed"):
 
 
 class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
-    """A read has ended on one rank: no byte of it arrives after this. `error`: why its bytes are no good."""
+    """A read has ended on one rank: no byte of it arrives after this.
+
+    Attributes:
+        error: why its bytes are no good.
+        peer_lost: the connection to the peer's rank is broken, so that no other read over it can succeed either.
+    """
 
     rank: Count
     job: Count
@@ -77,6 +82,7 @@ class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
     descriptors: Count
     seconds: Seconds
     error: Text | None = None
+    peer_lost: bool = False
 
 
 FromMover = MoverReady | PeerOpened | PeerClosed | ReadEnded

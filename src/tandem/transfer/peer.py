@@ -19,7 +19,7 @@ from tandem.kv.lease import ReaderLeases
 from tandem.transfer.handshake import EngineDescriptor, check_envelopes, decode_descriptor
 from tandem.transfer.pulls import Pull
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Address, PeerInfo
+from tandem.wire.messages import Address, PeerInfo, clip
 from tandem.wire.peer_messages import (
     Claim,
     Claimed,
@@ -70,6 +70,7 @@ class PeerSession:
 
     Args:
         engine_id, incarnation: whom we mean to reach; a foreign proxy may not know the incarnation.
+        lost_before: what the last session with it died of. Until this one is ready nobody should count on it.
 
     Attributes:
         introduced: a router vouches for it, and says when it is gone.
@@ -86,7 +87,9 @@ class PeerSession:
         envelope: Envelope,
         sockets: Sockets[zmq.asyncio.Socket],
         events: PeerEvents,
+        lost_before: TransferError | None = None,
     ) -> None:
+        self._lost_before = lost_before
         self.engine_id = engine_id
         self.incarnation = incarnation
         self.address = address
@@ -118,11 +121,14 @@ class PeerSession:
 
     @property
     def info(self) -> PeerInfo:
+        state, error = self.state, self.error
+        if state is PeerState.CONNECTING and self._lost_before is not None:
+            state, error = PeerState.LOST, self._lost_before
         return PeerInfo(
             self.engine_id,
             self.incarnation or "",
-            self.state.value,
-            str(self.error) if self.error else None,
+            state.value,
+            clip(str(error)) if error else None,
             self.handshake_time,
         )
 
@@ -157,6 +163,10 @@ class PeerSession:
         self._leases.drop(pull.remote_id)
         if self.state is PeerState.READY:
             self._send(Release(self._to, [pull.remote_id]))
+
+    def lost(self, why: str) -> None:
+        """One of our ranks has lost its connection to one of its ranks."""
+        self._end(PeerLost(why))
 
     def close(self) -> None:
         """Idempotent. The owner tells the ranks."""

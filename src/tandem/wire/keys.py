@@ -55,6 +55,11 @@ class ClusterKey:
         """Keys of every socket that connects; the only ones that a listener lets in."""
         return self._derive(b"client")
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells keys apart, and nothing about them: 8 hex digits."""
+        return hashlib.blake2b(b"fingerprint", digest_size=4, key=self.secret, person=b"tandem-curve-v1").hexdigest()
+
     def _derive(self, use: bytes) -> CurveKeys:
         digest = hashlib.blake2b(use, digest_size=32, key=self.secret, person=b"tandem-curve-v1")
         secret = z85.encode(digest.digest())

@@ -19,7 +19,8 @@ MAX_PROMPT_TOKENS = 4_194_304
 MAX_RANKS = 4096
 MAX_PEERS = 4096
 
-Text = Annotated[str, Meta(max_length=4096)]
+MAX_TEXT = 4096
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=0)]
@@ -35,6 +36,11 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
 
 
 # --- how a request's KV cache comes and goes -------------------------------------------------------------------
+
+
+def clip(text: str) -> str:
+    """A text of unknown length, made to fit a field of a message."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 4]} ..."
 
 
 class Local(msgspec.Struct, frozen=True, tag="local"):
@@ -88,9 +94,14 @@ class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
-    """Answer to Register and to every heartbeat. Not `known`: register (again)."""
+    """Answer to Register and to every heartbeat. Not `known`: register (again).
+
+    Attributes:
+        connection: as in the last Register that came here.
+    """
 
     known: bool
+    connection: Count = 0
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -220,6 +231,7 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
         max_model_len: longest prompt and output together, in tokens.
         model_path: folder with the tokenizer, as the engine sees it.
         protocol: lowest and highest version of the engine-to-engine protocol it speaks.
+        connection: how often its connection to this front has broken; what was under way then may be lost.
     """
 
     identity: EngineIdentity
@@ -232,6 +244,7 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     version: Text
     protocol: tuple[Count, Count]
     http_address: Address | None = None
+    connection: Count = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
