@@ -9,20 +9,27 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 from cyclopts.config import Env, Toml
-from cyclopts.validators import Number
 
 from tandem import __version__
 from tandem.config import Device, LogLevel, ParallelSection, Role, RouterConfig
 from tandem.config_file import check_tables, take_config
-from tandem.errors import TandemError
+from tandem.errors import ConfigError, TandemError
 from tandem.options import ModelOptions, NetworkOptions, RunOptions, engine_config, optional_address
 
 SHAPE = Group("Engines", sort_key=1)
 DOCTOR = Group("What to look at", sort_key=0)
 LOOPBACK = "127.0.0.1"
 
-Count = Annotated[int, Parameter(group=SHAPE, validator=Number(gte=1))]
-"""How many of something that there must be."""
+
+def count(flag: str) -> Parameter:
+    """How many of something that there must be."""
+
+    def check(_: object, value: int) -> None:
+        if value < 1:
+            raise ConfigError(f"{flag} must be at least 1; got {value}")
+
+    return Parameter(group=SHAPE, validator=check)
+
 
 app = App(
     name="tandem",
@@ -59,11 +66,11 @@ def serve(
     host: Annotated[str, Parameter(group=SHAPE)] = LOOPBACK,
     port: Annotated[int, Parameter(group=SHAPE)] = 8000,
     prefill: Annotated[int, Parameter(group=SHAPE)] = 1,
-    prefill_tp: Count = 1,
-    prefill_pp: Count = 1,
-    decode: Count = 1,
-    decode_tp: Count = 1,
-    decode_pp: Count = 1,
+    prefill_tp: Annotated[int, count("--prefill-tp")] = 1,
+    prefill_pp: Annotated[int, count("--prefill-pp")] = 1,
+    decode: Annotated[int, count("--decode")] = 1,
+    decode_tp: Annotated[int, count("--decode-tp")] = 1,
+    decode_pp: Annotated[int, count("--decode-pp")] = 1,
     prefill_block_size: Annotated[int | None, Parameter(group=SHAPE)] = None,
     decode_block_size: Annotated[int | None, Parameter(group=SHAPE)] = None,
     connector: Annotated[str | None, Parameter(group=SHAPE)] = None,
@@ -127,9 +134,9 @@ def engine(
     model: str,
     *,
     role: Annotated[Role, Parameter(group=SHAPE)] = "mixed",
-    tp: Count = 1,
-    pp: Count = 1,
-    nnodes: Count = 1,
+    tp: Annotated[int, count("--tp")] = 1,
+    pp: Annotated[int, count("--pp")] = 1,
+    nnodes: Annotated[int, count("--nnodes")] = 1,
     node_rank: Annotated[int, Parameter(group=SHAPE)] = 0,
     master: Annotated[str | None, Parameter(group=SHAPE)] = None,
     engine_id: Annotated[str | None, Parameter(group=SHAPE)] = None,
@@ -325,10 +332,10 @@ def doctor(
     url: Annotated[str | None, Parameter(group=DOCTOR)] = None,
     api_key: Annotated[str | None, Parameter(group=DOCTOR)] = None,
     master: Annotated[str | None, Parameter(group=SHAPE)] = None,
-    nnodes: Count = 1,
+    nnodes: Annotated[int, count("--nnodes")] = 1,
     node_rank: Annotated[int, Parameter(group=SHAPE)] = 0,
     tp: Annotated[int | None, Parameter(group=SHAPE)] = None,
-    pp: Count = 1,
+    pp: Annotated[int, count("--pp")] = 1,
     engine_id: Annotated[str | None, Parameter(group=SHAPE)] = None,
     connector: Annotated[str | None, Parameter(group=SHAPE)] = None,
     device: Annotated[Device, Parameter(group=SHAPE)] = "auto",

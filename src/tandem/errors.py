@@ -62,6 +62,10 @@ class PeerRefused(TransferError):
         self.theirs = theirs
 
 
+class EngineStopped(TandemError):
+    """An engine of several nodes was stopped in good order, on another node."""
+
+
 class PeerLost(TransferError):
     """The other engine, or one life of it, is gone."""
 

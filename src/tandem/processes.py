@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tandem.errors import StartError, TandemError
+from tandem.errors import EngineStopped, StartError, TandemError
 
 PRELOAD = ("tandem.engine.worker", "tandem.router.server")
 TERM_SECONDS = 4.0
@@ -171,12 +171,17 @@ class Family:
             connection.wait(handles, left)
 
     def check(self) -> None:
-        """Raises StartError with the last words of a child that has ended or told of an error."""
+        """Raises StartError with the last words of a child that has ended or told of an error.
+
+        Raises EngineStopped where children told that they were to end.
+        """
         if self.ending:
             return
         for child in self.children:
             if not child.alive or any(word == "error" for word, _ in child.reports):
                 self._settle()
+                if (ended := self._ended()) is not None:
+                    raise EngineStopped(ended)
                 raise StartError("\n".join(self._epitaphs()))
 
     def _settle(self) -> None:
@@ -184,6 +189,15 @@ class Family:
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline and any(child.alive for child in self.children):
             connection.wait([c.process.sentinel for c in self.children if c.alive], 0.1)
+        for child in self.children:
+            child.receive()
+
+    def _ended(self) -> str | None:
+        """What a child told of its end in good order, if none told of an error."""
+        told = [report for child in self.children for report in child.reports]
+        if any(word == "error" for word, _ in told):
+            return None
+        return next((str(value) for word, value in told if word == "ended"), None)
 
     def _epitaphs(self) -> list[str]:
         """Told errors first, each once; how processes ended only if none told anything."""

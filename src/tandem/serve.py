@@ -67,30 +67,29 @@ def start_engines(
 
 
 def wait_ready(family: Family, engines: Sequence[EngineProcesses], seconds: float, progress: Progress) -> None:
-    """Until the leaders among these engines can serve. Raises StartError."""
-    waiting = {engine.name: engine for engine in engines if engine.leader is not None}
+    """Until the leaders among these engines can serve, and the other ranks follow theirs. Raises StartError."""
+    waiting = {child.name: engine.name for engine in engines for child in engine.ranks}
     children = [child for engine in engines for child in engine.ranks]
     deadline = time.monotonic() + seconds
     while waiting:
         if not family.wait(children, deadline - time.monotonic()):
-            names = ", ".join(waiting)
+            names = ", ".join(dict.fromkeys(waiting.values()))
             raise StartError(
                 f"{names} did not start within {seconds:.0f} s; raise --start-timeout or see the log above"
             )
         for engine in engines:
             for child in engine.ranks:
                 while child.reports:
-                    _take(engine, child.reports.popleft(), waiting, progress)
+                    word, value = child.reports.popleft()
+                    if word in ("ready", "following"):
+                        waiting.pop(child.name, None)
+                    _show(engine, word, value, progress)
 
 
-def _take(
-    engine: EngineProcesses, report: tuple[str, Any], waiting: dict[str, EngineProcesses], progress: Progress
-) -> None:
-    word, value = report
+def _show(engine: EngineProcesses, word: str, value: Any, progress: Progress) -> None:
     if word == "progress":
         progress.loaded(engine.name, *value)
     elif word == "ready":
-        waiting.pop(engine.name, None)
         progress.ready(engine.name, value)
 
 

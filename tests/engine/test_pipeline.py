@@ -113,8 +113,17 @@ def test_a_halt_ends_a_follower_in_good_order(bench: Bench) -> None:
     follower = bench.follower(1)
     pipeline = bench.pipeline(2)
     pipeline.wait_for_followers()
-    pipeline.close()
-    assert Follower(object(), follower).run() == "the leader has stopped"  # type: ignore[arg-type]
+    pipeline.close("it was told to stop", failed=False)
+    assert Follower(object(), follower).run() == "it was told to stop"  # type: ignore[arg-type]
+
+
+def test_a_halt_of_an_engine_that_failed_tells_the_follower_why(bench: Bench) -> None:
+    follower = bench.follower(1)
+    pipeline = bench.pipeline(2)
+    pipeline.wait_for_followers()
+    pipeline.close("rank 2 of this engine was lost", failed=True)
+    with pytest.raises(EngineFailed, match="rank 2 of this engine was lost"):
+        Follower(object(), follower).run()  # type: ignore[arg-type]
 
 
 class Broken:
@@ -125,7 +134,7 @@ class Broken:
 
     def run(self, batch: Batch) -> None:
         self._gone()
-        raise RuntimeError("connection closed by peer")
+        raise EngineFailed("connection closed by peer")
 
 
 def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Bench) -> None:
@@ -138,25 +147,34 @@ def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Ben
 
 def test_a_collective_that_fails_for_another_reason_says_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipelines, "CAUSE_SECONDS", 0)
-    bench.follower(1)
+    follower = bench.follower(1)
     pipeline = LeaderPipeline(Broken(lambda: None), bench.listener, 2)  # type: ignore[arg-type]
     pipeline.wait_for_followers()
-    with pytest.raises(RuntimeError, match="connection closed by peer"):
+    assert not follower.closed
+    with pytest.raises(EngineFailed, match="connection closed by peer"):
         pipeline.submit(Batch(1, []))
 
 
-def test_a_followers_collective_that_fails_with_the_leader_says_so(bench: Bench) -> None:
+def test_a_followers_collective_that_fails_is_explained_by_the_leader(bench: Bench) -> None:
     follower = bench.follower(1)
     pipeline = bench.pipeline(2)
     pipeline.wait_for_followers()
     bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Batch(1, []))])
+    broken = Broken(lambda: pipeline.close("rank 2 of this engine was lost", failed=True))
+    with pytest.raises(EngineFailed, match="rank 2 of this engine was lost"):
+        Follower(broken, follower).run()  # type: ignore[arg-type]
 
-    def leave() -> None:
-        bench.listener.disable_monitor()
-        bench.listener.close(linger=0)
 
-    with pytest.raises(EngineFailed, match="the leader of this engine was lost"):
-        Follower(Broken(leave), follower).run()  # type: ignore[arg-type]
+def test_a_followers_collective_that_nobody_explains_speaks_for_itself(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines, "CAUSE_SECONDS", 0)
+    follower = bench.follower(1)
+    pipeline = bench.pipeline(2)
+    pipeline.wait_for_followers()
+    bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Batch(1, []))])
+    with pytest.raises(EngineFailed, match="connection closed by peer"):
+        Follower(Broken(lambda: None), follower).run()  # type: ignore[arg-type]
 
 
 def test_a_leader_that_stops_in_good_order_goes_last(bench: Bench) -> None:
@@ -173,6 +191,6 @@ def test_a_leader_that_stops_in_good_order_goes_last(bench: Bench) -> None:
 
     following = threading.Thread(target=follow)
     following.start()
-    pipeline.close()
-    assert ended == ["the leader has stopped"]
+    pipeline.close("it was told to stop", failed=False)
+    assert ended == ["it was told to stop"]
     following.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,20 @@ def test_an_unreachable_master_ends_the_start_at_the_deadline(model: Path, key: 
         process = start(b, 1, 2, "10.201.77.99", model, key, "--start-timeout", "5")
         [line] = errors(made, [process])
         assert f"--master 10.201.77.99:{PORT} could not be reached within 5 s" in line
+
+
+@pytest.mark.timeout(200)
+def test_another_program_at_the_master_port_ends_the_start_at_the_deadline(model: Path, key: Path) -> None:
+    """It takes the connection and never says a word."""
+    with lab(2) as made:
+        a, b = made.nodes
+        listen = (
+            f"import socket, time; s = socket.create_server(('', {PORT})); print('here', flush=True); time.sleep(100)"
+        )
+        other = a.run(sys.executable, "-c", listen)
+        made.until(lambda: "here" in other.output, 30, "the other program listens")
+        [line] = errors(made, [start(b, 1, 2, a.address, model, key, "--start-timeout", "5")])
+        assert "something listens there, but no meeting of ranks within 5 s" in line
 
 
 @pytest.mark.timeout(200)

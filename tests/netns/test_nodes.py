@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,15 @@ def complete(router: Node, tokens: list[int], count: int) -> dict[str, object]:
     )
     assert status == 200, answer
     return answer  # type: ignore[no-any-return]
+
+
+def stream(node: Node) -> str:
+    """Ask the engine whose node 0 this is for a long answer. Returns its URL once tokens come."""
+    [url] = re.findall(r"API (http://\S+)", node.processes[0].output)
+    body = {"prompt": [5, 6, 7], "max_tokens": 4_000, "ignore_eos": True, "stream": True}
+    client = node.run(sys.executable, "-c", STREAM, f"{url}/v1/completions", json.dumps(body))
+    node.lab.until(lambda: "data:" in client.output, 60, "tokens come")
+    return str(url)
 
 
 def check_answers(router: Node, model: Path) -> None:
@@ -134,11 +145,36 @@ def test_nodes_that_cannot_reach_each_other_any_more_end_their_engine_amid_a_ste
         first, second = made.nodes
         start_engine(made.nodes, first, model, key, "--role", "mixed", "--tp", "2")
         made.until(lambda: "ready" in first.processes[0].output, START_SECONDS, "the engine is ready")
-        [url] = re.findall(r"API (http://\S+)", first.processes[0].output)
-        body = {"prompt": [5, 6, 7], "max_tokens": 4_000, "ignore_eos": True, "stream": True}
-        client = first.run(sys.executable, "-c", STREAM, f"{url}/v1/completions", json.dumps(body))
-        made.until(lambda: "data:" in client.output, 60, "tokens come")
+        stream(first)
         subprocess.run(["ip", "-n", second.namespace, "link", "set", "eth0", "down"], check=True)
         for process in (first.processes[0], second.processes[0]):
             assert process.wait(60) == 1
             assert "of this engine was lost" in process.output
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_on_node_0_ends_the_other_nodes_in_good_order(model: Path, key: Path) -> None:
+    with lab(2) as made:
+        first, second = made.nodes
+        start_engine(made.nodes, first, model, key, "--role", "mixed", "--tp", "2")
+        made.until(lambda: "ready" in first.processes[0].output, START_SECONDS, "the engine is ready")
+        first.processes[0].popen.send_signal(signal.SIGINT)
+        assert first.processes[0].wait(30) == 0
+        assert second.processes[0].wait(30) == 0, second.processes[0].output
+        assert "the engine was ended on node 0: it was told to stop" in second.processes[0].output
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_that_is_killed_amid_a_step_is_told_in_one_line_on_both_nodes(model: Path, key: Path) -> None:
+    with lab(2) as made:
+        first, second = made.nodes
+        start_engine(made.nodes, first, model, key, "--role", "mixed", "--tp", "2")
+        made.until(lambda: "ready" in first.processes[0].output, START_SECONDS, "the engine is ready")
+        url = stream(first)
+        ranks = first.ask(f"{url}/tandem/engine")[1]["ranks"]
+        os.kill(ranks[1]["pid"], signal.SIGKILL)
+        assert first.processes[0].wait(60) == 1
+        assert second.processes[0].wait(60) == 1
+        for node in (first, second):
+            assert "Traceback" not in node.processes[0].output
+        assert "tandem: rank 1 of this engine was lost" in first.processes[0].output

@@ -8,6 +8,9 @@ from tandem.config import EngineConfig
 from tandem.processes import Family
 from tandem.serve import Progress, start_engines, wait_ready
 
+LAST_WORDS_SECONDS = 15.0
+"""What ranks have to say about a start that fails is better than that it took too long."""
+
 
 def run_engine(config: EngineConfig) -> int:
     def body(family: Family, screen: Screen) -> int:
@@ -19,7 +22,9 @@ def run_engine(config: EngineConfig) -> int:
             if engine.leader is None:
                 ranks = config.parallel.local_ranks
                 screen.echo(f"node {config.parallel.node_rank}: ranks {ranks.start} to {ranks.stop - 1} started")
-            wait_ready(family, [engine], config.time.start_timeout + 60, progress)
+            wait_ready(family, [engine], config.time.start_timeout + LAST_WORDS_SECONDS, progress)
+            if engine.leader is None:
+                screen.echo(f"node {config.parallel.node_rank}: ready; node 0 tells when the engine is")
         wait_forever(family)
         return 0
 

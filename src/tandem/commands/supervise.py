@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from tandem.commands.screen import Screen
-from tandem.errors import TandemError
+from tandem.errors import EngineStopped, TandemError
 from tandem.processes import PRELOAD, Family, ending_fork_server
 
 
@@ -22,6 +22,9 @@ def supervised(body: Callable[[Family, Screen], int], preload: Sequence[str] = P
         _take_signals(family)
         try:
             return body(family, screen)
+        except EngineStopped as stopped:
+            screen.echo(str(stopped))
+            return 0
         except TandemError as error:
             screen.failed(str(error))
             return 1
@@ -36,7 +39,7 @@ def wait_forever(family: Family) -> None:
     while True:
         family.wait(family.children, None)
         for child in family.children:
-            child.reports = type(child.reports)(r for r in child.reports if r[0] == "error")
+            child.reports = type(child.reports)(r for r in child.reports if r[0] in ("error", "ended"))
 
 
 def _take_signals(family: Family) -> None:

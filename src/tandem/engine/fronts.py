@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 BEAT = 0.25
 SILENCE = 10.0
+COMPLAIN_SECONDS = 6.0
 MAX_QUEUED = 4096
 
 
@@ -70,6 +71,7 @@ class Front:
         self._codec: Codec[ToEngine] = Codec(ToEngine)
         self._known = False
         self._breaks = 0
+        self._complain_at = time.monotonic() + COMPLAIN_SECONDS
         self._heard = time.monotonic()
         options = SocketOptions(identity=incarnation.encode(), hwm=MAX_QUEUED, monitor=zmq.EVENT_DISCONNECTED)
         self._socket = sockets.connect(zmq.DEALER, address.host, address.port, options)
@@ -106,9 +108,22 @@ class Front:
         while True:
             registration = msgspec.structs.replace(self._register(), connection=self._breaks)
             self._send(registration.status if self._known else registration)
+            self._complain(time.monotonic())
             await asyncio.sleep(BEAT)
             if self.active and time.monotonic() - self._heard > SILENCE:
                 self._abandon("is silent")
+
+    def _complain(self, now: float) -> None:
+        """A front that does not answer is waited for; somebody should know."""
+        if self._known:
+            self._complain_at = now + COMPLAIN_SECONDS
+        elif now > self._complain_at:
+            self._complain_at = now + 10 * COMPLAIN_SECONDS
+            log.warning(
+                "the front at %s does not know this engine: is it started, is that its control port,"
+                " and has it the same cluster key?",
+                self.address,
+            )
 
     async def _watch(self) -> None:
         """What was on its way when the connection broke may be lost, unnoticed: both sides begin anew."""

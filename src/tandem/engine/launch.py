@@ -151,14 +151,20 @@ def rank_main(report: Callable[..., None], name: str, config: EngineConfig, plac
         report("error", text)
         os._exit(1)
 
+    def following() -> None:
+        started.set()
+        report("following")
+
     started = threading.Event()
     signal.signal(signal.SIGTERM, on_term)
-    run_rank(
+    reason = run_rank(
         config,
         place,
         on_progress=lambda done, total: report("progress", (done, total)),
         on_ready=lambda status: report("ready", status),
         on_mailbox=stop.append,
-        on_following=started.set,
+        on_following=following,
         end_process=end,
     )
+    if place.rank != 0:
+        report("ended", f"the engine was ended on node 0: {reason}")

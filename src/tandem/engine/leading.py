@@ -17,6 +17,7 @@ from tandem.engine.rank import Published, Rank
 from tandem.engine.runner import Runner
 from tandem.engine.switchboard import Switchboard, Wiring
 from tandem.engine.world import SoloWorld, TorchWorld
+from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
 from tandem.scheduling.scheduler import Scheduler
@@ -65,16 +66,19 @@ class Leading:
         leader = self._leader(pipeline, mailbox, published)
         switchboard = self._switchboard(mailbox, leader, published)
         leader.attach(switchboard)
-        reason = "it failed"
+        reason, failed = "it failed", True
         try:
             switchboard.start(pipeline.results, self._rank.config.time.start_timeout)
             on_mailbox(mailbox)
             on_ready(self._status(leader, switchboard))
-            reason = leader.run()
+            reason, failed = leader.run(), False
             return reason
+        except EngineFailed as error:
+            reason = str(error)
+            raise
         finally:
             switchboard.stop(reason)
-            pipeline.close()
+            pipeline.close(reason, failed=failed)
 
     def _leader(
         self, pipeline: SoloPipeline | LeaderPipeline, mailbox: Mailbox[Command], published: list[Published]

@@ -32,7 +32,10 @@ def follower_socket(rank: int) -> SocketOptions:
 
 
 class Halt(msgspec.Struct, frozen=True, array_like=True, tag="halt"):
-    """The engine ends."""
+    """The engine ends. `failed`: not because somebody asked for it."""
+
+    reason: str
+    failed: bool
 
 
 class Here(msgspec.Struct, frozen=True, array_like=True, tag="here"):
@@ -59,7 +62,7 @@ class SoloPipeline:
     def fileno(self) -> int | None:
         return None
 
-    def close(self) -> None:
+    def close(self, reason: str, *, failed: bool) -> None:
         pass
 
 
@@ -134,8 +137,8 @@ class LeaderPipeline:
         self._broadcast(self._encoder.encode(batch))
         try:
             result = self._runner.run(batch)
-        except RuntimeError:
-            # A collective with a rank that has just gone; the news of that may be on its way.
+        except EngineFailed:
+            # A collective with a rank that has just gone; the news of which one may be on its way.
             if self._monitor.poll(CAUSE_SECONDS * 1000):
                 self._check_connections()
             raise
@@ -154,9 +157,9 @@ class LeaderPipeline:
     def fileno(self) -> int | None:
         return int(self._socket.get(zmq.FD))
 
-    def close(self) -> None:
-        """Returns once all followers have gone, as they do when they hear of it; bounded."""
-        self._broadcast(self._encoder.encode(Halt()))
+    def close(self, reason: str, *, failed: bool) -> None:
+        """Tell the followers why the engine ends. Returns once they have gone; bounded."""
+        self._broadcast(self._encoder.encode(Halt(reason, failed)))
         deadline = time.monotonic() + HALT_SECONDS
         while self._connections and self._monitor.poll(max(0, int(1000 * (deadline - time.monotonic())))):
             with contextlib.suppress(EngineFailed):
@@ -187,7 +190,7 @@ class Follower:
         self._decoder = msgspec.msgpack.Decoder(Batch | Halt)
 
     def run(self) -> str:
-        """Until the leader halts or is lost; returns which."""
+        """Until the leader halts; returns why. Raises EngineFailed when the engine failed, or the leader is lost."""
         monitor = self._socket.get_monitor_socket()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -198,15 +201,23 @@ class Follower:
             if self._socket in ready:
                 message = self._decoder.decode(self._socket.recv())
                 if isinstance(message, Halt):
-                    return "the leader has stopped"
+                    if message.failed:
+                        raise EngineFailed(message.reason)
+                    return message.reason
                 try:
                     result = self._runner.run(message)
-                except RuntimeError:
-                    # A collective with a rank that has gone: the leader, or one that takes the leader along.
-                    if monitor.poll(CAUSE_SECONDS * 1000):
-                        raise EngineFailed("the leader of this engine was lost") from None
+                except EngineFailed:
+                    self._explain()
                     raise
                 if result is not None:
                     self._socket.send(self._encoder.encode(result))
             elif monitor in ready:
                 raise EngineFailed("the leader of this engine was lost")
+
+    def _explain(self) -> None:
+        """Raises EngineFailed with what the leader has to say about a collective that failed, if it says anything."""
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while (left := deadline - time.monotonic()) > 0 and self._socket.poll(int(1000 * left)):
+            message = self._decoder.decode(self._socket.recv())
+            if isinstance(message, Halt):
+                raise EngineFailed(message.reason)

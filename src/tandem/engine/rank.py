@@ -74,6 +74,7 @@ class Rank:
             connector=config.network.connector,
             protocol=PROTOCOL,
             version=__version__,
+            role=config.role,
             cluster_key=self.key.fingerprint if self.key else "none",
             identity=new_identity(config.engine_id) if rank == 0 else None,
         )

@@ -7,12 +7,14 @@ which could say no more than that it timed out.
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import logging
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch._C import _distributed_c10d as stores
 from tandem.errors import StartError
 from tandem.transfer.identity import RankRecord, check_agreement
 from tandem.wire.messages import Address
+
+log = logging.getLogger(__name__)
 
 SHAPE = ("version", "nnodes", "tp", "pp", "device")
 """What has to be equal for there to be a world group in which the rest can be compared."""
@@ -55,12 +59,37 @@ def open_store(master: Address | None, path: str | None, rank: int, timeout: flo
     if rank != 0:
         _knock(master, timeout)
     wait = timedelta(seconds=max(timeout, STEP_SECONDS))
+    make = functools.partial(
+        stores.TCPStore, master.host, master.port, is_master=rank == 0, wait_for_workers=False, timeout=wait
+    )
     try:
-        return stores.TCPStore(master.host, master.port, is_master=rank == 0, wait_for_workers=False, timeout=wait)
+        return _within(timeout, make)
+    except TimeoutError:
+        raise StartError(
+            f"--master {master}: something listens there, but no meeting of ranks within {timeout:.0f} s;"
+            " is another program on that port, or did node 0 not start?"
+        ) from None
     except (RuntimeError, ValueError) as error:
         if rank == 0:
             raise StartError(f"node 0 cannot listen on --master {master}: {_brief(error)}") from None
         raise StartError(f"--master {master} does not serve a meeting of ranks: {_brief(error)}") from None
+
+
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """What `make` returns or raises. Raises TimeoutError, and leaves it behind in its thread, if that takes longer.
+
+    A client of the store waits without deadline for a word from whoever listens there.
+    """
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    return made.result(seconds)
 
 
 def _knock(master: Address, timeout: float) -> None:
@@ -209,11 +238,17 @@ class SharedFate:
     def fail(self, text: str, *, serves_store: bool) -> None:
         """This rank fails. Returns once its process may end: where it serves the store, when the others know."""
         self._over.set()
-        with self._lock, contextlib.suppress(RuntimeError):  # where the store is gone, its rank has failed before
+        if not self._lock.acquire(timeout=LAST_WORD_SECONDS):
+            return  # the watching thread waits for a store that does not answer
+        try:
             self._store.compare_set("failure", "", text)  # the first reason stays: what follows are its consequences
             self._count()
             if serves_store:
                 _let_everybody_hear(self._store, self._others + 1, "fate")
+        except RuntimeError as error:
+            log.info("the other ranks cannot be told: %s", _brief(error))  # the rank that serves the store has gone
+        finally:
+            self._lock.release()
 
     def end(self) -> None:
         """The start is over."""

@@ -21,7 +21,7 @@ from tandem.engine.rank import Published, Rank
 from tandem.engine.rendezvous import SharedFate, meet, open_store
 from tandem.engine.runner import KvMemory, Runner, kv_blocks, kv_layout
 from tandem.engine.world import SoloWorld, TorchWorld
-from tandem.errors import StartError, TandemError
+from tandem.errors import EngineFailed, StartError, TandemError
 from tandem.kv.layout import KvLayout
 from tandem.models.decoder import Decoder
 from tandem.models.kv_size import kv_block_bytes, kv_shape
@@ -117,8 +117,8 @@ class _Life:
         """While the engine starts: this rank has failed, and the others need not wait for it."""
         if self._fate is None:
             return
-        if not isinstance(error, TandemError):
-            # Maybe no more than a collective with a rank that failed. Then its reason comes, and ends this process.
+        if isinstance(error, EngineFailed):
+            # A collective with a rank that has gone. If that one said why, it ends this process meanwhile.
             time.sleep(CAUSE_SECONDS)
         text = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
         rank = self.rank.place.rank

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch._C import _distributed_c10d as stores
 
 from tandem.config import ParallelSection
-from tandem.models.parallel import Collectives, Shard, SoloCollectives, TorchCollectives
+from tandem.models.parallel import Collectives, Shard, SoloCollectives, TorchCollectives, with_other_ranks
 from tandem.wire.addresses import interface_of
 
 SMALL = 4096
@@ -83,7 +83,8 @@ class TorchWorld:
             if head:
                 own[8 : 8 + len(head)] = torch.frombuffer(head, dtype=torch.uint8)
             parts = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(parts, own)
+            with with_other_ranks():
+                dist.all_gather(parts, own)
             received = [bytes(part.numpy()) for part in parts]
             lengths = [int.from_bytes(part[:8], "little") for part in received]
             if max(lengths) <= width:
@@ -92,16 +93,18 @@ class TorchWorld:
 
     def send_to_next_stage(self, hidden: Tensor) -> None:
         """Does not wait for the receiver, unless the last one sent is still under way."""
-        if self._sending is not None:
-            self._sending[0].wait()
-        self._sending = (dist.isend(hidden, self.rank + self.shard.tp_size, group=self._pipe), hidden)
+        with with_other_ranks():
+            if self._sending is not None:
+                self._sending[0].wait()
+            self._sending = (dist.isend(hidden, self.rank + self.shard.tp_size, group=self._pipe), hidden)
 
     def receive_from_last_stage(self, tokens: int, width: int, dtype: torch.dtype) -> Tensor | None:
         """Hidden states [tokens, width] of the stage before; None on the first stage."""
         if self.shard.is_first_stage:
             return None
         hidden = torch.empty(tokens, width, dtype=dtype, device=self._device)
-        dist.recv(hidden, self.rank - self.shard.tp_size, group=self._pipe)
+        with with_other_ranks():
+            dist.recv(hidden, self.rank - self.shard.tp_size, group=self._pipe)
         return hidden
 
     def close(self) -> None:

@@ -6,6 +6,8 @@ disagree.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tandem.errors import ModelError
+from tandem.errors import EngineFailed, ModelError
 from tandem.kv.layout import LayoutError
 from tandem.kv.layout import Shard as KvShard
 from tandem.kv.shard import query_heads, shard
@@ -98,6 +100,16 @@ def _too_many_ranks(shard: Shard, error: LayoutError) -> ModelError:
     )
 
 
+@contextlib.contextmanager
+def with_other_ranks() -> Iterator[None]:
+    """Around what waits for other ranks. Raises `EngineFailed` when one of them has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).splitlines()[0][:200]
+        raise EngineFailed(f"a rank of this engine was lost, or does not answer: {why}") from None
+
+
 class Collectives(Protocol):
     """How the ranks of one tensor-parallel group combine tensors. All of them must make the same calls."""
 
@@ -137,17 +149,20 @@ class TorchCollectives:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         # The group's own methods: the wrappers of torch.distributed cost more than a small gloo message.
-        self._group.allreduce([tensor]).wait()
+        with with_other_ranks():
+            self._group.allreduce([tensor]).wait()
         return tensor
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self._size)]
-        self._group.allgather([parts], [tensor.contiguous()]).wait()
+        with with_other_ranks():
+            self._group.allgather([parts], [tensor.contiguous()]).wait()
         return torch.cat(parts, dim)
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor | None:
         parts = [torch.empty_like(tensor) for _ in range(self._size)] if self._is_root else []
         options = dist.GatherOptions()
         options.rootRank = 0
-        self._group.gather([parts] if parts else [], [tensor.contiguous()], options).wait()
+        with with_other_ranks():
+            self._group.gather([parts] if parts else [], [tensor.contiguous()], options).wait()
         return torch.cat(parts, dim) if parts else None

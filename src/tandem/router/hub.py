@@ -142,7 +142,8 @@ class Hub:
             self._fail_all(earlier, f"{earlier.engine_id} restarted")
         self.send(route, Registered(True, message.connection))
         if known is None:
-            log.info("engine %s (%s) registered", message.identity, message.status.role)
+            if self.introduce:  # an engine's own API is not what its operator waits for
+                log.info("engine %s (%s) registered", message.identity, message.status.role)
             self._introduce_all()
         self.on_change()
 

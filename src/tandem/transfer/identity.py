@@ -19,6 +19,7 @@ from tandem.wire.messages import MAX_RANKS, Count, Name, RankInfo, Text
 
 COMPARED = (
     "engine_id",
+    "role",
     "model",
     "fingerprint",
     "dtype",
@@ -53,6 +54,7 @@ class RankRecord(msgspec.Struct, frozen=True):
 
     Attributes:
         engine_id: as configured; None if it was not.
+        role: what the engine is used for.
         cluster_key: fingerprint of the key.
         identity: made by the leader; only rank 0's is there.
     """
@@ -76,6 +78,7 @@ class RankRecord(msgspec.Struct, frozen=True):
     connector: Name
     protocol: tuple[Count, Count]
     version: Text
+    role: Name = "mixed"
     cluster_key: Name = "none"
     identity: EngineIdentity | None = None
 
