@@ -70,7 +70,14 @@ def test_a_refused_pair_is_passed_over_for_a_busier_one() -> None:
     assert chosen(p0, p1, decode) == ("p1", "d0")
 
 
-def test_a_pair_whose_session_was_lost_is_not_made_and_a_connecting_one_is() -> None:
+def test_a_pair_whose_session_was_lost_is_made_only_where_there_is_nothing_else() -> None:
+    prefill, decode = member("p0", "prefill"), member("d0", "decode")
+    refuse(decode, prefill, "lost")
+    assert chosen(prefill, decode) == ("p0", "d0")
+    assert chosen(prefill, decode, member("m0", "mixed")) == (None, "m0")
+
+
+def test_a_pair_whose_session_was_lost_is_passed_over_and_a_connecting_one_is_not() -> None:
     p0, p1, decode = member("p0", "prefill"), member("p1", "prefill", active=9), member("d0", "decode")
     refuse(decode, p0, "lost")
     refuse(decode, p1, "connecting", None)

@@ -1,7 +1,8 @@
 """Which engines take a request. Pure.
 
 Load is what this front has sent and not seen the end of, plus what the engine says waits in its queue; among equals
-the engine that was chosen least recently goes first. Pairs that refused each other are not made again.
+the engine that was chosen least recently goes first. Pairs that refused each other are not made again. One whose
+session was lost is made only where there is nothing else; its --kv-failure decides what becomes of the request.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from tandem.router.pool import Member
-
-UNUSABLE = ("refused", "lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +27,13 @@ def load(member: Member) -> tuple[int, int, int]:
     return member.active + counts.waiting, counts.running, member.chosen
 
 
-def refusals(prefills: Iterable[Member], decodes: Iterable[Member]) -> dict[tuple[str, str], str]:
-    """Pairs (prefill incarnation, decode incarnation) that cannot work together, and why."""
+def sessions(prefills: Iterable[Member], decodes: Iterable[Member], state: str) -> dict[tuple[str, str], str]:
+    """Pairs (prefill incarnation, decode incarnation) whose session is `refused` or `lost`, and why."""
     found = {}
     for decode in decodes:
         for prefill in prefills:
             peer = decode.peers.get((prefill.engine_id, prefill.incarnation))
-            if peer is not None and peer.state in UNUSABLE:
+            if peer is not None and peer.state == state:
                 found[prefill.incarnation, decode.incarnation] = (
                     f"{decode.engine_id} cannot read from {prefill.engine_id}: {peer.error or peer.state}"
                 )
@@ -52,13 +51,14 @@ def choose(members: Sequence[Member], exclude: Collection[str] = ()) -> Path | s
     prefills = sorted((m for m in usable if m.role == "prefill"), key=load)
     decodes = sorted((m for m in usable if m.role == "decode"), key=load)
     mixed = sorted((m for m in usable if m.role == "mixed"), key=load)
-    refused = refusals(prefills, decodes)
+    refused, lost = sessions(prefills, decodes, "refused"), sessions(prefills, decodes, "lost")
     pairs = [(p, d) for p in prefills for d in decodes if (p.incarnation, d.incarnation) not in refused]
-    if pairs:
-        prefill, decode = min(pairs, key=lambda pair: (load(pair[0]), load(pair[1])))
-        return Path(decode, prefill)
-    if mixed:
+    connected = [(p, d) for p, d in pairs if (p.incarnation, d.incarnation) not in lost]
+    if not connected and mixed:
         return Path(mixed[0], reason="mixed engine")
+    if pairs:
+        prefill, decode = min(connected or pairs, key=lambda pair: (load(pair[0]), load(pair[1])))
+        return Path(decode, prefill)
     return _nothing(prefills, decodes, refused)
 
 
