@@ -120,7 +120,7 @@ def check_cluster(plan: ClusterPlan, say: Callable[[str], None]) -> ClusterResul
         say(f"node {own}: {nodes} nodes agree")
         result = replace(result, all_reduce=_all_reduce_seconds(world, device), clocks=_clocks(world))
         return _read_all(plan, result, board, world, device, key)
-    except RuntimeError as error:
+    except (EngineFailed, RuntimeError) as error:
         raise StartError(f"a node was lost during the check: {str(error).splitlines()[0][:200]}") from None
     finally:
         world.close()
