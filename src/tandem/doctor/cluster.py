@@ -32,7 +32,7 @@ from tandem.engine.launch import published_host
 from tandem.engine.rendezvous import meet, open_store
 from tandem.engine.runner import pick_device
 from tandem.engine.world import TorchWorld
-from tandem.errors import ConfigError, StartError, TandemError
+from tandem.errors import ConfigError, EngineFailed, StartError, TandemError
 from tandem.ids import new_identity
 from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord, agree
