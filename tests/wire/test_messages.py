@@ -215,3 +215,10 @@ def test_a_value_out_of_bounds_is_refused(union: Any, message: Any) -> None:
     codec: Codec[Any] = Codec(union)
     with pytest.raises(WireError):
         codec.decode(codec.encode(message))
+
+
+@pytest.mark.parametrize("length", [0, m.MAX_TEXT, m.MAX_TEXT + 1, 10 * m.MAX_TEXT])
+def test_a_text_of_any_length_fits_a_message_once_it_is_clipped(length: int) -> None:
+    text = m.clip("x" * length)
+    assert Codec(m.PeerInfo).decode(Codec(m.PeerInfo).encode(m.PeerInfo("p", "life", "lost", text))).error == text
+    assert text[:4000] == ("x" * length)[:4000]
