@@ -65,14 +65,20 @@ def open_store(master: Address | None, path: str | None, rank: int, timeout: flo
     try:
         return _within(timeout, make)
     except TimeoutError:
+        if rank == 0:
+            raise StartError(_not_here(master, f"no answer in {timeout:.0f} s")) from None
         raise StartError(
             f"--master {master}: something listens there, but no meeting of ranks within {timeout:.0f} s;"
             " is another program on that port, or did node 0 not start?"
         ) from None
     except (RuntimeError, ValueError) as error:
         if rank == 0:
-            raise StartError(f"node 0 cannot listen on --master {master}: {_brief(error)}") from None
+            raise StartError(_not_here(master, _brief(error))) from None
         raise StartError(f"--master {master} does not serve a meeting of ranks: {_brief(error)}") from None
+
+
+def _not_here(master: Address, why: str) -> str:
+    return f"node 0 cannot listen on --master {master}: is that an address of this node, and the port free? ({why})"
 
 
 def _within(seconds: float, make: Callable[[], Any]) -> Any:
