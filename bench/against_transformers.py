@@ -22,8 +22,8 @@ import torch
 from server import heading, served
 from transformers import AutoModelForCausalLM
 
-from tandem.commands.bench import Load, measure
-from tandem.commands.measured import spread
+from tandem.commands.bench import Workload, measure
+from tandem.commands.bench_report import spread
 
 SHAPE = {
     "hidden": 768,
@@ -85,7 +85,7 @@ def make_model(folder: str) -> str:
     return folder
 
 
-def ask(load: Load) -> list[Times]:
+def ask(load: Workload) -> list[Times]:
     records = asyncio.run(measure(load)).records
     for record in records:
         if record.error is not None:
@@ -98,12 +98,14 @@ def compare(folder: str, options: argparse.Namespace, urls: dict[str, str]) -> d
     theirs = Transformers(folder, options.output_len)
     found: dict[str, list[Times]] = {"transformers": [], **{name: [] for name in urls}}
     for turn in range(options.requests + 1):
-        load = Load(
+        load = Workload(
             url="", input_len=options.input_len, output_len=options.output_len, num_prompts=1, seed=turn, warmup=0
         )
         round_: dict[str, list[Times]] = {"transformers": [theirs.generate(load.prompts()[0])]}
         for name, url in urls.items():
-            round_[name] = ask(Load(**{field: getattr(load, field) for field in load.__struct_fields__} | {"url": url}))
+            round_[name] = ask(
+                Workload(**{field: getattr(load, field) for field in load.__struct_fields__} | {"url": url})
+            )
         for name, times in round_.items() if turn else ():
             found[name] += times
     return found

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 
 from server import DEMO_MODEL, heading, served
 
-from tandem.commands.bench import Load, measure
-from tandem.commands.measured import Record, spread
+from tandem.commands.bench import Workload, measure
+from tandem.commands.bench_report import Record, spread
 
 
 async def alternate(urls: dict[str, str], options: argparse.Namespace) -> dict[str, list[Record]]:
@@ -24,7 +24,7 @@ async def alternate(urls: dict[str, str], options: argparse.Namespace) -> dict[s
     found: dict[str, list[Record]] = {name: [] for name in urls}
     for turn in range(options.requests):
         for name, url in urls.items():
-            load = Load(
+            load = Workload(
                 url=url,
                 input_len=options.input_len,
                 output_len=options.output_len,

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.shapes.fleet import Fleet, Shape
 
 from tandem.models.random_model import RandomModel, write_random_model
-from tandem.transfer.base import ReadState, Region, Transport
-from tandem.transfer.transports import transport_factory
+from tandem.transfer.transports.base import ReadState, Region, Transport
+from tandem.transfer.transports.registry import transport_factory
 
 PAIRS = [("tp2", "tp1"), ("tp1", "tp2"), ("pp2", "tp2"), ("tp2", "pp2"), ("tp1", "tp1-block32")]
 ROUNDS = 5

@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import zmq
 
-from tandem.transfer.base import ReadState, Region, Transport
-from tandem.transfer.transports import TRANSPORT_NAMES, transport_factory
+from tandem.transfer.transports.base import ReadState, Region, Transport
+from tandem.transfer.transports.registry import TRANSPORT_NAMES, transport_factory
 from tandem.wire.sockets import ClusterKey, new_key
 
 MIB = 1024 * 1024

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import tandem
-from tandem.models.config import DTYPES
+from tandem.models.model_config import DTYPES
 from tandem.models.random_model import ARCHITECTURES, RandomModel, write_random_model
 
 DEMO_MODEL = Path(tandem.__file__).parent / "demo_model"

@@ -14,7 +14,7 @@ ROWS = (
     {"__init__", "__main__"},
     {"cli", "llm"},
     {"commands"},
-    {"doctor", "serve", "client", "options", "config_file", "models_on_disk", "demo_questions"},
+    {"doctor", "local_cluster", "client", "options", "config_file", "models_on_disk", "demo_questions"},
     {"engine"},
     {"router"},
     {"scheduling", "transfer", "models", "api", "processes"},
@@ -63,4 +63,4 @@ def test_what_another_engine_may_use_knows_nothing_of_this_one() -> None:
 def test_the_pure_packages_know_no_tensors_and_only_one_file_knows_nixl() -> None:
     outside = {name: {module.split(".")[0] for module in imported(file)} for name, file in FILES.items()}
     assert not [name for name in outside if name.startswith(("kv/", "scheduling/")) and "torch" in outside[name]]
-    assert [name for name in outside if "nixl" in outside[name]] == ["transfer/nixl.py"]
+    assert [name for name in outside if "nixl" in outside[name]] == ["transfer/transports/nixl.py"]

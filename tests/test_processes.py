@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import StartError
-from tandem.processes import Child, Family
+from tandem.processes import Child, ChildProcesses
 from tests import child_processes
 from tests.e2e.processes import is_alive, survivors
 
@@ -34,12 +34,12 @@ def lines() -> list[str]:
 
 
 @pytest.fixture
-def family(lines: list[str]) -> Iterator[Family]:
-    with Family(echo=lines.append) as made:
+def family(lines: list[str]) -> Iterator[ChildProcesses]:
+    with ChildProcesses(echo=lines.append) as made:
         yield made
 
 
-def pid_of(family: Family, child: Child) -> int:
+def pid_of(family: ChildProcesses, child: Child) -> int:
     while not any(word == "pid" for word, _ in child.reports):
         assert family.wait([child], PATIENCE)
         if not any(word == "pid" for word, _ in child.reports):
@@ -47,7 +47,7 @@ def pid_of(family: Family, child: Child) -> int:
     return next(value for word, value in child.reports if word == "pid")
 
 
-def test_what_a_child_tells_comes_in_order(family: Family) -> None:
+def test_what_a_child_tells_comes_in_order(family: ChildProcesses) -> None:
     child = family.start("teller", child_processes.tell, 1, "two", [3])
     pid_of_last = []
     while not pid_of_last:
@@ -56,14 +56,14 @@ def test_what_a_child_tells_comes_in_order(family: Family) -> None:
     assert [value for word, value in child.reports if word == "value"] == [1, "two", [3]]
 
 
-def test_waiting_ends_when_the_time_is_over(family: Family) -> None:
+def test_waiting_ends_when_the_time_is_over(family: ChildProcesses) -> None:
     child = family.start("quiet", child_processes.stay)
     pid_of(family, child)
     child.reports.clear()
     assert not family.wait([child], 0.01)
 
 
-def test_a_child_that_ends_is_told_with_its_exit_code_and_last_lines(family: Family, lines: list[str]) -> None:
+def test_a_child_that_ends_is_told_with_its_exit_code_and_last_lines(family: ChildProcesses, lines: list[str]) -> None:
     family.start("unlucky", child_processes.end, 3)
     with pytest.raises(StartError) as raised:
         family.wait([], PATIENCE)
@@ -71,14 +71,14 @@ def test_a_child_that_ends_is_told_with_its_exit_code_and_last_lines(family: Fam
     assert lines == ["one line", "the last line"]
 
 
-def test_a_child_that_is_killed_is_told_with_the_signal(family: Family) -> None:
+def test_a_child_that_is_killed_is_told_with_the_signal(family: ChildProcesses) -> None:
     child = family.start("victim", child_processes.stay)
     os.kill(pid_of(family, child), signal.SIGKILL)
     with pytest.raises(StartError, match="victim was killed by SIGKILL"):
         family.wait([], PATIENCE)
 
 
-def test_an_error_that_a_child_knows_is_its_sentence_alone(family: Family, lines: list[str]) -> None:
+def test_an_error_that_a_child_knows_is_its_sentence_alone(family: ChildProcesses, lines: list[str]) -> None:
     family.start("knowing", child_processes.fail, "the model has no weights")
     with pytest.raises(StartError) as raised:
         family.wait(family.children, PATIENCE)
@@ -86,7 +86,7 @@ def test_an_error_that_a_child_knows_is_its_sentence_alone(family: Family, lines
     assert lines == []
 
 
-def test_the_same_error_of_many_is_said_once(family: Family) -> None:
+def test_the_same_error_of_many_is_said_once(family: ChildProcesses) -> None:
     for number in range(3):
         family.start(f"rank {number}", child_processes.fail, "the ranks disagree")
     with pytest.raises(StartError) as raised:
@@ -94,13 +94,13 @@ def test_the_same_error_of_many_is_said_once(family: Family) -> None:
     assert str(raised.value) == "the ranks disagree"
 
 
-def test_a_bug_in_a_child_is_told_with_its_traceback(family: Family) -> None:
+def test_a_bug_in_a_child_is_told_with_its_traceback(family: ChildProcesses) -> None:
     family.start("buggy", child_processes.stumble)
     with pytest.raises(StartError, match=r"buggy exited with 1; its last lines:\n(.*\n)+ValueError: a bug"):
         family.wait([], PATIENCE)
 
 
-def test_children_do_not_import_the_main_module_again(family: Family) -> None:
+def test_children_do_not_import_the_main_module_again(family: ChildProcesses) -> None:
     child = family.start("child", child_processes.name_main)
     pid_of_child = None
     seen = {}
@@ -120,7 +120,7 @@ def test_none_is_left_when_the_family_ends_whatever_happens() -> None:
     pids: list[int] = []
 
     def use() -> None:
-        with Family() as family:
+        with ChildProcesses() as family:
             pids.extend(pid_of(family, family.start(f"child {number}", child_processes.stay)) for number in range(2))
             raise RuntimeError("whatever happens")
 
@@ -134,7 +134,7 @@ def test_a_child_that_is_being_started_when_the_interrupt_comes_is_ended_too(mon
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
-    with Family() as family:
+    with ChildProcesses() as family:
         with monkeypatch.context() as patch:
             patch.setattr("tandem.processes.threading.Thread", interrupt)
             with pytest.raises(KeyboardInterrupt):
@@ -144,7 +144,7 @@ def test_a_child_that_is_being_started_when_the_interrupt_comes_is_ended_too(mon
     assert not multiprocessing.active_children()
 
 
-def test_who_does_not_end_when_asked_is_made_to(family: Family) -> None:
+def test_who_does_not_end_when_asked_is_made_to(family: ChildProcesses) -> None:
     child = family.start("stubborn", child_processes.stay_whatever_comes)
     pid = pid_of(family, child)
     family.stop(seconds=0.2)
@@ -152,7 +152,7 @@ def test_who_does_not_end_when_asked_is_made_to(family: Family) -> None:
     family.stop()
 
 
-def test_stopping_is_no_mishap(family: Family) -> None:
+def test_stopping_is_no_mishap(family: ChildProcesses) -> None:
     child = family.start("child", child_processes.stay)
     pid_of(family, child)
     family.stop()
@@ -164,7 +164,7 @@ import sys
 from tandem import processes
 processes.PRELOAD = ()
 from tests import child_processes
-family = processes.Family()
+family = processes.ChildProcesses()
 child = family.start("child", child_processes.stay)
 assert family.wait([child], 60)
 print(child.reports[0][1], flush=True)

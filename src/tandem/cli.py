@@ -179,7 +179,7 @@ def engine(
     """
     from tandem.commands.engine import run_engine
     from tandem.models_on_disk import local_model
-    from tandem.transfer.transports import connector_name
+    from tandem.transfer.transports.registry import connector_name
 
     options, network, run = options or ModelOptions(), network or NetworkOptions(), run or RunOptions()
     path, name = local_model(model)
@@ -290,11 +290,11 @@ def bench(
     json
         A file for the summary and the raw record of each request.
     """
-    from tandem.commands.bench import Load, run
-    from tandem.commands.measured import Goal
+    from tandem.commands.bench import Workload, run
+    from tandem.commands.bench_report import Slo
 
-    goal = Goal(ttft_goal and ttft_goal / 1e3, tpot_goal and tpot_goal / 1e3)
-    load = Load(
+    goal = Slo(ttft_goal and ttft_goal / 1e3, tpot_goal and tpot_goal / 1e3)
+    load = Workload(
         url=url,
         input_len=input_len,
         output_len=output_len,

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-from tandem.api.backend import HowMade
+from tandem.api.backend import ServingDetails
 from tandem.errors import REQUEST_ERRORS, EngineFailed, InvalidRequest, RequestError, Unavailable, request_error
 
 CONNECT_SECONDS = 30.0
@@ -52,7 +52,7 @@ class Event(msgspec.Struct, frozen=True):
 
     choices: list[EventChoice] = []
     usage: Usage | None = None
-    tandem: HowMade | None = None
+    tandem: ServingDetails | None = None
     error: dict[str, Any] | None = None
 
 
@@ -72,7 +72,7 @@ class Answer:
     arrivals: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage | None = None
-    how: HowMade | None = None
+    how: ServingDetails | None = None
 
     def take(self, event: Event, now: float) -> None:
         self.usage = event.usage or self.usage

@@ -18,15 +18,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tandem.api.backend import HowMade
+from tandem.api.backend import ServingDetails
 from tandem.client import Client
-from tandem.commands.screen import Screen
+from tandem.commands.console import Console
 from tandem.commands.serve import ServePlan, plan_configs, start_all
 from tandem.config import ParallelSection, RouterConfig
 from tandem.errors import ConfigError, InvalidRequest, RequestError
 from tandem.models_on_disk import local_model
 from tandem.options import ModelOptions, NetworkOptions, RunOptions
-from tandem.processes import Family
+from tandem.processes import ChildProcesses
 from tandem.wire.sampling import SamplingParams
 
 Prompt = str | list[int]
@@ -54,7 +54,7 @@ class Completion:
     finish_reason: str
     stop_reason: str | int | None
     logprobs: dict[str, Any] | None
-    tandem: HowMade
+    tandem: ServingDetails
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -72,7 +72,7 @@ class _Choice(msgspec.Struct, frozen=True):
 
 class _Answer(msgspec.Struct, frozen=True):
     choices: list[_Choice]
-    tandem: HowMade
+    tandem: ServingDetails
 
 
 class LLM:
@@ -112,8 +112,8 @@ class LLM:
             decode_shape=ParallelSection(decode_tp, decode_pp),
             decode_block_size=decode_block_size,
         )
-        screen = Screen()
-        self._family = Family(echo=screen.echo)
+        console = Console()
+        self._family = ChildProcesses(echo=console.echo)
         self._family.warm()
         # multiprocessing waits at exit for children that still run; what is registered later comes before that.
         atexit.register(self._family.stop)
@@ -121,8 +121,8 @@ class LLM:
         try:
             path, name = local_model(str(model))
             configs = plan_configs(plan, options.model(path, name), connector, options, network, run)
-            with screen:
-                router = start_all(self._family, screen, _router_config(network, run), configs)
+            with console:
+                router = start_all(self._family, console, _router_config(network, run), configs)
         except BaseException:
             self.close()
             raise
@@ -290,6 +290,6 @@ def _completion(prompt: Prompt | Messages, answer: _Answer) -> Completion:
     )
 
 
-def _stop(family: Family) -> None:
+def _stop(family: ChildProcesses) -> None:
     atexit.unregister(family.stop)
     family.stop()

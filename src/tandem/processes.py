@@ -25,7 +25,7 @@ from typing import Any
 
 from tandem.errors import EngineStopped, StartError, TandemError
 
-PRELOAD = ("tandem.engine.worker", "tandem.router.server")
+PRELOAD = ("tandem.engine.start.rank_process", "tandem.router.process")
 TERM_SECONDS = 4.0
 
 CHILD_DEFAULTS = {
@@ -76,7 +76,7 @@ class Child:
         except (EOFError, OSError):
             self.pipe.close()
 
-    def epitaph(self) -> str:
+    def exit_report(self) -> str:
         """How it ended, and its last lines."""
         self.receive()
         if self.reader is not None:
@@ -90,7 +90,7 @@ class Child:
         return f"{self.name} {how}" + (f"; its last lines:\n{tail}" if tail else "")
 
 
-class Family:
+class ChildProcesses:
     """All children of a command. Use as a context manager: whatever happens, none is left behind.
 
     Args:
@@ -107,7 +107,7 @@ class Family:
         self.children: list[Child] = []
         self.ending = False
 
-    def __enter__(self) -> Family:
+    def __enter__(self) -> ChildProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,7 +182,7 @@ class Family:
                 self._settle()
                 if (ended := self._ended()) is not None:
                     raise EngineStopped(ended)
-                raise StartError("\n".join(self._epitaphs()))
+                raise StartError("\n".join(self._exit_reports()))
 
     def _settle(self) -> None:
         """When one rank dies, others follow within moments; the one that knows why may be among them."""
@@ -199,7 +199,7 @@ class Family:
             return None
         return next((str(value) for word, value in told if word == "ended"), None)
 
-    def _epitaphs(self) -> list[str]:
+    def _exit_reports(self) -> list[str]:
         """Told errors first, each once; how processes ended only if none told anything."""
         for child in self.children:
             child.receive()
@@ -207,7 +207,7 @@ class Family:
         known = [text for text in told if "was lost" not in text] or told
         if known:
             return list(dict.fromkeys(known))
-        return [child.epitaph() for child in self.children if not child.alive]
+        return [child.exit_report() for child in self.children if not child.alive]
 
     def stop(self, seconds: float = TERM_SECONDS) -> None:
         """Ask all to end, then make them. Idempotent."""

@@ -16,8 +16,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tandem.api.app import create_app
-from tandem.api.backend import Health, HowMade, ModelCard, TokenDelta, TokenRequest
-from tandem.api.server import bind, serve
+from tandem.api.backend import Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
+from tandem.api.http_server import bind, serve
 from tandem.api.tokens import Tokenizer
 from tandem.wire.messages import EngineStatus, KvUsage, RequestCounts
 
@@ -79,8 +79,8 @@ def ids(text: str) -> list[int]:
 _BYTE_LEVEL = byte_level()
 
 
-def how(prefix_tokens: int = 3) -> HowMade:
-    return HowMade(
+def how(prefix_tokens: int = 3) -> ServingDetails:
+    return ServingDetails(
         prefill_engine="p0",
         decode_engine="d0",
         disaggregated=True,

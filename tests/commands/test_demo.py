@@ -5,7 +5,7 @@ from __future__ import annotations
 from tandem.client import Answer
 from tandem.commands.demo import Asked, sample
 from tandem.demo_questions import Question
-from tests.commands.test_measured import how
+from tests.commands.test_bench_report import how
 
 QUESTION = Question("reverse", "Reverse: ab", "ba")
 

@@ -17,8 +17,8 @@ from tandem.doctor.reach_advice import advice, clock_skew, shared_machines
 from tandem.doctor.reads import Node, all_pairs
 from tandem.doctor.slab import Slab
 from tandem.errors import StartError
-from tandem.transfer.base import Transport
-from tandem.transfer.transports import transport_factory
+from tandem.transfer.transports.base import Transport
+from tandem.transfer.transports.registry import transport_factory
 from tandem.wire.keys import ClusterKey, new_key
 
 KIB = 1024

@@ -25,7 +25,7 @@ LLAMA3_ROPE = {
 
 
 @dataclass(frozen=True)
-class Family:
+class ChildProcesses:
     """A model's shape, and what its config.json has beyond that."""
 
     model: RandomModel
@@ -48,12 +48,12 @@ def _small(family: str, **options: Any) -> RandomModel:
 
 
 FAMILIES = {
-    "qwen3": Family(_small("qwen3", head_dim=32)),
-    "qwen3-tied": Family(_small("qwen3", tied=True, seed=1)),
-    "qwen2": Family(_small("qwen2", shards=3)),
-    "llama3": Family(_small("llama", tied=True), {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}),
-    "llama2": Family(_small("llama", kv_heads=4, shards=2)),
-    "mistral": Family(_small("mistral", kv_heads=1)),
+    "qwen3": ChildProcesses(_small("qwen3", head_dim=32)),
+    "qwen3-tied": ChildProcesses(_small("qwen3", tied=True, seed=1)),
+    "qwen2": ChildProcesses(_small("qwen2", shards=3)),
+    "llama3": ChildProcesses(_small("llama", tied=True), {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}),
+    "llama2": ChildProcesses(_small("llama", kv_heads=4, shards=2)),
+    "mistral": ChildProcesses(_small("mistral", kv_heads=1)),
 }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem.models.batch import build_batch
-from tandem.models.config import load_config
+from tandem.models.forward_batch import build_batch
 from tandem.models.kv_size import kv_shape
 from tandem.models.loader import load_decoder
-from tandem.models.parallel import Collectives, Shard, SoloCollectives
+from tandem.models.model_config import load_config
+from tandem.models.parallel import Collectives, RankPosition, SoloCollectives
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 256
@@ -74,7 +74,7 @@ class Engine:
             group = ThreadGroup(tp)
             ranks = []
             for tp_rank in range(tp):
-                shard = Shard(tp_rank, tp, pp_rank, pp)
+                shard = RankPosition(tp_rank, tp, pp_rank, pp)
                 solo: Collectives = SoloCollectives()
                 decoder = load_decoder(path, shard, group.rank(tp_rank) if tp > 1 else solo, dtype, "cpu")
                 # What a block held before must never matter, be it NaN.

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from tandem.models.batch import build_batch
+from tandem.models.forward_batch import build_batch
 from tandem.models.kv_size import kv_shape
-from tandem.models.parallel import Shard
+from tandem.models.parallel import RankPosition
 from tests.models.harness import BLOCK_SIZE, NUM_BLOCKS, Engine, random_tokens, shuffled_blocks
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -160,7 +160,7 @@ def test_a_stage_refuses_memory_of_another_shape_or_dtype(folder):
     engine = Engine(folder("llama"))
     decoder, kv = engine._stages[0][0]
     batch = build_batch([([1], 0, [0])], "cpu", BLOCK_SIZE)
-    assert kv_shape(decoder.config, Shard(), NUM_BLOCKS, BLOCK_SIZE) == tuple(kv.shape)
+    assert kv_shape(decoder.config, RankPosition(), NUM_BLOCKS, BLOCK_SIZE) == tuple(kv.shape)
     for other in (kv[:, :1].contiguous(), kv.half(), kv[0]):
         with pytest.raises(ValueError, match="kv must be"):
             decoder.forward(batch, other)

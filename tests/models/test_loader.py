@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from tandem.errors import ModelError
 from tandem.models.loader import INDEX, Checkpoint, load_decoder, weight_files
-from tandem.models.parallel import Shard, SoloCollectives
+from tandem.models.parallel import RankPosition, SoloCollectives
 from tests.models.harness import Engine, random_tokens
 
 
 def load(path, shard=None, on_progress=None):
-    return load_decoder(path, shard or Shard(), SoloCollectives(), torch.float32, "cpu", on_progress)
+    return load_decoder(path, shard or RankPosition(), SoloCollectives(), torch.float32, "cpu", on_progress)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_progress_ends_at_the_total_and_a_rank_reads_its_part_only(folder):
     totals = {}
     for tp in (1, 2):
         seen: list[tuple[int, int]] = []
-        load(folder("qwen3"), Shard(0, tp), lambda done, total, seen=seen: seen.append((done, total)))
+        load(folder("qwen3"), RankPosition(0, tp), lambda done, total, seen=seen: seen.append((done, total)))
         done = [d for d, _ in seen]
         assert done == sorted(done)
         assert seen[-1][0] == seen[-1][1]
@@ -56,7 +56,7 @@ def test_ranks_read_together_every_element_once(folder):
     path = folder("llama", heads=6, kv_heads=3, layers=3)
     for tp_rank in range(2):
         for pp_rank in range(2):
-            for piece in load_pieces(path, Shard(tp_rank, 2, pp_rank, 2)):
+            for piece in load_pieces(path, RankPosition(tp_rank, 2, pp_rank, 2)):
                 read[piece.name] = read.get(piece.name, 0) + piece.target.numel()
     with Checkpoint(path) as checkpoint:
         assert set(read) == set(checkpoint.names())
@@ -65,8 +65,8 @@ def test_ranks_read_together_every_element_once(folder):
 
 
 def load_pieces(path, shard):
-    from tandem.models.config import load_config
     from tandem.models.decoder import Decoder
+    from tandem.models.model_config import load_config
 
     return list(Decoder(load_config(path), shard, SoloCollectives(), torch.float32, "cpu").pieces())
 
@@ -107,6 +107,6 @@ def test_no_weights_broken_weights_and_lost_files_are_told_apart(copy):
 
 def test_a_model_with_too_little_to_share_is_refused_before_anything_is_read(folder):
     with pytest.raises(ModelError, match="tp 5 x pp 1"):
-        load(folder("llama"), Shard(0, 5))
+        load(folder("llama"), RankPosition(0, 5))
     with pytest.raises(ModelError, match="tp 1 x pp 3"):
-        load(folder("llama"), Shard(0, 1, 0, 3))
+        load(folder("llama"), RankPosition(0, 1, 0, 3))

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tandem.models.config import load_config
 from tandem.models.loader import weight_files
+from tandem.models.model_config import load_config
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_random_model.py"
 

@@ -16,7 +16,7 @@ from tandem.api.backend import TokenDelta, TokenRequest
 from tandem.errors import RequestError
 from tandem.ids import EngineIdentity
 from tandem.router.hub import Hub
-from tandem.router.pool import Pool
+from tandem.router.registry import EngineRegistry
 from tandem.router.router import Router, pair_finder
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
@@ -30,7 +30,7 @@ from tandem.wire.messages import (
     KvUsage,
     Outputs,
     Prefill,
-    Pull,
+    PullKv,
     Register,
     Registered,
     RequestCounts,
@@ -120,7 +120,7 @@ class FakeEngine:
         return message
 
     def say(self, request: Generate, index: int, *tokens: int, finish: str | None = None, done: bool = False) -> None:
-        stats = RequestStats(transport="tcp", bytes=64) if isinstance(request.kv, Pull) else RequestStats()
+        stats = RequestStats(transport="tcp", bytes=64) if isinstance(request.kv, PullKv) else RequestStats()
         done = done or finish is not None
         self.send(
             Outputs(
@@ -204,7 +204,7 @@ class Answer:
 class Scene:
     """A router with its hub on a socket of its own."""
 
-    def __init__(self, pool: Pool, timeout: float) -> None:
+    def __init__(self, pool: EngineRegistry, timeout: float) -> None:
         self.pool = pool
         self._context = zmq.asyncio.Context()
         self._sockets: Sockets[zmq.asyncio.Socket] = Sockets(self._context, None)
@@ -253,8 +253,8 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(pool: Pool | None = None, timeout: float = 600.0) -> AsyncIterator[Scene]:
-    made = Scene(pool or Pool(), timeout)
+async def scene(pool: EngineRegistry | None = None, timeout: float = 600.0) -> AsyncIterator[Scene]:
+    made = Scene(pool or EngineRegistry(), timeout)
     running = asyncio.create_task(made.hub.run())
     try:
         yield made
@@ -272,5 +272,5 @@ async def within(awaitable: object) -> object:
 def split(prefill: Generate, decode: Generate) -> None:
     """The two halves of one hand-off belong together."""
     assert isinstance(prefill.kv, Prefill)
-    assert isinstance(decode.kv, Pull)
+    assert isinstance(decode.kv, PullKv)
     assert decode.kv.remote_request_id == prefill.request_id == decode.request_id

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tandem.ids import EngineIdentity
-from tandem.router.policy import Path, choose, choose_weights
-from tandem.router.pool import Member
+from tandem.router.policy import Route, choose_route, choose_route_of_one_model
+from tandem.router.registry import EngineEntry
 from tandem.wire.messages import PeerInfo, RequestCounts
 from tests.router.scene import make_register
 
@@ -18,25 +18,27 @@ def member(
     waiting: int = 0,
     running: int = 0,
     fingerprint: str = "f",
-) -> Member:
+) -> EngineEntry:
     register = make_register(
         EngineIdentity(engine_id, f"life-of-{engine_id}"),
         role,
         requests=RequestCounts(waiting=waiting, running=running),
         fingerprint=fingerprint,
     )
-    return Member(b"route", register, register.status, 0.0, active=active, chosen=chosen)
+    return EngineEntry(b"route", register, register.status, 0.0, active=active, chosen=chosen)
 
 
-def refuse(decode: Member, prefill: Member, state: str = "refused", error: str | None = "dtype differs") -> None:
+def refuse(
+    decode: EngineEntry, prefill: EngineEntry, state: str = "refused", error: str | None = "dtype differs"
+) -> None:
     decode.peers[prefill.engine_id, prefill.incarnation] = PeerInfo(
         prefill.engine_id, prefill.incarnation, state, error
     )
 
 
-def chosen(*members: Member, exclude: tuple[str, ...] = ()) -> tuple[str | None, str]:
-    path = choose(members, exclude)
-    assert isinstance(path, Path), path
+def chosen(*members: EngineEntry, exclude: tuple[str, ...] = ()) -> tuple[str | None, str]:
+    path = choose_route(members, exclude)
+    assert isinstance(path, Route), path
     return (path.prefill.engine_id if path.prefill else None), path.decode.engine_id
 
 
@@ -97,25 +99,25 @@ def test_excluded_engines_are_not_chosen() -> None:
 
 
 def test_it_says_what_is_missing() -> None:
-    assert choose([]) == "no prefill and no decode engine is ready"
-    assert choose([member("p0", "prefill")]) == "no decode engine is ready"
-    assert choose([member("d0", "decode")]) == "no prefill engine is ready"
+    assert choose_route([]) == "no prefill and no decode engine is ready"
+    assert choose_route([member("p0", "prefill")]) == "no decode engine is ready"
+    assert choose_route([member("d0", "decode")]) == "no prefill engine is ready"
 
 
 def test_it_says_why_no_pair_fits() -> None:
     prefill, decode = member("p0", "prefill"), member("d0", "decode")
     refuse(decode, prefill)
-    assert choose([prefill, decode]) == (
+    assert choose_route([prefill, decode]) == (
         "no prefill engine fits a decode engine: d0 cannot read from p0: dtype differs"
     )
 
 
 def of_weights(
-    *members: Member, exclude: tuple[str, ...] = (), current: str | None = None
+    *members: EngineEntry, exclude: tuple[str, ...] = (), current: str | None = None
 ) -> tuple[str | None, str | None]:
     """Who decodes, and the fingerprint that is served."""
-    path, weights = choose_weights(members, exclude, current)
-    return (path.decode.engine_id if isinstance(path, Path) else None), weights
+    path, weights = choose_route_of_one_model(members, exclude, current)
+    return (path.decode.engine_id if isinstance(path, Route) else None), weights
 
 
 OLD = member("old", "mixed", active=5, fingerprint="1")
@@ -135,8 +137,8 @@ def test_new_weights_take_over_once_the_old_ones_have_no_path() -> None:
 
 def test_a_prefill_and_a_decode_engine_of_different_weights_are_no_pair_even_before_they_say_so() -> None:
     prefill, decode = member("p0", "prefill", fingerprint="1"), member("d0", "decode", fingerprint="2")
-    path, _ = choose_weights([prefill, decode])
+    path, _ = choose_route_of_one_model([prefill, decode])
     assert path == "no path through engines of the same weights: p0 (prefill) has 1, d0 (decode) has 2"
     refuse(decode, prefill, error="fingerprint differs: ours is 2, theirs 1")
-    path, _ = choose_weights([prefill, decode])
+    path, _ = choose_route_of_one_model([prefill, decode])
     assert "d0 cannot read from p0: fingerprint differs" in str(path)

@@ -12,8 +12,8 @@ import pytest
 
 from tandem.errors import EngineFailed, EngineLost, InvalidRequest, Overloaded, TimedOut, Unavailable
 from tandem.ids import EngineIdentity
-from tandem.router.pool import RIVAL_SECONDS, Pool
-from tandem.wire.messages import Abort, Generate, Local, PeerInfo, Prefill, Pull
+from tandem.router.registry import RIVAL_SECONDS, EngineRegistry
+from tandem.wire.messages import Abort, Generate, Local, PeerInfo, Prefill, PullKv
 from tests.router.scene import PROMPT, FakeEngine, Scene, scene, split
 
 
@@ -40,7 +40,7 @@ async def test_the_request_goes_to_both_engines_at_once(stage: Scene) -> None:
     split(there, here)
     assert there.token_ids == here.token_ids == PROMPT
     assert there.sampling == here.sampling
-    assert isinstance(here.kv, Pull)
+    assert isinstance(here.kv, PullKv)
     assert (here.kv.engine_id, here.kv.incarnation) == (prefill.identity.engine_id, prefill.identity.incarnation)
     await answer.leave()
 
@@ -380,7 +380,7 @@ async def test_requests_spread_over_engines_of_a_role(stage: Scene) -> None:
     answers = [stage.ask() for _ in range(6)]
     for decode in decodes:
         for _ in range(2):
-            assert isinstance((await decode.request()).kv, Pull)
+            assert isinstance((await decode.request()).kv, PullKv)
     for answer in answers:
         await answer.leave()
 
@@ -438,7 +438,7 @@ async def _one(stage: Scene, prefill: FakeEngine, decode: FakeEngine) -> Generat
 
 def test_an_engine_that_falls_silent_is_given_up_and_the_request_moves_on() -> None:
     async def play() -> None:
-        async with scene(Pool(patience=1.0)) as stage:
+        async with scene(EngineRegistry(patience=1.0)) as stage:
             prefill, decode = await stage.pair()
             answer = stage.ask()
             there, _ = await prefill.request(), await decode.request()

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
 from tandem.scheduling.batch import Batch, Row, SampleAt, Sampled, StepResult
-from tandem.scheduling.events import ChunkComputed, Finished, PrefillEnded, PullEnded, PullReady, TokenOut
+from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Finished, PrefillEnded, PullEnded, TokenOut
 from tandem.scheduling.scheduler import Scheduler
-from tandem.wire.messages import Address, Failed, Generate, Local, Prefill, Pull
+from tandem.wire.messages import Address, Failed, Generate, Local, Prefill, PullKv
 from tandem.wire.sampling import SamplingParams
 
 VOCABULARY = 5
@@ -54,14 +54,14 @@ def reference(tokens: list[int], prompt_len: int, params: SamplingParams, max_mo
             return tokens[prompt_len:], "length"
 
 
-def pull(first_token: bool = True) -> Pull:
-    return Pull("prefill-engine", "life", Address("127.0.0.1", 1), "remote", first_token)
+def pull(first_token: bool = True) -> PullKv:
+    return PullKv("prefill-engine", "life", Address("127.0.0.1", 1), "remote", first_token)
 
 
 def generate(
     request_id: str,
     tokens: list[int],
-    kv: Local | Prefill | Pull | None = None,
+    kv: Local | Prefill | PullKv | None = None,
     prompt_len: int | None = None,
     time_left: float = 1e9,
     **params: object,
@@ -82,7 +82,7 @@ class Record:
     chunks: list[ChunkComputed] = field(default_factory=list)
     prefill_ended: list[PrefillEnded] = field(default_factory=list)
     pull_ended: list[PullEnded] = field(default_factory=list)
-    pull_ready: PullReady | None = None
+    pull_ready: BlocksAllocated | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -106,7 +106,7 @@ class FakeEngine:
         self.memory = [[GARBAGE] * block_size for _ in range(num_blocks)]
         self.batches: deque[Batch] = deque()
         self.records: dict[str, Record] = {}
-        self.reads: dict[str, PullReady] = {}  # in progress: their bytes may come at any time
+        self.reads: dict[str, BlocksAllocated] = {}  # in progress: their bytes may come at any time
         self.leases: dict[str, PrefillEnded] = {}
         self.broken: set[str] = set()  # requests whose rows cannot be sampled
         self.now = 0.0
@@ -155,7 +155,7 @@ class FakeEngine:
         token = self.first_output(request_id) if first_token else None
         if token is not None:
             self.records[request_id].outputs[len(message.token_ids) - message.prompt_len] = token
-        self.scheduler.kv_ready(request_id, token, self.now)
+        self.scheduler.kv_arrived(request_id, token, self.now)
         self.settle()
 
     def lose_kv(self, request_id: str, reading: bool, first_token: bool) -> None:
@@ -197,7 +197,7 @@ class FakeEngine:
                 request = self.scheduler.get(request_id)
                 if request is not None and request.state.value == "waiting_for_kv":
                     kv = self.records[request_id].message.kv
-                    self.deliver(request_id, first_token=isinstance(kv, Pull) and kv.first_token)
+                    self.deliver(request_id, first_token=isinstance(kv, PullKv) and kv.first_token)
                 else:
                     self.end_read(request_id)
             for request_id in list(self.leases):
@@ -226,7 +226,7 @@ class FakeEngine:
             return Sampled(-1, None, "the logits are not numbers")
         return Sampled(next_token(digest, row.sample.stop_ids))
 
-    def write(self, ready: PullReady, values: list[int]) -> None:
+    def write(self, ready: BlocksAllocated, values: list[int]) -> None:
         for place in range(ready.num_cached_tokens, ready.num_tokens):
             block = ready.block_ids[place // self.pool.block_size]
             self.memory[block][place % self.pool.block_size] = values[place]
@@ -281,7 +281,7 @@ class FakeEngine:
                     record.prefill_ended.append(event)
                     if event.block_ids:
                         self.leases[event.request_id] = event
-                case PullReady():
+                case BlocksAllocated():
                     record.pull_ready = event
                     self.reads[event.request_id] = event
                 case PullEnded():

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tandem.errors import InvalidRequest, Overloaded
 from tandem.scheduling.events import Finished
-from tandem.wire.messages import Generate, Local, Prefill, Pull
+from tandem.wire.messages import Generate, Local, Prefill, PullKv
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.fake_engine import FakeEngine, pull, reference
 
@@ -49,7 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         head: list[int],
         tail: list[int],
         output: int,
-        kv: Local | Prefill | Pull,
+        kv: Local | Prefill | PullKv,
         time_left: float,
         **params: object,
     ) -> None:
@@ -63,7 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.add(message)
         except InvalidRequest:
             room = self.engine.pool.num_blocks * self.engine.pool.block_size
-            too_long = len(tokens) + isinstance(kv, Pull) > room or len(tokens) + 1 > MAX_MODEL_LEN
+            too_long = len(tokens) + isinstance(kv, PullKv) > room or len(tokens) + 1 > MAX_MODEL_LEN
             assert too_long or len(tokens) - prompt_len >= message.sampling.max_tokens
         except Overloaded:
             assert self.engine.scheduler.counts().waiting >= self.engine.limits.max_waiting
@@ -96,7 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def deliver(self, data: st.DataObject) -> None:
         request_id = self.pick(data, self.waiting_for_kv())
         kv = self.engine.records[request_id].message.kv
-        assert isinstance(kv, Pull)
+        assert isinstance(kv, PullKv)
         self.engine.deliver(request_id, first_token=kv.first_token)
 
     @precondition(lambda self: self.waiting_for_kv())

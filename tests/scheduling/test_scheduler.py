@@ -423,7 +423,7 @@ def test_a_prefill_is_never_preempted() -> None:
     assert local.tokens == expected(local)
 
 
-# --- Pull ---
+# --- PullKv ---
 
 
 def test_a_pull_gets_blocks_for_its_prompt_and_one_token_more() -> None:
@@ -560,7 +560,7 @@ def test_messages_about_requests_that_are_gone_change_nothing() -> None:
     engine.add(generate("local", PROMPT))
     engine.step()
     for request_id in ("gone", "local"):
-        engine.scheduler.kv_ready(request_id, 1, 0.0)
+        engine.scheduler.kv_arrived(request_id, 1, 0.0)
         engine.scheduler.kv_failed(request_id, "late", 0.0, reading=True)
         engine.scheduler.read_ended(request_id)
     assert engine.scheduler.drain() == []

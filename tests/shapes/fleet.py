@@ -25,13 +25,13 @@ from tandem.config import (
     ParallelSection,
     TimeSection,
 )
-from tandem.engine.launch import rank_main
-from tandem.engine.place import RankPlace
+from tandem.engine.start.launch import rank_main
+from tandem.engine.start.place import RankPlace
 from tandem.errors import RequestError
-from tandem.processes import Family
+from tandem.processes import ChildProcesses
 from tandem.router.hub import Hub, Inbox
 from tandem.router.policy import Path as EnginePath
-from tandem.router.pool import Pool
+from tandem.router.registry import Pool
 from tandem.router.router import Router
 from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, Tokens
 from tandem.wire.sampling import SamplingParams
@@ -69,7 +69,7 @@ class Fleet:
         max_batched_tokens: int = 64,
     ) -> None:
         self._cache_bytes, self._batch_tokens = kv_memory, max_batched_tokens
-        self._family = Family()
+        self._family = ChildProcesses()
         self._folder = tempfile.TemporaryDirectory(prefix="fleet-")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -110,7 +110,7 @@ class Fleet:
         self._call(send())
 
     def send(self, name: str, message: Generate) -> Tokens | RequestError:
-        """What the engine answers first to a message as a front would send it; the request is then left to itself."""
+        """What the engine answers first to a message of a frontend; the request is then left to itself."""
 
         async def first() -> Tokens | RequestError:
             member = self._pool.find(name)

@@ -25,10 +25,10 @@ from tandem.config import (
     RouterConfig,
     TimeSection,
 )
-from tandem.engine.launch import EngineProcesses
+from tandem.engine.start.launch import EngineProcesses
+from tandem.local_cluster import Progress, RouterProcess, start_engines, start_router, wait_ready
 from tandem.models.random_model import RandomModel, write_random_model
-from tandem.processes import Family
-from tandem.serve import Progress, RouterProcess, start_engines, start_router, wait_ready
+from tandem.processes import ChildProcesses
 from tests.shapes.reference import greedy
 
 PROMPT = [7, 3, 250, 9, 4] * 9
@@ -54,8 +54,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def family() -> Iterator[Family]:
-    with Family() as children:
+def family() -> Iterator[ChildProcesses]:
+    with ChildProcesses() as children:
         yield children
 
 
@@ -75,7 +75,9 @@ def config(
     )
 
 
-def start(family: Family, *engines: tuple[str, EngineConfig]) -> tuple[RouterProcess, dict[str, EngineProcesses]]:
+def start(
+    family: ChildProcesses, *engines: tuple[str, EngineConfig]
+) -> tuple[RouterProcess, dict[str, EngineProcesses]]:
     router = start_router(family, RouterConfig(port=0, log_level="warning"), SECONDS)
     configs = [(name, _named(name, each)) for name, each in engines]
     started = start_engines(family, configs, router.control)
@@ -128,7 +130,7 @@ def peer(router: RouterProcess, decode: str, prefill: str) -> dict[str, Any] | N
     [("fingerprint", {}), ("kv_dtype", {"dtype": "bfloat16"}), ("connector", {"connector": "nixl"})],
 )
 def test_a_pair_that_does_not_fit_is_refused_and_not_used(
-    family: Family, model: Path, other: Path, field: str, stranger: dict[str, Any]
+    family: ChildProcesses, model: Path, other: Path, field: str, stranger: dict[str, Any]
 ) -> None:
     odd = config("prefill", other if field == "fingerprint" else model, **stranger)
     router, engines = start(family, ("fits", config("prefill", model)), ("odd", odd), ("sink", config("decode", model)))
@@ -149,7 +151,7 @@ def test_a_pair_that_does_not_fit_is_refused_and_not_used(
     assert ask(router, "/health")[0] == 503
 
 
-def test_a_prefill_engine_that_dies_is_done_without(family: Family, model: Path) -> None:
+def test_a_prefill_engine_that_dies_is_done_without(family: ChildProcesses, model: Path) -> None:
     """Its KV is gone; the decode engine computes the prompt itself, with the same tokens."""
     router, engines = start(family, ("source", config("prefill", model)), ("sink", config("decode", model)))
     until(lambda: peer(router, "sink", "source"), "no handshake")
@@ -165,7 +167,9 @@ def test_a_prefill_engine_that_dies_is_done_without(family: Family, model: Path)
 
 
 @pytest.mark.parametrize("policy", ["retry", "fail"])
-def test_lost_kv_is_retried_elsewhere_or_fails_as_configured(family: Family, model: Path, policy: KvFailure) -> None:
+def test_lost_kv_is_retried_elsewhere_or_fails_as_configured(
+    family: ChildProcesses, model: Path, policy: KvFailure
+) -> None:
     router, engines = start(
         family,
         ("first", config("prefill", model)),
@@ -187,7 +191,7 @@ def test_lost_kv_is_retried_elsewhere_or_fails_as_configured(family: Family, mod
     assert {status for status, _ in answers} == ({200} if policy == "retry" else {200, 500})
 
 
-def test_a_prefill_engine_that_comes_back_under_its_name_is_used_again(family: Family, model: Path) -> None:
+def test_a_prefill_engine_that_comes_back_under_its_name_is_used_again(family: ChildProcesses, model: Path) -> None:
     router, engines = start(family, ("source", config("prefill", model)), ("sink", config("decode", model)))
     until(lambda: peer(router, "sink", "source"), "no handshake")
     first = ask(router, "/tandem/engines")[1]["engines"]

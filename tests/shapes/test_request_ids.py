@@ -1,4 +1,4 @@
-"""A front that sends a request id twice harms neither the first request nor any other."""
+"""A frontend that sends a request id twice harms neither the first request nor any other."""
 
 from __future__ import annotations
 

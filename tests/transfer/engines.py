@@ -5,8 +5,8 @@ from __future__ import annotations
 from tandem.ids import EngineIdentity
 from tandem.kv.layout import block_major
 from tandem.kv.shard import shard
-from tandem.transfer.base import RankEndpoint, Region
 from tandem.transfer.handshake import EngineDescriptor, RankDescriptor
+from tandem.transfer.transports.base import RankEndpoint, Region
 from tandem.wire.peer_messages import Envelope
 
 ENVELOPE = Envelope((1, 2), "fingerprint", "float32", "tcp", "tandem 1.0")

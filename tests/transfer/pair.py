@@ -13,10 +13,10 @@ import zmq.asyncio
 
 from tandem.errors import ConfigError
 from tandem.ids import EngineIdentity
-from tandem.transfer.consumer import Consumer, ConsumerEvents
-from tandem.transfer.listener import PeerListener
-from tandem.transfer.orders import ClosePeer, OpenPeer, PeerOpened, ReadEnded, ReadOrder, ToMover
-from tandem.transfer.pulls import Pull
+from tandem.transfer.decode.consumer import Consumer, ConsumerEvents
+from tandem.transfer.decode.pulls import Pull
+from tandem.transfer.prefill.listener import PeerListener
+from tandem.transfer.thread.orders import ClosePeer, OpenPeer, PeerOpened, ReadEnded, ReadOrder, ToTransferThread
 from tandem.wire import messages
 from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Envelope
@@ -71,9 +71,9 @@ class Prefill:
         self.listener.begin(request_id)
         self.listener.chunk(request_id, 0, list(blocks), tokens, True, token)
 
-    def names(self, request_id: str, **fields: Any) -> messages.Pull:
+    def names(self, request_id: str, **fields: Any) -> messages.PullKv:
         plain = dict(engine_id=self.identity.engine_id, incarnation=self.identity.incarnation, address=self.address)
-        return messages.Pull(**(plain | dict(remote_request_id=request_id) | fields))
+        return messages.PullKv(**(plain | dict(remote_request_id=request_id) | fields))
 
     async def die(self) -> None:
         await asyncio.sleep(0)  # a task that was cancelled before it began closes nothing
@@ -86,12 +86,12 @@ class FakeMovers:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.orders: list[tuple[int, ToMover]] = []
+        self.orders: list[tuple[int, ToTransferThread]] = []
         self.reads: list[ReadOrder] = []
         self.open_error: str | None = None
         self.report: Callable[[Any], None] = lambda report: None
 
-    def order(self, order: ToMover, ranks: Iterable[int] | None = None) -> None:
+    def order(self, order: ToTransferThread, ranks: Iterable[int] | None = None) -> None:
         chosen = list(range(self.ranks) if ranks is None else ranks)
         self.orders += [(rank, order) for rank in chosen]
         if isinstance(order, ReadOrder):
@@ -115,26 +115,26 @@ class Decode:
         self.arrived: list[Pull] = []
         self.failed: list[tuple[str, str]] = []
         self.quiet: list[str] = []
-        self.movers = FakeMovers(ranks)
+        self.transfer_threads = FakeMovers(ranks)
         layouts = [rank.layout for rank in descriptor(self.identity, tp=ranks).ranks]
         events = ConsumerEvents(self.arrived.append, lambda *told: self.failed.append(told), self.quiet.append)
-        self.consumer = Consumer(self.identity, envelope, layouts, self.movers, sockets, events)
-        self.movers.report = self.consumer.reported
+        self.consumer = Consumer(self.identity, envelope, layouts, self.transfer_threads, sockets, events)
+        self.transfer_threads.report = self.consumer.reported
 
-    def pull(self, request_id: str, source: messages.Pull, tokens: int = 8) -> None:
+    def pull(self, request_id: str, source: messages.PullKv, tokens: int = 8) -> None:
         """Claim, and give it blocks at once."""
         self.consumer.open(request_id, source)
         self.consumer.allocated(request_id, [0, 1, 2], 0, tokens)
 
     def end_reads(self, error: str | None = None) -> None:
-        reads, self.movers.reads = self.movers.reads, []
+        reads, self.transfer_threads.reads = self.transfer_threads.reads, []
         for read in reads:
-            for rank in range(self.movers.ranks):
-                self.movers.end(read, rank, error)
+            for rank in range(self.transfer_threads.ranks):
+                self.transfer_threads.end(read, rank, error)
 
     async def reading(self) -> ReadOrder:
-        await until(lambda: self.movers.reads)
-        return self.movers.reads[0]
+        await until(lambda: self.transfer_threads.reads)
+        return self.transfer_threads.reads[0]
 
     def states(self) -> list[str]:
         return [peer.state for peer in self.consumer.peers]

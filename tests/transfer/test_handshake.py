@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tandem.errors import PeerRefused, WireError
 from tandem.ids import EngineIdentity
-from tandem.transfer.base import Region
 from tandem.transfer.handshake import EngineDescriptor, check_envelopes, decode_descriptor, peers_needed
+from tandem.transfer.transports.base import Region
 from tests.transfer.engines import ENVELOPE, descriptor
 
 WHO = EngineIdentity("p0", "life")

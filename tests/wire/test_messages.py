@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tandem.errors import WireError
 from tandem.ids import EngineIdentity
-from tandem.transfer import orders
+from tandem.transfer.thread import orders
 from tandem.wire import messages as m
 from tandem.wire import peer_messages as p
 from tandem.wire.codec import Codec
@@ -35,7 +35,7 @@ TO_ENGINE = [
     m.Registered(True),
     m.Generate("r", [1, 2], 2, SAMPLING, 5.0),
     m.Generate("r", [1], 1, SamplingParams(), 5.0, m.Prefill(published=True)),
-    m.Generate("r", [1], 1, SamplingParams(), 5.0, m.Pull("p0", None, PLACE, "r0", False, True)),
+    m.Generate("r", [1], 1, SamplingParams(), 5.0, m.PullKv("p0", None, PLACE, "r0", False, True)),
     m.Abort("r"),
     m.Introduce([m.PeerAddress(WHO, PLACE)]),
 ]
@@ -55,7 +55,7 @@ TO_DECODE = [
     p.Welcome(ENVELOPE, WHO, 30.0, msgspec.Raw(b"\x01")),
     p.Refused(WHO, "fingerprint", "a", "b"),
     p.Claimed("life", "r"),
-    p.KvReady("life", "r", 0, [1, 2], 20, True, 9),
+    p.KvComputed("life", "r", 0, [1, 2], 20, True, 9),
     p.KvGone("life", "r", "why"),
     p.Renewed("life", 1, []),
 ]
@@ -63,23 +63,23 @@ TO_MOVER = [
     orders.OpenPeer("p", []),
     orders.ClosePeer("p"),
     orders.ReadOrder(1, "p", "r", [1], [2], 0, 16, True),
-    orders.Stop(),
+    orders.StopThread(),
 ]
 FROM_MOVER = [
-    orders.MoverReady(0),
+    orders.ThreadAlive(0),
     orders.PeerOpened(0, "p", "why"),
     orders.PeerClosed(0, "p"),
     orders.ReadEnded(0, 1, 2, 3, 0.5, None),
 ]
 CHANNELS: list[tuple[Any, list[Any]]] = [
     (m.ToEngine, TO_ENGINE),
-    (m.ToFront, TO_FRONT),
+    (m.ToFrontend, TO_FRONT),
     (p.ToPrefill, TO_PREFILL),
     (p.ToDecode, TO_DECODE),
-    (orders.ToMover, TO_MOVER),
-    (orders.FromMover, FROM_MOVER),
+    (orders.ToTransferThread, TO_MOVER),
+    (orders.FromTransferThread, FROM_MOVER),
 ]
-NAMES = ["to engine", "to front", "to prefill", "to decode", "to mover", "from mover"]
+NAMES = ["to engine", "to frontend", "to prefill", "to decode", "to transfer_thread", "from transfer_thread"]
 CODECS: list[Codec[Any]] = [Codec(union) for union, _ in CHANNELS]
 
 
@@ -196,16 +196,16 @@ OUT_OF_BOUNDS = [
     (m.ToEngine, generate(sampling=SamplingParams(top_p=0.0))),
     (m.ToEngine, generate(sampling=SamplingParams(logprobs=MAX_LOGPROBS + 1))),
     (m.ToEngine, generate(sampling=SamplingParams(logit_bias={1: 101.0}))),
-    (m.ToEngine, generate(kv=m.Pull("p", None, m.Address("h", 0), "r"))),
-    (m.ToEngine, generate(kv=m.Pull("p", None, m.Address("h", 65536), "r"))),
+    (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 0), "r"))),
+    (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 65536), "r"))),
     (m.ToEngine, m.Introduce([m.PeerAddress(WHO, PLACE)] * (m.MAX_PEERS + 1))),
     (p.ToPrefill, p.Claim("", "r")),
     (p.ToPrefill, p.Renew("x", -1, [])),
     (p.ToPrefill, p.Renew("x", 1, ["r"] * (p.MAX_BATCH + 1))),
     (p.ToPrefill, p.Hello(msgspec.structs.replace(ENVELOPE, fingerprint="f" * 4097), WHO, "p0")),
-    (p.ToDecode, p.KvReady("x", "r", -1, [], 0, False)),
-    (p.ToDecode, p.KvReady("x", "r", 0, [-1], 0, False)),
-    (p.ToDecode, p.KvReady("x", "r", 0, [], 0, True, 2**31)),
+    (p.ToDecode, p.KvComputed("x", "r", -1, [], 0, False)),
+    (p.ToDecode, p.KvComputed("x", "r", 0, [-1], 0, False)),
+    (p.ToDecode, p.KvComputed("x", "r", 0, [], 0, True, 2**31)),
     (p.ToDecode, p.Welcome(ENVELOPE, WHO, -1.0, msgspec.Raw(b"\x01"))),
 ]
 

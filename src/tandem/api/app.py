@@ -11,15 +11,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tandem.api.backend import Backend, ModelCard
-from tandem.api.chat import ChatAssembly, chat_job
-from tandem.api.completions import CompletionAssembly, completion_job
+from tandem.api.chat import ChatBuilder, prepare_chat
+from tandem.api.completions import CompletionBuilder, prepare_completion
 from tandem.api.endpoint import GenerateEndpoint
-from tandem.api.errors import MethodNotAllowed, ModelNotFound, NotFound, error_response, json_response, unexpected
-from tandem.api.gate import Gate
-from tandem.api.job import Kind
+from tandem.api.http_errors import MethodNotAllowed, ModelNotFound, NotFound, error_response, json_response, unexpected
+from tandem.api.loaded_model import ModelLoader
 from tandem.api.metrics import CONTENT_TYPE, Metrics
+from tandem.api.middleware import ApiMiddleware
 from tandem.api.openai import ChatBody, CompletionBody
-from tandem.api.served import ModelLoader
+from tandem.api.prepared_request import Kind
 from tandem.errors import ConfigError, RequestError, Unavailable
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -43,15 +43,15 @@ def create_app(backend: Backend, *, kind: Kind, api_key: str | None = None, max_
     app.state.loader = loader = ModelLoader(backend)
     metrics = Metrics(backend)
     around = (backend, loader, metrics, kind, max_body)
-    completions = GenerateEndpoint("completions", CompletionBody, completion_job, CompletionAssembly, *around)
-    chat = GenerateEndpoint("chat", ChatBody, chat_job, ChatAssembly, *around)
+    completions = GenerateEndpoint("completions", CompletionBody, prepare_completion, CompletionBuilder, *around)
+    chat = GenerateEndpoint("chat", ChatBody, prepare_chat, ChatBuilder, *around)
     app.router.routes.append(Route("/v1/completions", completions, methods=["POST"]))
     app.router.routes.append(Route("/v1/chat/completions", chat, methods=["POST"]))
     _add_models(app, backend)
     _add_health(app, backend, metrics)
     _add_engines(app, backend, kind)
     _add_errors(app)
-    app.add_middleware(Gate, api_key=api_key)
+    app.add_middleware(ApiMiddleware, api_key=api_key)
     return app
 
 

@@ -40,7 +40,7 @@ class TokenRequest(msgspec.Struct, frozen=True):
     kv_transfer_params: KvTransferParams | None = None
 
 
-class HowMade(msgspec.Struct, frozen=True, omit_defaults=False):
+class ServingDetails(msgspec.Struct, frozen=True, omit_defaults=False):
     """The `tandem` object of a response. Times in seconds, sizes in bytes.
 
     Attributes:
@@ -78,7 +78,7 @@ class TokenDelta(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_token_id: int | None = None
-    how: HowMade | None = None
+    how: ServingDetails | None = None
     kv_transfer_params: KvTransferParams | None = None
 
 

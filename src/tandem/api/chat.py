@@ -6,8 +6,7 @@ import asyncio
 
 from msgspec import UNSET, UnsetType
 
-from tandem.api.assembly import Assembly, finite
-from tandem.api.job import Caller, Job, Prompt, new_job
+from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import (
     AssistantMessage,
     ChatBody,
@@ -18,15 +17,16 @@ from tandem.api.openai import (
     TokenLogprob,
     TopLogprob,
 )
-from tandem.api.output import Piece, Token
+from tandem.api.output import TextChunk, Token
 from tandem.api.parsing import message_text, sampling_params
-from tandem.api.served import ServedModel
+from tandem.api.prepared_request import Caller, PreparedRequest, Prompt, prepare_request
+from tandem.api.response_builder import ResponseBuilder, finite
 from tandem.api.tokens import INLINE_CHARS
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
 
 
-async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:
+async def prepare_chat(body: ChatBody, model: LoadedModel, caller: Caller) -> PreparedRequest:
     """Raises InvalidRequest."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
@@ -36,24 +36,24 @@ async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return new_job(caller, model, body, [(prompt, sampling_params(body, limit, logprobs, model.card.seed))])
+    return prepare_request(caller, model, body, [(prompt, sampling_params(body, limit, logprobs, model.card.seed))])
 
 
-class ChatAssembly(Assembly):
+class ChatBuilder(ResponseBuilder):
     ID_PREFIX = "chatcmpl-"
     OBJECT = "chat.completion"
     CHUNK_OBJECT = "chat.completion.chunk"
 
-    def __init__(self, job: Job, body: ChatBody) -> None:
+    def __init__(self, job: PreparedRequest, body: ChatBody) -> None:
         super().__init__(job)
         self._body = body
 
-    def choice(self, piece: Piece, first: bool) -> ChatChoice:
+    def choice(self, piece: TextChunk, first: bool) -> ChatChoice:
         return ChatChoice(
             **self.choice_fields(piece), message=AssistantMessage(piece.text), logprobs=self._logprobs(piece.tokens)
         )
 
-    def chunk_choice(self, piece: Piece, first: bool) -> ChatChunkChoice:
+    def chunk_choice(self, piece: TextChunk, first: bool) -> ChatChunkChoice:
         content = piece.text if piece.text or first else UNSET
         delta = ChatDelta(content, "assistant" if first else UNSET)
         return ChatChunkChoice(**self.choice_fields(piece), delta=delta, logprobs=self._logprobs(piece.tokens))
@@ -75,7 +75,7 @@ class ChatAssembly(Assembly):
         return tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id))
 
 
-async def _rendered(body: ChatBody, model: ServedModel) -> str:
+async def _rendered(body: ChatBody, model: LoadedModel) -> str:
     messages = []
     for place, message in enumerate(body.messages):
         one = {"role": message.role, "content": message_text(message, place)}

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from msgspec import UNSET
 
-from tandem.api.assembly import Assembly, finite, with_chosen
-from tandem.api.job import Caller, Job, Prompt, new_job
+from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import CompletionBody, CompletionChoice, CompletionLogprobs
-from tandem.api.output import Piece, Token
+from tandem.api.output import TextChunk, Token
 from tandem.api.parsing import sampling_params
-from tandem.api.served import ServedModel
+from tandem.api.prepared_request import Caller, PreparedRequest, Prompt, prepare_request
+from tandem.api.response_builder import ResponseBuilder, finite, with_chosen
 from tandem.errors import InvalidRequest
 from tandem.wire.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 
 
-async def completion_job(body: CompletionBody, model: ServedModel, caller: Caller) -> Job:
+async def prepare_completion(body: CompletionBody, model: LoadedModel, caller: Caller) -> PreparedRequest:
     """Raises InvalidRequest."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
     prompts = [await _prompt(one, model) for one in _prompts(body.prompt)]
-    return new_job(caller, model, body, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
+    return prepare_request(caller, model, body, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
 
 
-class CompletionAssembly(Assembly):
+class CompletionBuilder(ResponseBuilder):
     ID_PREFIX = "cmpl-"
     OBJECT = CHUNK_OBJECT = "text_completion"
 
-    def __init__(self, job: Job, body: CompletionBody) -> None:
+    def __init__(self, job: PreparedRequest, body: CompletionBody) -> None:
         super().__init__(job)
         self._body = body
 
-    def choice(self, piece: Piece, first: bool) -> CompletionChoice:
+    def choice(self, piece: TextChunk, first: bool) -> CompletionChoice:
         prompt = self.job.sequences[piece.index].prompt
         return CompletionChoice(
             **self.choice_fields(piece),
@@ -61,7 +61,7 @@ class CompletionAssembly(Assembly):
         )
 
 
-def _sampling(body: CompletionBody, prompt: Prompt, model: ServedModel) -> SamplingParams:
+def _sampling(body: CompletionBody, prompt: Prompt, model: LoadedModel) -> SamplingParams:
     limit = model.output_limit(len(prompt.token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
     return sampling_params(body, limit, body.logprobs, model.card.seed)
 
@@ -81,7 +81,7 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]
     return found
 
 
-async def _prompt(prompt: str | list[int], model: ServedModel) -> Prompt:
+async def _prompt(prompt: str | list[int], model: LoadedModel) -> Prompt:
     if not prompt:
         raise InvalidRequest("prompt is empty", param="prompt")
     if isinstance(prompt, list):

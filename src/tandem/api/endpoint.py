@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
-from tandem.api.assembly import Assembly, encode
 from tandem.api.backend import Backend
-from tandem.api.errors import (
+from tandem.api.generation import generate
+from tandem.api.http_errors import (
     BodyTooLarge,
     ClientGone,
     ModelNotFound,
@@ -21,14 +21,14 @@ from tandem.api.errors import (
     json_response,
     unexpected,
 )
-from tandem.api.gate import request_id_of
-from tandem.api.generation import generate
-from tandem.api.job import Caller, Job, Kind
+from tandem.api.loaded_model import LoadedModel, ModelLoader
 from tandem.api.metrics import Metrics, Observation
+from tandem.api.middleware import request_id_of
 from tandem.api.openai import Answer, GenerateBody
-from tandem.api.output import Piece, joined
+from tandem.api.output import TextChunk, joined
 from tandem.api.parsing import parse
-from tandem.api.served import ModelLoader, ServedModel
+from tandem.api.prepared_request import Caller, Kind, PreparedRequest
+from tandem.api.response_builder import ResponseBuilder, encode
 from tandem.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class GenerateEndpoint(Generic[Body]):
     Args:
         name: of the endpoint, for logs and metrics.
         body: what the client sends.
-        new_job: makes the request ready; raises RequestError.
+        prepare_request: makes the request ready; raises RequestError.
         assembly: makes the answer.
         max_body: bytes a body may have.
     """
@@ -61,8 +61,8 @@ class GenerateEndpoint(Generic[Body]):
         self,
         name: str,
         body: type[Body],
-        new_job: Callable[[Body, ServedModel, Caller], Coroutine[Any, Any, Job]],
-        assembly: Callable[[Job, Body], Assembly],
+        prepare_request: Callable[[Body, LoadedModel, Caller], Coroutine[Any, Any, PreparedRequest]],
+        assembly: Callable[[PreparedRequest, Body], ResponseBuilder],
         backend: Backend,
         loader: ModelLoader,
         metrics: Metrics,
@@ -71,7 +71,7 @@ class GenerateEndpoint(Generic[Body]):
     ) -> None:
         self._name = name
         self._body = body
-        self._new_job = new_job
+        self._new_job = prepare_request
         self._assembly = assembly
         self._backend = backend
         self._loader = loader
@@ -186,7 +186,7 @@ async def _client_gone(receive: Receive) -> None:
         pass
 
 
-async def _stream(pieces: AsyncGenerator[Piece, None], assembly: Assembly, out: _Out) -> None:
+async def _stream(pieces: AsyncGenerator[TextChunk, None], assembly: ResponseBuilder, out: _Out) -> None:
     async for piece in pieces:
         await out.event(assembly.event(piece))
     if assembly.usage_at_end:
@@ -194,14 +194,14 @@ async def _stream(pieces: AsyncGenerator[Piece, None], assembly: Assembly, out: 
     await out.done()
 
 
-async def _collect(pieces: AsyncGenerator[Piece, None], choices: int) -> list[Piece]:
-    parts: list[list[Piece]] = [[] for _ in range(choices)]
+async def _collect(pieces: AsyncGenerator[TextChunk, None], choices: int) -> list[TextChunk]:
+    parts: list[list[TextChunk]] = [[] for _ in range(choices)]
     async for piece in pieces:
         parts[piece.index].append(piece)
     return [joined(one) for one in parts]
 
 
-def _log_job(job: Job, name: str) -> None:
+def _log_job(job: PreparedRequest, name: str) -> None:
     counts = f"{len(job.sequences)} sequences, {job.prompt_tokens} prompt tokens"
     user = (job.body.user or "")[:128]
     log.info("request %s: %s, %s%s", job.caller.request_id, name, counts, f", user {user!r}" if user else "")

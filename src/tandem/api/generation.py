@@ -7,15 +7,15 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from tandem.api.backend import Backend
-from tandem.api.job import Job, Sequence
 from tandem.api.metrics import Observation
-from tandem.api.output import Piece
+from tandem.api.output import TextChunk
+from tandem.api.prepared_request import PreparedRequest, Sequence
 from tandem.errors import EngineFailed
 
 MAX_WAITING_PIECES = 256
 
 
-async def generate(backend: Backend, job: Job, observation: Observation) -> AsyncGenerator[Piece, None]:
+async def generate(backend: Backend, job: PreparedRequest, observation: Observation) -> AsyncGenerator[TextChunk, None]:
     """Pieces of all choices, each choice's in order. Closing it aborts whatever still runs. Raises RequestError."""
     runs = [_run(backend, one, job.wants_tokens, observation) for one in job.sequences]
     async with aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as pieces:
@@ -25,7 +25,7 @@ async def generate(backend: Backend, job: Job, observation: Observation) -> Asyn
 
 async def _run(
     backend: Backend, sequence: Sequence, wants_tokens: bool, observation: Observation
-) -> AsyncGenerator[Piece, None]:
+) -> AsyncGenerator[TextChunk, None]:
     """One sequence, until its finish or a stop string; then the backend's generator is closed, which aborts it."""
     clock = observation.clock()
     async with aclosing(backend.generate(sequence.request)) as deltas:
@@ -39,9 +39,9 @@ async def _run(
     raise EngineFailed("the engine stopped sending tokens and gave no reason")
 
 
-async def _merged(runs: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+async def _merged(runs: list[AsyncGenerator[TextChunk, None]]) -> AsyncGenerator[TextChunk, None]:
     """Pieces of several sequences as they come; the first error ends them all."""
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(MAX_WAITING_PIECES)
+    queue: asyncio.Queue[TextChunk | BaseException | None] = asyncio.Queue(MAX_WAITING_PIECES)
     tasks = [asyncio.create_task(_pump(run, queue)) for run in runs]
     left = len(tasks)
     try:
@@ -59,7 +59,7 @@ async def _merged(runs: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Pie
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(run: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | BaseException | None]) -> None:
+async def _pump(run: AsyncGenerator[TextChunk, None], queue: asyncio.Queue[TextChunk | BaseException | None]) -> None:
     try:
         async with aclosing(run) as pieces:
             async for piece in pieces:

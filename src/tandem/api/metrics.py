@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tandem.api.backend import Backend
-from tandem.api.errors import ClientGone
+from tandem.api.http_errors import ClientGone
 from tandem.errors import RequestError
 from tandem.wire.messages import EngineCounters
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from tandem.api.backend import HowMade
+from tandem.api.backend import ServingDetails
 from tandem.wire.messages import KvTransferParams
 from tandem.wire.sampling import MAX_LOGPROBS
 
@@ -174,6 +174,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[Choice]
     usage: Usage | UnsetType | None = UNSET
-    tandem: HowMade | list[HowMade | None] | UnsetType | None = UNSET
+    tandem: ServingDetails | list[ServingDetails | None] | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     kv_transfer_params: KvTransferParams | UnsetType = UNSET

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tandem.api.backend import HowMade, TokenDelta
+from tandem.api.backend import ServingDetails, TokenDelta
 from tandem.api.detokenizer import new_detokenizer
 from tandem.api.stops import StopStrings
 from tandem.api.tokens import Tokenizer
@@ -22,7 +22,7 @@ class Token(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextChunk:
     """The next part of a choice; the last one has a finish reason.
 
     Attributes:
@@ -37,7 +37,7 @@ class Piece:
     tokens: list[Token]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    how: HowMade | None = None
+    how: ServingDetails | None = None
     kv_transfer_params: KvTransferParams | None = None
 
 
@@ -57,14 +57,14 @@ class Output:
 
     def __init__(self, tokenizer: Tokenizer, index: int, stops: list[str], sampling: SamplingParams) -> None:
         self.token_count = 0
-        self.how: HowMade | None = None
+        self.how: ServingDetails | None = None
         self._index = index
         self._sampling = sampling
         self._detokenizer = new_detokenizer(tokenizer)
         self._stops = StopStrings(stops) if stops else None
         self._length = 0
 
-    def feed(self, delta: TokenDelta) -> Piece:
+    def feed(self, delta: TokenDelta) -> TextChunk:
         """The next piece. Tokens after the one that completes a stop string are dropped, however they were batched."""
         self.how = delta.how or self.how
         text, tokens, hit = "", [], None
@@ -87,23 +87,23 @@ class Output:
             return text, None
         return self._stops.push(text)
 
-    def _piece(self, delta: TokenDelta, text: str, tokens: list[Token], hit: str | None) -> Piece:
+    def _piece(self, delta: TokenDelta, text: str, tokens: list[Token], hit: str | None) -> TextChunk:
         if hit is None and delta.finish_reason is None:
-            return Piece(self._index, text, tokens)
+            return TextChunk(self._index, text, tokens)
         if hit is None and self._stops is not None:
             text += self._stops.flush()
         finish_reason = delta.finish_reason if hit is None else "stop"
         stop_reason = self._stop_token(delta) if hit is None else hit
-        return Piece(self._index, text, tokens, finish_reason, stop_reason, self.how, delta.kv_transfer_params)
+        return TextChunk(self._index, text, tokens, finish_reason, stop_reason, self.how, delta.kv_transfer_params)
 
     def _stop_token(self, delta: TokenDelta) -> int | None:
         return delta.stop_token_id if delta.stop_token_id in self._sampling.stop_token_ids else None
 
 
-def joined(pieces: list[Piece]) -> Piece:
+def joined(pieces: list[TextChunk]) -> TextChunk:
     """All pieces of one choice as one."""
     last = pieces[-1]
-    return Piece(
+    return TextChunk(
         index=last.index,
         text="".join(piece.text for piece in pieces),
         tokens=[token for piece in pieces for token in piece.tokens],

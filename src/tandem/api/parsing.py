@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tandem.api.errors import UnknownField, UnsupportedField
+from tandem.api.http_errors import UnknownField, UnsupportedField
 from tandem.api.openai import ChatMessage, GenerateBody
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import KvTransferParams

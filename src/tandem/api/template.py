@@ -13,7 +13,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tandem.api.errors import UnsupportedField
+from tandem.api.http_errors import UnsupportedField
 from tandem.api.tokens import read_json
 from tandem.errors import InvalidRequest
 

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tandem.client import Client
-from tandem.commands.measured import Goal, Hops, Record, Spread, Summary, summary
+from tandem.commands.bench_report import Hops, Percentiles, Record, Slo, Summary, summary
 from tandem.errors import ConfigError, RequestError
 
 PATH = "/v1/completions"
@@ -33,7 +33,7 @@ STAGE_NAMES = {
 }
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """What is sent where.
 
     Attributes:
@@ -53,7 +53,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     warmup: int = 1
     vocab_size: int = 256
-    goal: Goal = Goal()
+    goal: Slo = Slo()
 
     def __post_init__(self) -> None:
         for name in ("input_len", "output_len", "num_prompts", "request_rate", "concurrency", "vocab_size"):
@@ -83,7 +83,7 @@ class Measured:
     duration: float
 
 
-def run(load: Load, api_key: str | None, json_file: Path | None) -> int:
+def run(load: Workload, api_key: str | None, json_file: Path | None) -> int:
     """Send the load, show the summary, write `json_file`; 1 if any request failed."""
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"--json {json_file}: there is no folder {json_file.resolve().parent}")
@@ -99,7 +99,7 @@ def run(load: Load, api_key: str | None, json_file: Path | None) -> int:
     return 1 if found.failed else 0
 
 
-async def measure(load: Load, api_key: str | None = None, done: Callable[[], None] = lambda: None) -> Measured:
+async def measure(load: Workload, api_key: str | None = None, done: Callable[[], None] = lambda: None) -> Measured:
     """Send the load. `done` is called after each measured request. Raises RequestError if warming up fails."""
     prompts = load.prompts()
     async with Client(load.url, api_key=api_key) as client:
@@ -201,7 +201,7 @@ def _add_hops(table: Table, hops: Hops) -> None:
         table.add_row(f"{unit} moved" if name == "bytes" else unit, *_cells(one, scale))
 
 
-def _cells(one: Spread, scale: float) -> Sequence[str]:
+def _cells(one: Percentiles, scale: float) -> Sequence[str]:
     return [f"{value * scale:,.1f}" for value in (one.mean, one.median, one.p90, one.p99)]
 
 

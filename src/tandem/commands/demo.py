@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
 from tandem.client import Answer, Client
-from tandem.commands.screen import Screen
+from tandem.commands.console import Console
 from tandem.commands.serve import ServePlan, plan_configs, start_all
 from tandem.commands.supervise import Stop, supervised
 from tandem.config import LogLevel, RouterConfig
 from tandem.demo_questions import Question, long_questions, questions
 from tandem.errors import ConfigError, RequestError
 from tandem.options import ModelOptions, NetworkOptions, RunOptions
-from tandem.processes import Family
+from tandem.processes import ChildProcesses
 
 MODEL = Path(__file__).parent.parent / "demo_model"
 NAME = "tandem-demo"
@@ -66,17 +66,17 @@ def run(count: int, connector: str | None, log_level: LogLevel) -> int:
     if count < 1:
         raise ConfigError(f"--questions must be 1 or more; got {count}")
 
-    def body(family: Family, screen: Screen) -> int:
+    def body(family: ChildProcesses, console: Console) -> int:
         begin = time.perf_counter()
         try:
-            url = _serve(family, screen, connector, log_level)
+            url = _serve(family, console, connector, log_level)
             ready = time.perf_counter()
             first, second = sample(count)
             asked = asyncio.run(_ask_all(url, first, second))
             family.check()
             _show(asked, len(first), ready - begin, time.perf_counter() - ready)
         except Stop:
-            screen.echo("stopping ...")
+            console.echo("stopping ...")
             return INTERRUPTED
         return 0 if all(one.complaint is None for one in asked) else 1
 
@@ -92,15 +92,15 @@ def sample(count: int) -> tuple[list[Question], list[Question]]:
     return mixed[:half], mixed[half:]
 
 
-def _serve(family: Family, screen: Screen, connector: str | None, log_level: LogLevel) -> str:
+def _serve(family: ChildProcesses, console: Console, connector: str | None, log_level: LogLevel) -> str:
     """Start everything on free ports of loopback; returns the router's URL."""
     family.warm()
     options = ModelOptions(kv_memory="64MiB")
     run_options = RunOptions(threads=1, log_level=log_level)
     network = NetworkOptions()
     configs = plan_configs(ServePlan(), options.model(MODEL, NAME), connector, options, network, run_options)
-    with screen:
-        router = start_all(family, screen, RouterConfig(port=0, log_level=log_level), configs)
+    with console:
+        router = start_all(family, console, RouterConfig(port=0, log_level=log_level), configs)
     return f"http://{router.http}"
 
 
@@ -125,7 +125,7 @@ async def _ask(client: Client, question: Question) -> Asked:
 
 
 def _show(asked: list[Asked], alone: int, start_seconds: float, ask_seconds: float) -> None:
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PLAIN_WIDTH)
+    console = RichConsole(highlight=False) if sys.stdout.isatty() else RichConsole(highlight=False, width=PLAIN_WIDTH)
     console.print(_table(asked, alone, console.width))
     for one in asked:
         if one.complaint is not None:

@@ -68,7 +68,7 @@ def _cluster_plan(options: DoctorOptions) -> ClusterPlan:
     # Before torch is imported: its stack traces would hide the one line that counts.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from tandem.doctor.cluster import ClusterPlan
-    from tandem.transfer.transports import connector_name
+    from tandem.transfer.transports.registry import connector_name
 
     tp = options.tp if options.tp is not None else max(1, options.nnodes // max(1, options.pp))
     return ClusterPlan(

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tandem.commands.screen import Screen
+from tandem.commands.console import Console
 from tandem.commands.supervise import supervised, wait_forever
 from tandem.config import EngineConfig, ModelSection, ParallelSection, Role, RouterConfig
 from tandem.errors import ConfigError
+from tandem.local_cluster import Progress, RouterProcess, start_engines, start_router, wait_healthy, wait_ready
 from tandem.models_on_disk import local_model
 from tandem.options import ModelOptions, NetworkOptions, RunOptions, engine_config
-from tandem.processes import Family
-from tandem.serve import Progress, RouterProcess, start_engines, start_router, wait_healthy, wait_ready
-from tandem.transfer.transports import connector_name
+from tandem.processes import ChildProcesses
+from tandem.transfer.transports.registry import connector_name
 
 SOLO = ParallelSection()
 
@@ -59,7 +59,7 @@ def run_serve(
 ) -> int:
     """Serve until stopped."""
 
-    def body(family: Family, screen: Screen) -> int:
+    def body(family: ChildProcesses, console: Console) -> int:
         path, name = local_model(model)
         section = options.model(path, name)
         router_config = RouterConfig(
@@ -73,10 +73,10 @@ def run_serve(
         )
         configs = plan_configs(plan, section, connector, options, network, run)
         family.warm()
-        with screen:
-            router = start_all(family, screen, router_config, configs)
+        with console:
+            router = start_all(family, console, router_config, configs)
         url = f"http://{router.http}"
-        screen.panel(
+        console.panel(
             [
                 f"[bold]{section.name}[/bold] is served at [bold cyan]{url}/v1[/bold cyan]",
                 "Ctrl-C stops everything",
@@ -84,7 +84,7 @@ def run_serve(
             f"curl {url}/v1/completions -H 'Content-Type: application/json'"
             f' -d \'{{"model": "{section.name}", "prompt": "Hello", "max_tokens": 16}}\'',
         )
-        screen.url(url)
+        console.url(url)
         wait_forever(family)
         return 0
 
@@ -115,14 +115,14 @@ def with_block_size(config: EngineConfig, block_size: int | None) -> EngineConfi
 
 
 def start_all(
-    family: Family, screen: Screen, router_config: RouterConfig, configs: list[tuple[str, EngineConfig]]
+    family: ChildProcesses, console: Console, router_config: RouterConfig, configs: list[tuple[str, EngineConfig]]
 ) -> RouterProcess:
     """Returns once a request would be answered."""
     seconds = configs[0][1].time.start_timeout
     router = start_router(family, router_config, seconds)
     engines = start_engines(family, configs, router.control)
     https = {engine.name: engine.http for engine in engines}
-    progress = Progress(screen.loaded, lambda who, status: screen.ready(who, status, https[who]))
+    progress = Progress(console.loaded, lambda who, status: console.ready(who, status, https[who]))
     wait_ready(family, engines, seconds, progress)
     wait_healthy(family, router, seconds)
     return router

@@ -6,35 +6,35 @@ import signal
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from tandem.commands.screen import Screen
+from tandem.commands.console import Console
 from tandem.errors import EngineStopped, TandemError
-from tandem.processes import PRELOAD, Family, ending_fork_server
+from tandem.processes import PRELOAD, ChildProcesses, ending_fork_server
 
 
 class Stop(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came."""
 
 
-def supervised(body: Callable[[Family, Screen], int], preload: Sequence[str] = PRELOAD) -> int:
+def supervised(body: Callable[[ChildProcesses, Console], int], preload: Sequence[str] = PRELOAD) -> int:
     """Run `body` with a family of children, which are gone when this returns; its value is the exit code."""
-    screen = Screen()
-    with ending_fork_server(), Family(echo=screen.echo, preload=preload) as family:
+    console = Console()
+    with ending_fork_server(), ChildProcesses(echo=console.echo, preload=preload) as family:
         _take_signals(family)
         try:
-            return body(family, screen)
+            return body(family, console)
         except EngineStopped as stopped:
-            screen.echo(str(stopped))
+            console.echo(str(stopped))
             return 0
         except TandemError as error:
-            screen.failed(str(error))
+            console.failed(str(error))
             return 1
         except Stop:
-            screen.echo("stopping ...")
+            console.echo("stopping ...")
             return 0
     return 0
 
 
-def wait_forever(family: Family) -> None:
+def wait_forever(family: ChildProcesses) -> None:
     """Until a signal comes or a child dies; then raises."""
     while True:
         family.wait(family.children, None)
@@ -42,7 +42,7 @@ def wait_forever(family: Family) -> None:
             child.reports = type(child.reports)(r for r in child.reports if r[0] in ("error", "ended"))
 
 
-def _take_signals(family: Family) -> None:
+def _take_signals(family: ChildProcesses) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
         if family.ending:
             family.kill()

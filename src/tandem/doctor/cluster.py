@@ -28,15 +28,15 @@ from tandem.doctor.cluster_messages import NodeDoor, NodeMemory, Pinged, Reach
 from tandem.doctor.door import Door, knock
 from tandem.doctor.reads import BULK_BYTES, Node, all_pairs
 from tandem.doctor.slab import Slab
-from tandem.engine.launch import published_host
-from tandem.engine.rendezvous import meet, open_store
-from tandem.engine.runner import pick_device
+from tandem.engine.start.launch import published_host
+from tandem.engine.start.rendezvous import meet, open_store
+from tandem.engine.step.runner import pick_device
 from tandem.engine.world import TorchWorld
 from tandem.errors import ConfigError, EngineFailed, StartError, TandemError
 from tandem.ids import new_identity
 from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord, agree
-from tandem.transfer.transports import transport_factory
+from tandem.transfer.transports.registry import transport_factory
 from tandem.wire.addresses import interface_of
 from tandem.wire.keys import ClusterKey, load_key
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tandem.transfer.base import RankEndpoint
+from tandem.transfer.transports.base import RankEndpoint
 
 
 class NodeDoor(msgspec.Struct, frozen=True):

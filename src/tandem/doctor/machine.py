@@ -71,7 +71,7 @@ def shared_memory(total: int) -> Finding:
 
 
 def open_files(limit: int) -> Finding:
-    """A front needs a file for every client and engine, an engine one for every peer."""
+    """A frontend needs a file for every client and engine, an engine one for every peer."""
     if limit == resource.RLIM_INFINITY:
         return ok("open files (ulimit -n)", "unlimited")
     if limit < MIN_FILES:

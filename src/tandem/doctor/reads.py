@@ -14,7 +14,7 @@ from tandem.doctor.board import Board
 from tandem.doctor.cluster_messages import NodeMemory, Reach
 from tandem.doctor.slab import Slab
 from tandem.errors import ConfigError, TransferError
-from tandem.transfer.base import RankEndpoint, ReadState, Transport
+from tandem.transfer.transports.base import RankEndpoint, ReadState, Transport
 
 RUN_BYTES = 256 * 1024
 FIRST_BYTES = 4 * 1024 * 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tandem.transfer.base import Region
+from tandem.transfer.transports.base import Region
 
 
 class Slab:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.transfer.pulls import Pull
+from tandem.transfer.decode.pulls import Pull
 from tandem.wire.messages import Generate
 
 STUCK_SECONDS = 5.0
@@ -12,15 +12,15 @@ STUCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """A request came from front number `front`."""
+class StartRequest:
+    """A request came from frontend number `frontend`."""
 
-    front: int
+    frontend: int
     generate: Generate
 
 
 @dataclass(frozen=True, slots=True)
-class Abort:
+class AbortRequest:
     request_id: str
 
 
@@ -57,4 +57,4 @@ class Shutdown:
     failed: bool = False
 
 
-Command = Start | Abort | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown
+Command = StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch._C import _distributed_c10d as stores
 
 from tandem.config import ParallelSection
-from tandem.models.parallel import Collectives, Shard, SoloCollectives, TorchCollectives, with_other_ranks
+from tandem.models.parallel import Collectives, RankPosition, SoloCollectives, TorchCollectives, with_other_ranks
 from tandem.wire.addresses import interface_of
 
 SMALL = 4096
@@ -23,7 +23,7 @@ class SoloWorld:
 
     rank = 0
     size = 1
-    shard = Shard()
+    shard = RankPosition()
     collectives: Collectives = SoloCollectives()
 
     def all_gather(self, data: bytes) -> list[bytes]:
@@ -52,7 +52,7 @@ class TorchWorld:
     ) -> None:
         self.rank = rank
         self.size = parallel.world_size
-        self.shard = Shard(rank % parallel.tp, parallel.tp, rank // parallel.tp, parallel.pp)
+        self.shard = RankPosition(rank % parallel.tp, parallel.tp, rank // parallel.tp, parallel.pp)
         self._device = device
         self._sending: tuple[Any, Tensor] | None = None
         interface = interface_of(host)

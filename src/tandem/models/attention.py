@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tandem.models.batch import DecodeGroup, ForwardBatch, PrefillRow
+from tandem.models.forward_batch import DecodeGroup, ForwardBatch, PrefillRow
 
 # Queries of a chunk attended to at a time. CPU kernels compute what a causal mask hides, so short tiles save up
 # to half of the work there; on a GPU a tile only bounds the size of the mask.
@@ -28,7 +28,7 @@ GPU_TILE = 1024
 SPLIT_FROM = 1024
 
 
-class KvPages:
+class PagedKvCache:
     """Views of the KV memory, one per layer, in which a block and head have the same index for every layer."""
 
     def __init__(self, kv: Tensor) -> None:
@@ -97,7 +97,7 @@ class PagedAttention:
         self._mask = _CausalMask(CPU_TILE if self._on_cpu else GPU_TILE, dtype, device)
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
-    def plan(self, batch: ForwardBatch, kv: KvPages) -> AttentionPlan:
+    def plan(self, batch: ForwardBatch, kv: PagedKvCache) -> AttentionPlan:
         longest = max((row.length for row in batch.prefill), default=0)
         if longest:
             self._mask.reserve(longest)
@@ -109,7 +109,7 @@ class PagedAttention:
             ),
         )
 
-    def _plan_decode(self, group: DecodeGroup, kv: KvPages) -> _DecodePlan:
+    def _plan_decode(self, group: DecodeGroup, kv: PagedKvCache) -> _DecodePlan:
         pages = kv.page_index(group.blocks)
         gathered = group.blocks.shape[1] * kv.block_size
         splits = self._splits and group.blocks.shape[0] * gathered >= SPLIT_FROM
@@ -128,7 +128,7 @@ class PagedAttention:
         mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :width]
         return _DecodePlan(group, pages, width, splits, mask, unused)
 
-    def __call__(self, qkv: Tensor, plan: AttentionPlan, kv: KvPages, layer: int) -> Tensor:
+    def __call__(self, qkv: Tensor, plan: AttentionPlan, kv: PagedKvCache, layer: int) -> Tensor:
         """Stores the new keys and values, then attends.
 
         Args:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tandem.models.attention import KvPages, PagedAttention
-from tandem.models.batch import ForwardBatch
-from tandem.models.config import ModelConfig
+from tandem.models.attention import PagedAttention, PagedKvCache
+from tandem.models.forward_batch import ForwardBatch
 from tandem.models.kv_size import kv_shape
 from tandem.models.layers import Linear, rms_norm, rotate, swiglu
-from tandem.models.parallel import Collectives, Shard
+from tandem.models.model_config import ModelConfig
+from tandem.models.parallel import Collectives, RankPosition
+from tandem.models.rank_slice import RankSlice, WeightSlice
 from tandem.models.rope import RotaryTable
-from tandem.models.stage import Piece, Stage
 
 
 class Decoder:
@@ -28,12 +28,12 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        shard: Shard,
+        shard: RankPosition,
         collectives: Collectives,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        stage = self.stage = Stage(config, shard, collectives, dtype, torch.device(device))
+        stage = self.stage = RankSlice(config, shard, collectives, dtype, torch.device(device))
         self.config = config
         self.shard = shard
         needs_embedding = shard.is_first_stage or (shard.is_last_stage and config.tie_word_embeddings)
@@ -44,7 +44,7 @@ class Decoder:
             len(stage.query_heads), len(stage.kv_heads), config.head_dim, dtype, stage.device
         )
         self._rotary = RotaryTable(config.rope, config.head_dim, dtype, stage.device)
-        self._kv: KvPages | None = None
+        self._kv: PagedKvCache | None = None
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class Decoder:
             raise ValueError("only the last stage has logits")
         return self._head(hidden.index_select(0, rows))
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[WeightSlice]:
         """What of the checkpoint goes where."""
         if self._embedding is not None:
             yield from self._embedding.pieces()
@@ -98,12 +98,12 @@ class Decoder:
         if self._head is not None:
             self._head.pack()
 
-    def _pages(self, kv: Tensor) -> KvPages:
+    def _pages(self, kv: Tensor) -> PagedKvCache:
         if self._kv is None or self._kv.kv is not kv:
             expected = kv_shape(self.config, self.shard, kv.shape[0], kv.shape[-2])
             if tuple(kv.shape) != expected or kv.dtype != self.stage.dtype:
                 raise ValueError(f"kv must be {expected} {self.stage.dtype}; got {tuple(kv.shape)} {kv.dtype}")
-            self._kv = KvPages(kv)
+            self._kv = PagedKvCache(kv)
         return self._kv
 
 
@@ -111,7 +111,7 @@ class _Layer:
     """Attention and MLP, each after a norm and around a residual. One product makes queries, keys and values,
     one makes gates and ups."""
 
-    def __init__(self, stage: Stage, index: int) -> None:
+    def __init__(self, stage: RankSlice, index: int) -> None:
         config = self._config = stage.config
         self._stage = stage
         self._prefix = f"model.layers.{index}."
@@ -150,14 +150,14 @@ class _Layer:
         for linear in (self._qkv, self._output, self._gate_up, self._down):
             linear.pack()
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[WeightSlice]:
         config, hidden = self._config, self._config.hidden_size
-        yield Piece(f"{self._prefix}input_layernorm.weight", (hidden,), self._input_norm)
-        yield Piece(f"{self._prefix}post_attention_layernorm.weight", (hidden,), self._mlp_norm)
+        yield WeightSlice(f"{self._prefix}input_layernorm.weight", (hidden,), self._input_norm)
+        yield WeightSlice(f"{self._prefix}post_attention_layernorm.weight", (hidden,), self._mlp_norm)
         if self._qk_norm is not None:
             queries, keys = self._qk_norm[: self._num_queries], self._qk_norm[self._num_queries :]
-            yield Piece(f"{self._prefix}self_attn.q_norm.weight", (config.head_dim,), queries)
-            yield Piece(f"{self._prefix}self_attn.k_norm.weight", (config.head_dim,), keys)
+            yield WeightSlice(f"{self._prefix}self_attn.q_norm.weight", (config.head_dim,), queries)
+            yield WeightSlice(f"{self._prefix}self_attn.k_norm.weight", (config.head_dim,), keys)
         queries_of, keys_of = self._stage.query_heads, self._stage.kv_heads
         yield from self._column_split(
             self._qkv,
@@ -176,30 +176,30 @@ class _Layer:
         yield from self._row_split(self._output, "self_attn.o_proj", config.num_heads * config.head_dim, query_columns)
         yield from self._row_split(self._down, "mlp.down_proj", config.intermediate_size, own)
 
-    def _column_split(self, linear: Linear, parts: list[tuple[str, int, slice]]) -> Iterator[Piece]:
+    def _column_split(self, linear: Linear, parts: list[tuple[str, int, slice]]) -> Iterator[WeightSlice]:
         """Several projections of the same input, stacked: (name, outputs of the whole, outputs of this rank)."""
         assert linear.weight is not None
         stops = list(accumulate(own.stop - own.start for _, _, own in parts))
         for (name, total, own), stop in zip(parts, stops, strict=True):
             rows = slice(stop - (own.stop - own.start), stop)
             shape = (total, self._config.hidden_size)
-            yield Piece(f"{self._prefix}{name}.weight", shape, linear.weight[rows], (own,))
+            yield WeightSlice(f"{self._prefix}{name}.weight", shape, linear.weight[rows], (own,))
             if linear.bias is not None:
-                yield Piece(f"{self._prefix}{name}.bias", (total,), linear.bias[rows], (own,))
+                yield WeightSlice(f"{self._prefix}{name}.bias", (total,), linear.bias[rows], (own,))
 
-    def _row_split(self, linear: Linear, name: str, total: int, own: slice) -> Iterator[Piece]:
+    def _row_split(self, linear: Linear, name: str, total: int, own: slice) -> Iterator[WeightSlice]:
         """A projection of an input that is split over the ranks."""
         assert linear.weight is not None
         shape = (self._config.hidden_size, total)
-        yield Piece(f"{self._prefix}{name}.weight", shape, linear.weight, (slice(None), own))
+        yield WeightSlice(f"{self._prefix}{name}.weight", shape, linear.weight, (slice(None), own))
         if linear.bias is not None:
-            yield Piece(f"{self._prefix}{name}.bias", (shape[0],), linear.bias)
+            yield WeightSlice(f"{self._prefix}{name}.bias", (shape[0],), linear.bias)
 
 
 class _Embedding:
     """Token embeddings, the vocabulary split over the ranks."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: RankSlice) -> None:
         self._stage = stage
         self.weight = stage.tensor(stage.vocab_rows, stage.config.hidden_size)
 
@@ -212,14 +212,14 @@ class _Embedding:
         own = F.embedding((token_ids - stage.vocab.start) * is_own, self.weight)
         return stage.sum(own.masked_fill_(~is_own[:, None], 0))
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[WeightSlice]:
         yield _vocab_piece("model.embed_tokens.weight", self._stage, self.weight)
 
 
 class _Head:
     """The final norm and the projection to the vocabulary, which is split over the ranks."""
 
-    def __init__(self, stage: Stage, embedding: _Embedding | None) -> None:
+    def __init__(self, stage: RankSlice, embedding: _Embedding | None) -> None:
         self._stage = stage
         self._norm = stage.tensor(stage.config.hidden_size)
         self._is_tied = stage.config.tie_word_embeddings
@@ -240,15 +240,15 @@ class _Head:
         # A tied weight stays in its plain order too, for the embedding: memory for speed.
         self._linear.pack()
 
-    def pieces(self) -> Iterator[Piece]:
-        yield Piece("model.norm.weight", (self._stage.config.hidden_size,), self._norm)
+    def pieces(self) -> Iterator[WeightSlice]:
+        yield WeightSlice("model.norm.weight", (self._stage.config.hidden_size,), self._norm)
         if not self._is_tied:
             assert self._linear.weight is not None
             yield _vocab_piece("lm_head.weight", self._stage, self._linear.weight)
 
 
-def _vocab_piece(name: str, stage: Stage, weight: Tensor) -> Piece:
+def _vocab_piece(name: str, stage: RankSlice, weight: Tensor) -> WeightSlice:
     weight[len(stage.vocab) :].zero_()
     own = slice(stage.vocab.start, stage.vocab.stop)
     shape = (stage.config.vocab_size, stage.config.hidden_size)
-    return Piece(name, shape, weight[: len(stage.vocab)], (own,))
+    return WeightSlice(name, shape, weight[: len(stage.vocab)], (own,))

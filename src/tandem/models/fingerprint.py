@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 
 from tandem.errors import ModelError
-from tandem.models.config import ModelConfig, load_config
 from tandem.models.loader import weight_files
+from tandem.models.model_config import ModelConfig, load_config
 
 WHOLE_UP_TO = 64 << 20
 SAMPLES = 64

@@ -12,17 +12,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tandem.errors import ModelError
-from tandem.models.config import load_config
 from tandem.models.decoder import Decoder
-from tandem.models.parallel import Collectives, Shard
-from tandem.models.stage import Piece
+from tandem.models.model_config import load_config
+from tandem.models.parallel import Collectives, RankPosition
+from tandem.models.rank_slice import WeightSlice
 
 INDEX = "model.safetensors.index.json"
 
 
 def load_decoder(
     path: str | Path,
-    shard: Shard,
+    shard: RankPosition,
     collectives: Collectives,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -107,7 +107,7 @@ class Checkpoint:
     def names(self) -> Iterator[str]:
         yield from self._files
 
-    def check(self, pieces: list[Piece]) -> None:
+    def check(self, pieces: list[WeightSlice]) -> None:
         """Raises `ModelError` unless every tensor is there in the shape that the configuration asks for."""
         for piece in pieces:
             if piece.name not in self._files:
@@ -118,7 +118,7 @@ class Checkpoint:
                     f"{piece.name} in {self.path} has shape {list(got)}; by config.json it is {list(piece.shape)}"
                 )
 
-    def read(self, piece: Piece) -> None:
+    def read(self, piece: WeightSlice) -> None:
         """Copies the piece's part of the tensor to its target."""
         source = self._files[piece.name].get_slice(piece.name)
         piece.target.copy_(source[piece.part or (slice(None),)])

@@ -19,11 +19,11 @@ from tandem.errors import EngineFailed, ModelError
 from tandem.kv.layout import LayoutError
 from tandem.kv.layout import Shard as KvShard
 from tandem.kv.shard import query_heads, shard
-from tandem.models.config import ModelConfig
+from tandem.models.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class RankPosition:
     """The place of one rank in an engine of `tp_size` x `pp_size` ranks."""
 
     tp_rank: int = 0
@@ -93,7 +93,7 @@ def check_split(config: ModelConfig, tp: int, pp: int) -> None:
         )
 
 
-def _too_many_ranks(shard: Shard, error: LayoutError) -> ModelError:
+def _too_many_ranks(shard: RankPosition, error: LayoutError) -> ModelError:
     return ModelError(
         f"the model cannot be split over tp {shard.tp_size} x pp {shard.pp_size}: "
         f"{error.field}: expected {error.expected}, got {error.got}"

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tandem.models.config import DTYPES
 from tandem.models.loader import INDEX
+from tandem.models.model_config import DTYPES
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

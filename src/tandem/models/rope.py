@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tandem.models.config import RopeConfig
+from tandem.models.model_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

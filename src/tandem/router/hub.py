@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from tandem.errors import EngineLost, RequestError, WireError, request_error
-from tandem.router.pool import Member, Pool
+from tandem.router.registry import EngineEntry, EngineRegistry
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -26,7 +26,7 @@ from tandem.wire.messages import (
     Register,
     Registered,
     ToEngine,
-    ToFront,
+    ToFrontend,
     Tokens,
 )
 
@@ -43,7 +43,7 @@ class Channel:
     """Where the messages of one request from one engine arrive. Close it, and the engine hears of it."""
 
     request_id: str
-    member: Member
+    member: EngineEntry
     inbox: Inbox
     finished: bool = False
 
@@ -60,12 +60,12 @@ class Hub:
     """
 
     socket: zmq.asyncio.Socket
-    pool: Pool
+    pool: EngineRegistry
     introduce: bool
     on_change: Callable[[], None] = lambda: None
     bad_messages: int = 0
     _refused: set[str] = field(default_factory=set)
-    _codec: Codec[ToFront] = field(default_factory=lambda: Codec(ToFront))
+    _codec: Codec[ToFrontend] = field(default_factory=lambda: Codec(ToFrontend))
     _channels: dict[tuple[bytes, str], Channel] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -74,7 +74,7 @@ class Hub:
             group.create_task(self._receive())
             group.create_task(self._watch())
 
-    def open(self, generate: Generate, member: Member, inbox: Inbox) -> Channel:
+    def open(self, generate: Generate, member: EngineEntry, inbox: Inbox) -> Channel:
         """Send a request to an engine; everything it says of it goes to `inbox`."""
         channel = Channel(generate.request_id, member, inbox)
         self._channels[member.route, generate.request_id] = channel
@@ -112,7 +112,7 @@ class Hub:
                 if self.bad_messages < 10 or self.bad_messages % 1000 == 0:
                     log.warning("message %d dropped: %s", self.bad_messages, error)
 
-    def _handle(self, route: bytes, message: ToFront) -> None:
+    def _handle(self, route: bytes, message: ToFrontend) -> None:
         now = time.monotonic()
         match message:
             case Outputs(items=items):
@@ -147,7 +147,7 @@ class Hub:
             self._introduce_all()
         self.on_change()
 
-    def _refuse(self, route: bytes, message: Register, rival: Member) -> None:
+    def _refuse(self, route: bytes, message: Register, rival: EngineEntry) -> None:
         """An engine that restarts is taken once its earlier life is silent; two that live cannot have one name."""
         if message.identity.incarnation not in self._refused:
             self._refused.add(message.identity.incarnation)
@@ -195,7 +195,7 @@ class Hub:
                 self.on_change()
             self._introduce_all()
 
-    def _fail_all(self, member: Member, why: str) -> None:
+    def _fail_all(self, member: EngineEntry, why: str) -> None:
         for channel in list(self._channels.values()):
             if channel.member is member and not channel.finished:
                 self._finish(channel)

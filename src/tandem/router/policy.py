@@ -1,6 +1,6 @@
 """Which engines take a request. Pure.
 
-Load is what this front has sent and not seen the end of, plus what the engine says waits in its queue; among equals
+Load is what this frontend has sent and not seen the end of, plus what the engine says waits in its queue; among equals
 the engine that was chosen least recently goes first. Pairs that refused each other are not made again. One whose
 session was lost is made only where there is nothing else; its --kv-failure decides what becomes of the request.
 """
@@ -10,24 +10,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from tandem.router.pool import Member
+from tandem.router.registry import EngineEntry
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class Route:
     """Engines for one request. `prefill` is None when `decode` does everything itself, for `reason`."""
 
-    decode: Member
-    prefill: Member | None = None
+    decode: EngineEntry
+    prefill: EngineEntry | None = None
     reason: str | None = None
 
 
-def load(member: Member) -> tuple[int, int, int]:
+def load(member: EngineEntry) -> tuple[int, int, int]:
     counts = member.status.requests
     return member.active + counts.waiting, counts.running, member.chosen
 
 
-def sessions(prefills: Iterable[Member], decodes: Iterable[Member], state: str) -> dict[tuple[str, str], str]:
+def sessions(prefills: Iterable[EngineEntry], decodes: Iterable[EngineEntry], state: str) -> dict[tuple[str, str], str]:
     """Pairs (prefill incarnation, decode incarnation) whose session is `refused` or `lost`, and why."""
     found = {}
     for decode in decodes:
@@ -40,7 +40,7 @@ def sessions(prefills: Iterable[Member], decodes: Iterable[Member], state: str) 
     return found
 
 
-def choose(members: Sequence[Member], exclude: Collection[str] = ()) -> Path | str:
+def choose_route(members: Sequence[EngineEntry], exclude: Collection[str] = ()) -> Route | str:
     """The path for a new request, or why there is none.
 
     Args:
@@ -55,17 +55,17 @@ def choose(members: Sequence[Member], exclude: Collection[str] = ()) -> Path | s
     pairs = [(p, d) for p in prefills for d in decodes if (p.incarnation, d.incarnation) not in refused]
     connected = [(p, d) for p, d in pairs if (p.incarnation, d.incarnation) not in lost]
     if not connected and mixed:
-        return Path(mixed[0], reason="mixed engine")
+        return Route(mixed[0], reason="mixed engine")
     if pairs:
         prefill, decode = min(connected or pairs, key=lambda pair: (load(pair[0]), load(pair[1])))
-        return Path(decode, prefill)
+        return Route(decode, prefill)
     return _nothing(prefills, decodes, refused)
 
 
-def choose_weights(
-    members: Sequence[Member], exclude: Collection[str] = (), current: str | None = None
-) -> tuple[Path | str, str | None]:
-    """As `choose`, within the engines of one fingerprint: answers must not change with the engine that is free.
+def choose_route_of_one_model(
+    members: Sequence[EngineEntry], exclude: Collection[str] = (), current: str | None = None
+) -> tuple[Route | str, str | None]:
+    """As `choose_route`, within the engines of one fingerprint: answers must not change with the engine that is free.
 
     Args:
         current: the fingerprint served until now. It stays as long as it has a path, so that engines with new
@@ -75,21 +75,23 @@ def choose_weights(
     """
     known = dict.fromkeys(m.status.fingerprint for m in members)
     for fingerprint in sorted(known, key=lambda one: one != current):
-        path = choose([m for m in members if m.status.fingerprint == fingerprint], exclude)
-        if isinstance(path, Path):
+        path = choose_route([m for m in members if m.status.fingerprint == fingerprint], exclude)
+        if isinstance(path, Route):
             return path, fingerprint
     return _no_path(members, exclude), current
 
 
-def _no_path(members: Sequence[Member], exclude: Collection[str]) -> str:
-    path = choose(members, exclude)
+def _no_path(members: Sequence[EngineEntry], exclude: Collection[str]) -> str:
+    path = choose_route(members, exclude)
     if isinstance(path, str):
         return path
     weights = ", ".join(f"{m.engine_id} ({m.role}) has {m.status.fingerprint}" for m in members)
     return f"no path through engines of the same weights: {weights}"
 
 
-def _nothing(prefills: Sequence[Member], decodes: Sequence[Member], refused: dict[tuple[str, str], str]) -> str:
+def _nothing(
+    prefills: Sequence[EngineEntry], decodes: Sequence[EngineEntry], refused: dict[tuple[str, str], str]
+) -> str:
     if refused:
         return "no prefill engine fits a decode engine: " + "; ".join(sorted(set(refused.values())))
     missing = [role for role, members in (("prefill", prefills), ("decode", decodes)) if not members]

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from tandem.api.backend import Health, HowMade, ModelCard, TokenDelta, TokenRequest
+from tandem.api.backend import Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
 from tandem.errors import (
     EngineFailed,
     EngineLost,
@@ -29,8 +29,8 @@ from tandem.errors import (
     Unavailable,
 )
 from tandem.router.hub import Channel, Hub, Inbox
-from tandem.router.policy import Path, choose, choose_weights
-from tandem.router.pool import Member, Pool
+from tandem.router.policy import Route, choose_route, choose_route_of_one_model
+from tandem.router.registry import EngineEntry, EngineRegistry
 from tandem.wire.messages import (
     Address,
     EngineStatus,
@@ -38,7 +38,7 @@ from tandem.wire.messages import (
     KvTransferParams,
     Local,
     Prefill,
-    Pull,
+    PullKv,
     RequestStats,
     TokenLogprobs,
     Tokens,
@@ -52,12 +52,12 @@ FATAL = (InvalidRequest, KvLost, TimedOut)
 RESUME_SECONDS = 5.0
 RESUME_POLL_SECONDS = 0.1
 
-FindPath = Callable[[set[str], str | None], Path | str]
+FindPath = Callable[[set[str], str | None], Route | str]
 """The path for a request, or why there is none: avoiding these incarnations, with engines of this fingerprint."""
 
 
 @dataclass(slots=True)
-class _Progress:
+class OutputMerger:
     """Output of one request over all attempts, put in order: two engines may each send a part of it."""
 
     started: float
@@ -98,7 +98,7 @@ class Router:
     """
 
     def __init__(
-        self, hub: Hub, pool: Pool, find_path: FindPath, *, request_timeout: float, seed: int | None = None
+        self, hub: Hub, pool: EngineRegistry, find_path: FindPath, *, request_timeout: float, seed: int | None = None
     ) -> None:
         self._hub = hub
         self._pool = pool
@@ -140,7 +140,7 @@ class Router:
         return described
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
-        progress = _Progress(time.monotonic())
+        progress = OutputMerger(time.monotonic())
         avoid: set[str] = set()
         failure: RequestError | None = None
         weights: str | None = None
@@ -162,7 +162,7 @@ class Router:
                 avoid.add(_at_fault(error, path).incarnation)
         raise failure or EngineFailed("no attempt succeeded")
 
-    async def _path(self, avoid: set[str], weights: str | None, failure: RequestError | None) -> Path:
+    async def _path(self, avoid: set[str], weights: str | None, failure: RequestError | None) -> Route:
         """A path for the next attempt. After the loss of an engine it waits a while for one to come (back).
 
         Args:
@@ -181,14 +181,14 @@ class Router:
 
     # --- one attempt -------------------------------------------------------------------------------------------
 
-    def _mark(self, path: Path) -> None:
+    def _mark(self, path: Route) -> None:
         self._count += 1
         for member in (path.prefill, path.decode):
             if member is not None:
                 member.chosen = self._count
 
     async def _attempt(
-        self, request: TokenRequest, path: Path, progress: _Progress, attempt: int
+        self, request: TokenRequest, path: Route, progress: OutputMerger, attempt: int
     ) -> AsyncGenerator[TokenDelta, None]:
         """One path, until the request ends. Raises a RequestError if this path cannot end it."""
         inbox: Inbox = asyncio.Queue()
@@ -213,9 +213,9 @@ class Router:
                 fresh, logprobs = progress.take(message)
                 if message.finish_reason is not None:
                     end = (message.index + len(message.token_ids), message)
-                how = how_made(path, stats, progress, attempt) if message.stats is not None else None
+                how = serving_details(path, stats, progress, attempt) if message.stats is not None else None
                 if end is not None and len(progress.tokens) >= end[0]:
-                    how = how or how_made(path, stats, progress, attempt)
+                    how = how or serving_details(path, stats, progress, attempt)
                     last = end[1]
                     params = self._published(path, last.kv_transfer_params)
                     yield TokenDelta(fresh, logprobs, last.finish_reason, last.stop_token_id, how, params)
@@ -226,7 +226,7 @@ class Router:
             for channel in channels:
                 self._hub.close(channel)
 
-    def _open(self, request: TokenRequest, path: Path, progress: _Progress, inbox: Inbox) -> list[Channel]:
+    def _open(self, request: TokenRequest, path: Route, progress: OutputMerger, inbox: Inbox) -> list[Channel]:
         """Send the request to the engines of the path, at once."""
         generate = Generate(
             request_id=f"{request.request_id}-{uuid.uuid4().hex[:8]}",
@@ -239,13 +239,13 @@ class Router:
             kv = foreign_kv(request.kv_transfer_params)
             return [self._hub.open(msgspec.structs.replace(generate, kv=kv), path.decode, inbox)]
         source = path.prefill.register
-        pull = Pull(source.identity.engine_id, source.identity.incarnation, source.peer_address, generate.request_id)
+        pull = PullKv(source.identity.engine_id, source.identity.incarnation, source.peer_address, generate.request_id)
         return [
             self._hub.open(msgspec.structs.replace(generate, kv=Prefill()), path.prefill, inbox),
             self._hub.open(msgspec.structs.replace(generate, kv=pull), path.decode, inbox),
         ]
 
-    async def _next(self, inbox: Inbox, progress: _Progress) -> tuple[Channel, Tokens | RequestError]:
+    async def _next(self, inbox: Inbox, progress: OutputMerger) -> tuple[Channel, Tokens | RequestError]:
         try:
             async with asyncio.timeout_at(
                 asyncio.get_running_loop().time() + progress.started + self._timeout + GRACE - time.monotonic()
@@ -255,7 +255,7 @@ class Router:
             raise TimedOut(f"the request did not end in {self._timeout:.0f} s") from None
 
     @staticmethod
-    def _published(path: Path, params: KvTransferParams | None) -> KvTransferParams | None:
+    def _published(path: Route, params: KvTransferParams | None) -> KvTransferParams | None:
         """What a foreign proxy is given: the engine's address is known here, from its registration."""
         if params is None:
             return None
@@ -263,14 +263,14 @@ class Router:
         return msgspec.structs.replace(params, remote_host=address.host, remote_port=address.port)
 
 
-def _at_fault(error: RequestError, path: Path) -> Member:
+def _at_fault(error: RequestError, path: Route) -> EngineEntry:
     """Which engine of a path the next attempt had better avoid."""
     if path.prefill is not None and (isinstance(error, KvRetry) or error.engine == path.prefill.incarnation):
         return path.prefill
     return path.decode
 
 
-def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | Pull:
+def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | PullKv:
     """What a foreign proxy's `kv_transfer_params` ask for. Raises InvalidRequest."""
     if params is None or not (params.do_remote_decode or params.do_remote_prefill):
         return Local()
@@ -282,7 +282,7 @@ def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | Pull:
             " remote_port, as the prefill engine returned them",
             param="kv_transfer_params",
         )
-    return Pull(
+    return PullKv(
         params.remote_engine_id,
         params.remote_incarnation,
         Address(params.remote_host, params.remote_port),
@@ -292,18 +292,18 @@ def foreign_kv(params: KvTransferParams | None) -> Local | Prefill | Pull:
     )
 
 
-def pair_finder(pool: Pool) -> FindPath:
+def pair_finder(pool: EngineRegistry) -> FindPath:
     """How a router finds paths: among the engines of the one model, and the weights of it, that it serves."""
     current: str | None = None
 
-    def find(avoid: set[str], weights: str | None) -> Path | str:
+    def find(avoid: set[str], weights: str | None) -> Route | str:
         nonlocal current
         served = pool.served()
         ready = pool.ready("prefill", "decode", "mixed")
         fitting = [m for m in ready if served is None or m.status.model == served.status.model]
         if weights is not None:
-            return choose([m for m in fitting if m.status.fingerprint == weights], avoid)
-        path, chosen = choose_weights(fitting, avoid, current)
+            return choose_route([m for m in fitting if m.status.fingerprint == weights], avoid)
+        path, chosen = choose_route_of_one_model(fitting, avoid, current)
         if not avoid:  # what one request has to avoid changes nothing for the others
             current = chosen
         if isinstance(path, str) and served is not None and len(fitting) < len(ready):
@@ -313,17 +313,19 @@ def pair_finder(pool: Pool) -> FindPath:
     return find
 
 
-def single_finder(pool: Pool) -> FindPath:
+def single_finder(pool: EngineRegistry) -> FindPath:
     """How an engine's own API does: that engine answers alone, whatever its role."""
 
-    def find(avoid: set[str], _: str | None) -> Path | str:
+    def find(avoid: set[str], _: str | None) -> Route | str:
         members = [m for m in pool.ready("prefill", "decode", "mixed") if m.incarnation not in avoid]
-        return Path(members[0], reason="sent to this engine directly") if members else "the engine is not ready"
+        return Route(members[0], reason="sent to this engine directly") if members else "the engine is not ready"
 
     return find
 
 
-def how_made(path: Path, stats: dict[str, RequestStats], progress: _Progress, attempt: int) -> HowMade:
+def serving_details(
+    path: Route, stats: dict[str, RequestStats], progress: OutputMerger, attempt: int
+) -> ServingDetails:
     """Merge what the engines of a path say of their parts."""
     none = RequestStats()
     decode = stats.get(path.decode.incarnation, none)
@@ -337,7 +339,7 @@ def how_made(path: Path, stats: dict[str, RequestStats], progress: _Progress, at
     prefix = {path.decode.engine_id: decode.prefix_tokens}
     if path.prefill is not None:
         prefix[path.prefill.engine_id] = prefill.prefix_tokens
-    return HowMade(
+    return ServingDetails(
         prefill_engine=decode.kv_source or (path.prefill or path.decode).engine_id,
         decode_engine=path.decode.engine_id,
         disaggregated=pulled,

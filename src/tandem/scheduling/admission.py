@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.kv.blocks import BlockPool, PrefixChain
 from tandem.scheduling.request import Request
-from tandem.wire.messages import Generate, Pull
+from tandem.wire.messages import Generate, PullKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _check(message: Generate, limits: Limits, pool: BlockPool) -> None:
             f"{limits.max_model_len} tokens, prompt and output together. Shorten the prompt.",
             param="prompt",
         )
-    needed = pool.blocks_for(length + isinstance(message.kv, Pull))
+    needed = pool.blocks_for(length + isinstance(message.kv, PullKv))
     if needed > pool.num_blocks:
         raise InvalidRequest(
             f"the prompt of {length} tokens needs {needed} KV blocks of {pool.block_size} tokens; this engine has "

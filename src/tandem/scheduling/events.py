@@ -1,8 +1,8 @@
 """What the scheduler tells its caller. `Scheduler.drain()` returns them in the order in which they happened.
 
 A request that was not aborted gets exactly one terminal event: `Finished` or `wire.messages.Failed`. Besides,
-every Prefill request gets exactly one `PrefillEnded`, aborted or not, and every Pull request either becomes ready
-(`Scheduler.kv_ready`), or the caller itself gives its KV up (`kv_failed`), or it gets one `PullEnded`.
+every Prefill request gets exactly one `PrefillEnded`, aborted or not, and every PullKv request either becomes ready
+(`Scheduler.kv_arrived`), or the caller itself gives its KV up (`kv_failed`), or it gets one `PullEnded`.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class PrefillEnded(msgspec.Struct, frozen=True):
     ok: bool
 
 
-class PullReady(msgspec.Struct, frozen=True):
-    """A Pull request was admitted: its blocks may be filled.
+class BlocksAllocated(msgspec.Struct, frozen=True):
+    """A PullKv request was admitted: its blocks may be filled.
 
     Attributes:
         block_ids: the block table, for the whole prompt and one more token.
@@ -98,7 +98,7 @@ class PullReady(msgspec.Struct, frozen=True):
 
 
 class PullEnded(msgspec.Struct, frozen=True):
-    """A Pull request ended (abort, deadline, failure) before its KV was there: let go of the claim.
+    """A PullKv request ended (abort, deadline, failure) before its KV was there: let go of the claim.
 
     Attributes:
         quarantined: its blocks wait for `Scheduler.read_ended`, which must be called once no read is in progress.
@@ -108,4 +108,4 @@ class PullEnded(msgspec.Struct, frozen=True):
     quarantined: bool
 
 
-Event = TokenOut | Finished | Failed | ChunkComputed | PrefillEnded | PullReady | PullEnded
+Event = TokenOut | Finished | Failed | ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded

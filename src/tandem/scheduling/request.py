@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from tandem.kv.blocks import PrefixChain
 from tandem.scheduling.batch import Row, SampleAt
 from tandem.scheduling.events import FinishReason
-from tandem.wire.messages import Local, Prefill, Pull, RequestStats
+from tandem.wire.messages import Local, Prefill, PullKv, RequestStats
 from tandem.wire.sampling import SamplingParams
 
 
 class RequestState(enum.Enum):
     WAITING = "waiting"  # no blocks
-    WAITING_FOR_KV = "waiting_for_kv"  # a Pull request: has its blocks, which are being filled
-    READY = "ready"  # a Pull request: has its KV, waits for a seat
+    WAITING_FOR_KV = "waiting_for_kv"  # a PullKv request: has its blocks, which are being filled
+    WAITING_FOR_SLOT = "ready"  # a PullKv request: has its KV, waits for a seat
     RUNNING = "running"
     FINISHED = "finished"  # blocks go back as soon as no batch with it is in flight
 
@@ -31,7 +31,7 @@ class Request:
         stop_tokens: ids that end it.
         order: place in the order of arrival.
         arrived_at, deadline: seconds.
-        kv: how its KV comes and goes; a Pull request that gives up on its peer becomes Local.
+        kv: how its KV comes and goes; a PullKv request that gives up on its peer becomes Local.
         num_computed: tokens [0, num_computed) have their KV in place, or will have when the batches in flight are done.
         block_ids: block table; covers at least `num_computed` tokens. Rows share the list: it grows in place and is
             replaced, never emptied, when the blocks go.
@@ -52,7 +52,7 @@ class Request:
     arrived_at: float
     deadline: float
     chain: PrefixChain
-    kv: Local | Prefill | Pull
+    kv: Local | Prefill | PullKv
     state: RequestState = RequestState.WAITING
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Request:
     inflight: int = 0
     admitted_at: float | None = None
     first_token_at: float | None = None
-    kv_ready_at: float | None = None
+    kv_arrived_at: float | None = None
     prefix_tokens: int = 0
     recomputations: int = 0
     recompute_reason: str | None = None
@@ -110,7 +110,7 @@ class Request:
     def stats(self, now: float) -> RequestStats:
         """Times so far. `transfer_time` is how long it waited for its KV, from admission until all was there."""
         admitted = self.admitted_at if self.admitted_at is not None else now
-        first, ready = self.first_token_at, self.kv_ready_at
+        first, ready = self.first_token_at, self.kv_arrived_at
         return RequestStats(
             queue_time=max(0.0, admitted - self.arrived_at),
             prefill_time=max(0.0, first - admitted) if first is not None and ready is None else 0.0,

@@ -15,11 +15,11 @@ from tandem.errors import EngineFailed, InvalidRequest, Overloaded, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits, new_request
 from tandem.scheduling.batch import Batch, Sampled, StepResult
-from tandem.scheduling.board import Board, Totals
+from tandem.scheduling.batch_builder import BatchBuilder, BatchEntry
 from tandem.scheduling.events import ChunkComputed, Event, FinishReason, TokenOut
-from tandem.scheduling.packing import Entry, Packing
 from tandem.scheduling.request import Request, RequestState
-from tandem.wire.messages import Generate, KvUsage, Prefill, Pull, RequestCounts
+from tandem.scheduling.state import SchedulerState, Totals
+from tandem.wire.messages import Generate, KvUsage, Prefill, PullKv, RequestCounts
 
 _RETRY_AFTER = 1  # seconds
 
@@ -27,7 +27,7 @@ _RETRY_AFTER = 1  # seconds
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     batch_id: int
-    entries: list[Entry]
+    entries: list[BatchEntry]
 
 
 class Scheduler:
@@ -48,7 +48,7 @@ class Scheduler:
         self.pool = pool
         self.pipeline_depth = pipeline_depth
         self._eos_ids = frozenset(eos_ids)
-        self._board = Board(limits, pool)
+        self._board = SchedulerState(limits, pool)
         self._in_flight: deque[_InFlight] = deque()
         self._deadlines: list[tuple[float, int, str]] = []
         self._next_batch_id = 0
@@ -81,7 +81,7 @@ class Scheduler:
         """
         if len(self._in_flight) >= self.pipeline_depth:
             return None
-        entries = Packing(self._board, self.pipeline_depth, now).pack()
+        entries = BatchBuilder(self._board, self.pipeline_depth, now).pack()
         if not entries:
             return None
         batch_id = self._next_batch_id
@@ -117,8 +117,8 @@ class Scheduler:
 
     # --- KV from a peer --------------------------------------------------------------------------------------------
 
-    def kv_ready(self, request_id: str, first_token: int | None, now: float) -> None:
-        """The KV of a Pull request is in its blocks, and no read is in progress. Unknown ids are fine.
+    def kv_arrived(self, request_id: str, first_token: int | None, now: float) -> None:
+        """The KV of a PullKv request is in its blocks, and no read is in progress. Unknown ids are fine.
 
         Args:
             first_token: what the prefill engine sampled (and sent to the client itself). None: this engine computes
@@ -132,24 +132,24 @@ class Scheduler:
             # To compute the last token would write into a block that others share.
             self.kv_failed(request_id, "the peer sent no first token", now, reading=False)
             return
-        request.kv_ready_at = now
+        request.kv_arrived_at = now
         request.num_computed = length if first_token is not None else length - 1
         self._publish(request, request.num_computed)
-        self._board.move(request, RequestState.READY)
+        self._board.move(request, RequestState.WAITING_FOR_SLOT)
         if first_token is not None:
             self._adopt_first_token(request, first_token, now)
 
     def kv_failed(
         self, request_id: str, reason: str, now: float, *, reading: bool, first_token: int | None = None
     ) -> None:
-        """The KV of a Pull request will not come: compute it here. Unknown ids are fine.
+        """The KV of a PullKv request will not come: compute it here. Unknown ids are fine.
 
         Args:
             reading: reads into its blocks are in progress: those stay out of the pool until `read_ended`.
             first_token: what the prefill engine sampled, if that is known; else this engine samples it again.
         """
         request = self._board.requests.get(request_id)
-        if request is None or not isinstance(request.kv, Pull):
+        if request is None or not isinstance(request.kv, PullKv):
             return
         if request.state not in (RequestState.WAITING, RequestState.WAITING_FOR_KV):
             return
@@ -263,7 +263,7 @@ class Scheduler:
         request = self._board.requests.get(request_id)
         return request if request is not None and request.state is RequestState.WAITING_FOR_KV else None
 
-    def _apply_row(self, entry: Entry, sampled: Sampled | None, now: float) -> None:
+    def _apply_row(self, entry: BatchEntry, sampled: Sampled | None, now: float) -> None:
         request = entry.request
         error = "no token came back for it" if sampled is None else sampled.error
         if entry.samples and error is not None:

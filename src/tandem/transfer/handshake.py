@@ -12,11 +12,11 @@ from tandem.errors import PeerRefused, WireError
 from tandem.ids import EngineIdentity
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import sources_of_all
-from tandem.transfer.base import RankEndpoint
+from tandem.transfer.transports.base import RankEndpoint
 from tandem.wire.messages import MAX_RANKS, Count, Text
 from tandem.wire.peer_messages import Envelope
 
-PROTOCOL = (1, 1)
+PROTOCOL = (2, 2)
 """Lowest and highest version of the engine-to-engine protocol that this software speaks."""
 
 

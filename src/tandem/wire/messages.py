@@ -1,6 +1,6 @@
-"""Messages between a front (the router, or the API on an engine) and an engine's leader.
+"""Messages between a frontend (the router, or the API on an engine) and an engine's leader.
 
-Grouped by who receives them; one tagged union per direction. A front binds, engines connect to it and register.
+Grouped by who receives them; one tagged union per direction. A frontend binds, engines connect to it and register.
 Token ids only: nothing textual crosses this channel. Bounds here are what a receiver accepts from anybody who
 proved the cluster key; the engine's own limits (model length, queue) are tighter.
 """
@@ -57,7 +57,7 @@ class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
     published: bool = False
 
 
-class Pull(msgspec.Struct, frozen=True, tag="pull"):
+class PullKv(msgspec.Struct, frozen=True, tag="pull"):
     """Read the prompt's KV from a prefill engine, then decode.
 
     Attributes:
@@ -108,7 +108,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """Start a request.
 
     Attributes:
-        request_id: unique among the requests of the front that sends it; travels through every hop and log line.
+        request_id: unique among the requests of the frontend that sends it; travels through every hop and log line.
         token_ids: the prompt and, if the request is resumed, the output so far.
         prompt_len: how many of `token_ids` are the client's prompt.
         time_left: seconds until the request must have ended.
@@ -119,7 +119,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     prompt_len: Annotated[int, Meta(ge=1)]
     sampling: SamplingParams
     time_left: Seconds
-    kv: Local | Prefill | Pull = msgspec.field(default_factory=Local)
+    kv: Local | Prefill | PullKv = msgspec.field(default_factory=Local)
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -142,7 +142,7 @@ class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
 ToEngine = Registered | Generate | Abort | Introduce
 
 
-# --- what a front receives -------------------------------------------------------------------------------------
+# --- what a frontend receives -------------------------------------------------------------------------------------
 
 
 class RankInfo(msgspec.Struct, frozen=True):
@@ -223,7 +223,7 @@ class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):
-    """First message of an engine to a front, repeated until it is answered and after every reconnect.
+    """First message of an engine to a frontend, repeated until it is answered and after every reconnect.
 
     Attributes:
         peer_address: where other engines shake hands with it.
@@ -231,7 +231,7 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
         max_model_len: longest prompt and output together, in tokens.
         model_path: folder with the tokenizer, as the engine sees it.
         protocol: lowest and highest version of the engine-to-engine protocol it speaks.
-        connection: how often its connection to this front has broken; what was under way then may be lost.
+        connection: how often its connection to this frontend has broken; what was under way then may be lost.
     """
 
     identity: EngineIdentity
@@ -305,7 +305,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """All that one step has for this front."""
+    """All that one step has for this frontend."""
 
     items: list[Tokens | Failed]
 
@@ -316,4 +316,4 @@ class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
     reason: Text
 
 
-ToFront = Register | EngineStatus | Outputs | Goodbye
+ToFrontend = Register | EngineStatus | Outputs | Goodbye

@@ -111,7 +111,7 @@ class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
     request_id: Name
 
 
-class KvReady(msgspec.Struct, frozen=True, tag="kv_ready"):
+class KvComputed(msgspec.Struct, frozen=True, tag="kv_arrived"):
     """A chunk of the prompt is computed on every rank.
 
     Attributes:
@@ -147,4 +147,4 @@ class Renewed(msgspec.Struct, frozen=True, tag="renewed"):
     gone: RequestIds
 
 
-ToDecode = Welcome | Refused | Claimed | KvReady | KvGone | Renewed
+ToDecode = Welcome | Refused | Claimed | KvComputed | KvGone | Renewed

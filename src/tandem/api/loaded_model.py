@@ -1,0 +1,73 @@
+"""The model behind the API: its card, tokenizer and chat template, loaded when the backend first knows it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.api.backend import Backend, ModelCard
+from tandem.api.http_errors import ContextTooLong
+from tandem.api.template import ChatTemplate, load_template
+from tandem.api.tokens import Tokenizer, load_tokenizer
+from tandem.errors import InvalidRequest, ModelError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    card: ModelCard
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
+        """How many tokens may follow the prompt.
+
+        Args:
+            asked: what the client wants; it must fit.
+            default: what it gets if it does not say, or less where less fits; None for all that fits.
+            field: of the request, where the prompt is.
+        """
+        room = self.card.max_model_len - prompt_len
+        if room < 1 or (asked is not None and asked > room):
+            output = f"max_tokens is {asked}" if asked is not None else "max_tokens is not set"
+            raise ContextTooLong(
+                f"the prompt has {prompt_len} tokens and {output}; prompt and output together may have at most "
+                f"{self.card.max_model_len} tokens (one of them output at least)",
+                param=field if room < 1 else "max_tokens",
+            )
+        if asked is not None:
+            return asked
+        return room if default is None else min(default, room)
+
+    def check_token_ids(self, token_ids: list[int], param: str) -> None:
+        size = self.tokenizer.vocab_size
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+            wrong = next(one for one in token_ids if not 0 <= one < size)
+            raise InvalidRequest(f"{param}: {wrong} is not a token id; they go from 0 to {size - 1}", param=param)
+
+
+class ModelLoader:
+    """Loads once, off the event loop, and again if the backend's model changes."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._lock = asyncio.Lock()
+        self._served: LoadedModel | None = None
+
+    async def get(self) -> LoadedModel:
+        """Raises Unavailable while the backend knows no model; RequestError (500) if its folder cannot be used."""
+        card = await self._backend.model()
+        async with self._lock:
+            if self._served is None or self._served.card != card:
+                self._served = await self._load(card)
+            return self._served
+
+    async def _load(self, card: ModelCard) -> LoadedModel:
+        if self._served is not None and self._served.card.path == card.path:
+            return LoadedModel(card, self._served.tokenizer, self._served.template)
+        folder = Path(card.path)
+        try:
+            tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+            return LoadedModel(card, tokenizer, await asyncio.to_thread(load_template, folder))
+        except ModelError as error:
+            raise RequestError(f"the model's text files cannot be used: {error}") from error

@@ -1,0 +1,120 @@
+"""A client's request made ready: prompts as token ids, and one sequence for each choice."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tandem.api.backend import TokenRequest
+from tandem.api.loaded_model import LoadedModel
+from tandem.api.openai import GenerateBody
+from tandem.api.output import Output
+from tandem.api.parsing import kv_transfer_params
+from tandem.errors import InvalidRequest
+from tandem.wire.sampling import SamplingParams
+
+MAX_CHOICES = 2048
+
+Kind = Literal["router", "engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Where a request came in. `kind`: what the API belongs to; only engines take kv_transfer_params."""
+
+    request_id: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text`: as the client wrote it, or None where it sent token ids."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One choice. `first_of_prompt`: of the n choices for one prompt, the one that counts it in the usage."""
+
+    request: TokenRequest
+    prompt: Prompt
+    first_of_prompt: bool
+    output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request, ready for the backend.
+
+    Attributes:
+        wants_tokens: whether the client wants to see every token (ids or logprobs), also where no text comes of it yet.
+    """
+
+    caller: Caller
+    model: LoadedModel
+    body: GenerateBody
+    sequences: list[Sequence]
+    wants_tokens: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(one.prompt.token_ids) for one in self.sequences if one.first_of_prompt)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(one.output.token_count for one in self.sequences)
+
+
+def prepare_request(
+    caller: Caller, model: LoadedModel, body: GenerateBody, sampled: list[tuple[Prompt, SamplingParams]]
+) -> PreparedRequest:
+    """The job for these prompts, each with how its tokens are to be chosen. Raises InvalidRequest."""
+    copies = body.n or 1
+    count = len(sampled) * copies
+    if count > MAX_CHOICES:
+        raise InvalidRequest(f"prompts times n is {count}; at most {MAX_CHOICES} are allowed", param="n")
+    _check(caller, model, body, sampled[0][1], count)
+    kv = kv_transfer_params(body.kv_transfer_params) if body.kv_transfer_params is not None else None
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    sequences: list[Sequence] = []
+    for prompt, sampling in sampled:
+        for copy in range(copies):
+            index = len(sequences)
+            request_id = f"{caller.request_id}-{index}" if count > 1 else caller.request_id
+            own = _reseeded(sampling, copy)
+            request = TokenRequest(request_id, prompt.token_ids, own, kv)
+            sequences.append(Sequence(request, prompt, copy == 0, Output(model.tokenizer, index, stops, own)))
+    wants_tokens = bool(body.return_token_ids) or sampled[0][1].logprobs is not None
+    return PreparedRequest(caller, model, body, sequences, wants_tokens)
+
+
+def _check(caller: Caller, model: LoadedModel, body: GenerateBody, sampling: SamplingParams, count: int) -> None:
+    model.check_token_ids(sampling.stop_token_ids, "stop_token_ids")
+    model.check_token_ids(list(sampling.logit_bias), "logit_bias")
+    if sampling.min_tokens > sampling.max_tokens:
+        limit = f"at most {sampling.max_tokens} tokens may be generated"
+        raise InvalidRequest(f"min_tokens is {sampling.min_tokens}, but {limit}", param="min_tokens")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options may only be set together with stream: true", param="stream_options")
+    if body.stream_options is not None and body.stream_options.include_obfuscation:
+        raise InvalidRequest(
+            "stream_options.include_obfuscation is not supported; leave it out", param="stream_options"
+        )
+    if body.kv_transfer_params is not None and caller.kind == "router":
+        raise InvalidRequest(
+            "kv_transfer_params is for an engine's own API; a router chooses engines itself", param="kv_transfer_params"
+        )
+    if body.kv_transfer_params is not None and count > 1:
+        raise InvalidRequest("kv_transfer_params goes with one prompt and n of 1", param="kv_transfer_params")
+
+
+def _reseeded(sampling: SamplingParams, copy: int) -> SamplingParams:
+    """Each of n choices has a seed of its own; the first has the client's."""
+    if copy == 0:
+        return sampling
+    fields = {name: getattr(sampling, name) for name in sampling.__struct_fields__}
+    return SamplingParams(**fields | {"seed": (sampling.seed + copy) % 2**63})

@@ -1,0 +1,91 @@
+"""One rank of an engine: its configuration, model and keys."""
+
+from __future__ import annotations
+
+import os
+import socket as hosts
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+
+from tandem import __version__
+from tandem.config import EngineConfig
+from tandem.engine.start.place import RankPlace
+from tandem.engine.step.runner import pick_device
+from tandem.ids import new_identity
+from tandem.models.fingerprint import fingerprint
+from tandem.models.model_config import ModelConfig, load_config
+from tandem.models.parallel import check_split
+from tandem.transfer.handshake import PROTOCOL, RankDescriptor
+from tandem.transfer.identity import RankRecord
+from tandem.wire.keys import load_key
+from tandem.wire.messages import Address
+from tandem.wire.sockets import Sockets
+
+
+class Published(msgspec.Struct, frozen=True):
+    """What every rank tells all others once its memory and transport are there. Sockets: the leader's only."""
+
+    descriptor: RankDescriptor
+    step_address: Address | None
+    transfer_address: Address | None
+
+
+class Rank:
+    """What one rank was configured with, found in the model and made for itself before it meets the others."""
+
+    def __init__(self, config: EngineConfig, place: RankPlace) -> None:
+        self.config = config
+        self.place = place
+        self.device = pick_device(config.model.device, place.local_rank)
+        _set_threads(config, self.device)
+        self.model: ModelConfig = load_config(config.model.path)
+        check_split(self.model, config.parallel.tp, config.parallel.pp)
+        self.dtype = self.model.torch_dtype(config.model.dtype)
+        self.max_model_len = config.model.max_model_len or self.model.max_context
+        self.model.check_max_model_len(self.max_model_len)
+        key_file = config.network.cluster_key_file
+        self.key = load_key(Path(key_file) if key_file else None)
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sockets = Sockets(self.context, self.key)
+        self.fingerprint = fingerprint(config.model.path, self.model)
+
+    def record(self) -> RankRecord:
+        config, parallel, rank = self.config, self.config.parallel, self.place.rank
+        return RankRecord(
+            rank=rank,
+            tp_rank=rank % parallel.tp,
+            pp_rank=rank // parallel.tp,
+            node_rank=parallel.node_rank,
+            host=hosts.gethostname() if parallel.nnodes == 1 else f"{hosts.gethostname()} {self.place.host}",
+            pid=os.getpid(),
+            engine_id=config.engine_id,
+            model=config.model.name,
+            fingerprint=self.fingerprint,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            nnodes=parallel.nnodes,
+            block_size=config.cache.block_size,
+            max_model_len=self.max_model_len,
+            connector=config.network.connector,
+            protocol=PROTOCOL,
+            version=__version__,
+            role=config.role,
+            cluster_key=self.key.fingerprint if self.key else "none",
+            identity=new_identity(config.engine_id) if rank == 0 else None,
+        )
+
+
+def _set_threads(config: EngineConfig, device: torch.device) -> None:
+    """All cores of the node for the ranks of one engine, unless told otherwise: engines seldom all compute at once."""
+    if device.type != "cpu":
+        return
+    ranks = len(config.parallel.local_ranks)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

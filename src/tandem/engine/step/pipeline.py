@@ -1,0 +1,223 @@
+"""How a batch reaches all ranks of an engine and its result comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from tandem.engine.step.runner import Runner
+from tandem.errors import EngineFailed
+from tandem.scheduling.batch import Batch, StepResult
+from tandem.wire.sockets import SocketOptions
+
+log = logging.getLogger(__name__)
+
+FOLLOWER_SECONDS = 30
+CAUSE_SECONDS = 2
+HALT_SECONDS = 0.5
+
+# Monitored from before the first connection, as a connection that nobody saw begin could be lost unseen.
+LEADER_SOCKET = SocketOptions(handover=True, monitor=zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+
+
+def follower_socket(rank: int) -> SocketOptions:
+    """The leader was listening before it told its address: where a connection fails, the leader is lost."""
+    return SocketOptions(identity=b"%d" % rank, monitor=zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+
+
+class Halt(msgspec.Struct, frozen=True, array_like=True, tag="halt"):
+    """The engine ends. `failed`: not because somebody asked for it."""
+
+    reason: str
+    failed: bool
+
+
+class Here(msgspec.Struct, frozen=True, array_like=True, tag="here"):
+    """First message of a follower."""
+
+
+class SoloPipeline:
+    """An engine of one rank: no hop to anywhere."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, batch: Batch) -> None:
+        result = self._runner.run(batch)
+        assert result is not None
+        self._results.append(result)
+
+    def results(self) -> list[StepResult]:
+        done = list(self._results)
+        self._results.clear()
+        return done
+
+    def fileno(self) -> int | None:
+        return None
+
+    def close(self, reason: str, *, failed: bool) -> None:
+        pass
+
+
+class LeaderPipeline:
+    """The leader's side for an engine of several ranks.
+
+    Args:
+        socket: bound with LEADER_SOCKET; every other rank connects to it with its rank as identity.
+    """
+
+    def __init__(self, runner: Runner, socket: zmq.Socket[bytes], ranks: int) -> None:
+        self._runner = runner
+        self._socket = socket
+        self._followers = [b"%d" % rank for rank in range(1, ranks)]
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(StepResult | Here)
+        self._results: deque[StepResult] = deque()
+        self._monitor = socket.get_monitor_socket()
+        self._open: set[int] = set()
+        self._connections: dict[int, bytes] = {}
+
+    def wait_for_followers(self) -> None:
+        """Returns when all are connected. They come from the collective that told them the address.
+
+        Raises EngineFailed when one does not come, or is lost meanwhile.
+        """
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        deadline = time.monotonic() + FOLLOWER_SECONDS
+        while missing := set(self._followers) - set(self._connections.values()):
+            poller.poll(int(1000 * max(0.0, deadline - time.monotonic())))
+            if time.monotonic() > deadline:
+                raise EngineFailed(f"ranks {sorted(int(m) for m in missing)} did not connect to the leader")
+            if self._socket.poll(0):
+                self._receive()
+            self._check_connections()
+
+    def _check_connections(self) -> None:
+        """Raises EngineFailed if a rank's connection has ended; strangers who knock do not count."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            connection = event["value"]
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._open.add(connection)
+                continue
+            self._open.discard(connection)
+            if (rank := self._connections.pop(connection, None)) is not None:
+                raise _lost(rank)
+
+    def _receive(self) -> StepResult | None:
+        """The next message, if it is a result."""
+        sender, *rest = self._socket.recv_multipart(copy=False)
+        rank = sender.bytes
+        if rank not in self._followers:
+            return None
+        try:
+            message = self._decoder.decode(b"".join(frame.buffer for frame in rest))
+        except msgspec.DecodeError as error:
+            log.warning("a message of rank %s was dropped: %s", rank.decode(), error)
+            return None
+        if isinstance(message, StepResult):
+            return message
+        self._check_connections()
+        connection = int(rest[0].get(zmq.SRCFD))
+        if connection not in self._open:
+            raise _lost(rank)
+        self._connections[connection] = rank
+        return None
+
+    def submit(self, batch: Batch) -> None:
+        self._broadcast(self._encoder.encode(batch))
+        try:
+            result = self._runner.run(batch)
+        except EngineFailed:
+            # A collective with a rank that has just gone; the news of which one may be on its way.
+            if self._monitor.poll(CAUSE_SECONDS * 1000):
+                self._check_connections()
+            raise
+        if result is not None:
+            self._results.append(result)
+
+    def results(self) -> list[StepResult]:
+        self._check_connections()
+        while self._socket.poll(0):
+            if (result := self._receive()) is not None:
+                self._results.append(result)
+        done = list(self._results)
+        self._results.clear()
+        return done
+
+    def fileno(self) -> int | None:
+        return int(self._socket.get(zmq.FD))
+
+    def close(self, reason: str, *, failed: bool) -> None:
+        """Tell the followers why the engine ends. Returns once they have gone; bounded."""
+        self._broadcast(self._encoder.encode(Halt(reason, failed)))
+        deadline = time.monotonic() + HALT_SECONDS
+        while self._connections and self._monitor.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+            with contextlib.suppress(EngineFailed):
+                self._check_connections()
+        self._socket.disable_monitor()
+        self._socket.close(linger=500)
+
+    def _broadcast(self, data: bytes) -> None:
+        for follower in self._followers:
+            self._socket.send_multipart([follower, data])
+
+
+def _lost(rank: bytes) -> EngineFailed:
+    return EngineFailed(f"rank {rank.decode()} of this engine was lost")
+
+
+class Follower:
+    """The step loop of every rank but the leader's.
+
+    Args:
+        socket: DEALER connected to the leader with `follower_socket`.
+    """
+
+    def __init__(self, runner: Runner, socket: zmq.Socket[bytes]) -> None:
+        self._runner = runner
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Batch | Halt)
+
+    def run(self) -> str:
+        """Until the leader halts; returns why. Raises EngineFailed when the engine failed, or the leader is lost."""
+        monitor = self._socket.get_monitor_socket()
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        self._socket.send(self._encoder.encode(Here()))
+        while True:
+            ready = dict(poller.poll())
+            if self._socket in ready:
+                message = self._decoder.decode(self._socket.recv())
+                if isinstance(message, Halt):
+                    if message.failed:
+                        raise EngineFailed(message.reason)
+                    return message.reason
+                try:
+                    result = self._runner.run(message)
+                except EngineFailed:
+                    self._explain()
+                    raise
+                if result is not None:
+                    self._socket.send(self._encoder.encode(result))
+            elif monitor in ready:
+                raise EngineFailed("the leader of this engine was lost")
+
+    def _explain(self) -> None:
+        """Raises EngineFailed with what the leader has to say about a collective that failed, if it says anything."""
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while (left := deadline - time.monotonic()) > 0 and self._socket.poll(int(1000 * left)):
+            message = self._decoder.decode(self._socket.recv())
+            if isinstance(message, Halt):
+                raise EngineFailed(message.reason)

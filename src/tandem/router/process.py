@@ -1,0 +1,119 @@
+"""The process behind an HTTP port: the router's, or that of one engine's own API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import uvloop
+import zmq
+import zmq.asyncio
+from fastapi import FastAPI
+
+from tandem import logs
+from tandem.api.app import create_app, preload
+from tandem.api.http_server import serve
+from tandem.errors import RequestError
+from tandem.router.hub import Hub
+from tandem.router.registry import EngineRegistry
+from tandem.router.router import Router, pair_finder, single_finder
+from tandem.wire.keys import load_key
+from tandem.wire.sockets import SocketOptions, Sockets
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendConfig:
+    """`who` names the process in log lines."""
+
+    kind: Literal["router", "engine"]
+    who: str
+    control_host: str
+    control_port: int
+    cluster_key_file: str | None
+    api_key: str | None
+    request_timeout: float
+    seed: int | None
+    log_level: str
+
+
+def run_frontend(report: Callable[..., None], config: FrontendConfig, listener: socket.socket) -> None:
+    """Serve until SIGTERM. Reports `control` with the port for engines, and `change` with a line per engine state.
+
+    Args:
+        listener: bound and listening HTTP socket.
+    """
+    logs.set_up(config.who, config.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(report, config, listener))
+
+
+async def _serve(report: Callable[..., None], config: FrontendConfig, listener: socket.socket) -> None:
+    key = load_key(Path(config.cluster_key_file) if config.cluster_key_file else None)
+    context = zmq.asyncio.Context()
+    sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, key)
+    control, port = sockets.bind(zmq.ROUTER, config.control_host, config.control_port, SocketOptions(handover=True))
+    pool = EngineRegistry()
+    hub = Hub(control, pool, introduce=config.kind == "router")
+    find = pair_finder(pool) if config.kind == "router" else single_finder(pool)
+    backend = Router(hub, pool, find, request_timeout=config.request_timeout, seed=config.seed)
+    app = create_app(backend, kind=config.kind, api_key=config.api_key)
+    announcer = _Announcer(report, backend)
+    hub.on_change = announcer.changed
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    started = asyncio.Event()
+    hub_task = asyncio.create_task(hub.run())
+    hub_task.add_done_callback(lambda _: stop.set())
+    loading = asyncio.create_task(_load_early(app, announcer.first))
+    report("control", port)
+    try:
+        await serve(app, listener, stop, started=started, grace=1.0)
+    finally:
+        loading.cancel()
+        hub_task.cancel()
+        await asyncio.gather(loading, hub_task, return_exceptions=True)
+        hub.stop()
+    for task in (loading, hub_task):
+        if not task.cancelled():
+            task.result()  # raises what it died of
+
+
+async def _load_early(app: FastAPI, known: asyncio.Event) -> None:
+    """Read tokenizer and template once an engine has told of its model, so that the first request need not wait."""
+    await known.wait()
+    try:
+        await preload(app)
+    except RequestError as error:
+        log.error("%s; a router needs the model's folder under the same path as its engines", error)
+
+
+class _Announcer:
+    """Tells the owner of the process when the frontend becomes able to serve, and when it no longer is.
+
+    Attributes:
+        first: set once an engine has come.
+    """
+
+    def __init__(self, report: Callable[..., None], backend: Router) -> None:
+        self._report = report
+        self._backend = backend
+        self._last: Any = None
+        self.first = asyncio.Event()
+
+    def changed(self) -> None:
+        health = self._backend.health()
+        states = [(status.engine_id, state) for status, state in self._backend.engines()]
+        if states:
+            self.first.set()
+        now = (health.ok, states)
+        if now != self._last:
+            self._last = now
+            self._report("health", {"ok": health.ok, "detail": health.detail, "engines": states})

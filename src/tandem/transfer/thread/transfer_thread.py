@@ -1,0 +1,237 @@
+"""The transfer thread of a rank: it alone owns the transport and turns orders into reads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from tandem.errors import EngineFailed, PeerLost, TransferError, WireError
+from tandem.kv.layout import KvLayout, LayoutError
+from tandem.kv.plan import TransferPlan, plan
+from tandem.transfer.thread.orders import (
+    ClosePeer,
+    FromTransferThread,
+    OpenPeer,
+    PeerClosed,
+    PeerOpened,
+    ReadEnded,
+    ReadOrder,
+    StopThread,
+    ThreadAlive,
+    ToTransferThread,
+)
+from tandem.transfer.transports.base import Read, ReadState, Transport
+from tandem.wire.codec import Codec
+from tandem.wire.messages import clip
+
+log = logging.getLogger(__name__)
+
+POLL_BUSY_MS = 1
+POLL_IDLE_MS = 500
+SPIN_SECONDS = 0.002
+BEAT_SECONDS = 1.0
+
+LEADER_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+"""What a transfer_thread wants to hear of the connection to its leader, from before it is made."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    agents: list[str]
+    plan: TransferPlan
+
+
+@dataclass(slots=True)
+class _Job:
+    order: ReadOrder
+    started: float
+    reads: list[Read] = field(default_factory=list)
+    bytes: int = 0
+    descriptors: int = 0
+    error: str | None = None
+    peer_lost: bool = False
+
+
+class TransferThread:
+    """Runs in its own thread; everything in here is touched by that thread only.
+
+    Args:
+        rank: this rank in its engine, which also spreads readers over replicas.
+        layouts: of the KV memory of all ranks of this engine; `transport` has registered this rank's.
+        socket: connected to the leader, monitored for LEADER_EVENTS; orders in, reports out.
+    """
+
+    def __init__(self, rank: int, layouts: Sequence[KvLayout], transport: Transport, socket: zmq.Socket[bytes]) -> None:
+        self._rank = rank
+        self._layouts = layouts
+        self._transport = transport
+        self._socket = socket
+        self._monitor = socket.get_monitor_socket(LEADER_EVENTS)
+        self._linked = False
+        self._codec: Codec[ToTransferThread] = Codec(ToTransferThread)
+        self._peers: dict[str, _Peer] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._running = True
+        self._greeted = False
+        self._last_post = 0.0
+        self._beaten = 0.0
+
+    def run(self) -> None:
+        """Serve orders until `StopThread` comes. Raises EngineFailed when the leader is lost."""
+        poller, watched = zmq.Poller(), None
+        try:
+            while self._running:
+                self._beat(time.monotonic())
+                handles = list(self._transport.wait_on())
+                if handles != watched:
+                    poller, watched = _poller([self._socket, self._monitor, *handles]), handles
+                poller.poll(self._wait_ms())
+                self._take_orders()
+                if self._running and self._leader_is_lost():
+                    raise EngineFailed("the leader of this engine was lost")
+                self._transport.poll()
+                self._finish_jobs()
+        finally:
+            self._transport.close()
+            self._socket.disable_monitor()
+            self._socket.close(linger=0)
+
+    def _leader_is_lost(self) -> bool:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_DISCONNECTED and self._linked:
+                return True
+            self._linked |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return False
+
+    def _beat(self, now: float) -> None:
+        """Say that this rank is there: until the leader has answered, and then again and again."""
+        if not self._greeted or now - self._beaten > BEAT_SECONDS:
+            self._beaten = now
+            self._report(ThreadAlive(self._rank))
+
+    def _wait_ms(self) -> int:
+        """Right after a read was posted it is worth spinning: small reads take less than a poll interval."""
+        if not self._jobs:
+            return POLL_IDLE_MS
+        return 0 if time.monotonic() - self._last_post < SPIN_SECONDS else POLL_BUSY_MS
+
+    def _report(self, message: FromTransferThread) -> None:
+        self._socket.send(self._codec.encode(message))
+
+    def _take_orders(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._greeted = True
+            try:
+                message = self._codec.decode(data)
+            except WireError as error:
+                log.error("rank %d: order dropped: %s", self._rank, error)
+                continue
+            self._obey(message)
+
+    def _obey(self, message: ToTransferThread) -> None:
+        match message:
+            case OpenPeer():
+                self._open(message)
+            case ClosePeer(peer=peer):
+                self._close(peer)
+            case ReadOrder():
+                self._start(message)
+            case StopThread():
+                self._running = False
+
+    def _open(self, message: OpenPeer) -> None:
+        error = None
+        try:
+            for source in message.sources:
+                self._transport.connect(source.endpoint)
+            chosen = plan([s.layout for s in message.sources], self._layouts, self._rank)
+            self._peers[message.peer] = _Peer([s.endpoint.agent for s in message.sources], chosen)
+        except (TransferError, LayoutError) as problem:
+            error = str(problem)
+            self._disconnect([source.endpoint.agent for source in message.sources])
+        self._report(PeerOpened(self._rank, message.peer, error and clip(error)))
+
+    def _close(self, name: str) -> None:
+        peer = self._peers.pop(name, None)
+        self._disconnect(peer.agents if peer else [])
+        self._finish_jobs()
+        self._report(PeerClosed(self._rank, name))
+
+    def _disconnect(self, agents: Sequence[str]) -> None:
+        """From those that no other peer has too: an engine that is known by two addresses is two peers."""
+        used = {agent for peer in self._peers.values() for agent in peer.agents}
+        for agent in agents:
+            if agent not in used:
+                self._transport.disconnect(agent)
+
+    def _start(self, order: ReadOrder) -> None:
+        job = self._jobs[order.job] = _Job(order, time.monotonic())
+        peer = self._peers.get(order.peer)
+        if peer is None:
+            job.error = f"peer {order.peer} is not connected"
+            return
+        try:
+            runs = peer.plan.runs(
+                order.source_blocks, order.destination_blocks, order.start, order.stop, whole_tail=order.last
+            )
+            for index, run in runs.items():
+                job.reads.append(self._transport.post(peer.agents[index], run.src_offset, run.dst_offset, run.length))
+                job.bytes += int(run.length.sum())
+                job.descriptors += len(run.length)
+        except (TransferError, LayoutError) as problem:
+            job.error = str(problem)
+            job.peer_lost = isinstance(problem, PeerLost)
+        self._last_post = time.monotonic()
+
+    def _finish_jobs(self) -> None:
+        for number, job in list(self._jobs.items()):
+            if any(read.state is ReadState.IN_PROGRESS for read in job.reads):
+                continue
+            failed = next((read.error or "read failed" for read in job.reads if read.state is ReadState.FAILED), None)
+            del self._jobs[number]
+            seconds = time.monotonic() - job.started
+            error, lost = job.error or failed, job.peer_lost or failed is not None
+            self._report(
+                ReadEnded(self._rank, number, job.bytes, job.descriptors, seconds, error and clip(error), lost)
+            )
+
+
+def _poller(handles: list[Any]) -> zmq.Poller:
+    poller = zmq.Poller()
+    for handle in handles:
+        poller.register(handle, zmq.POLLIN)
+    return poller
+
+
+def start_transfer_thread(
+    make: Callable[[], TransferThread], name: str, on_failure: Callable[[BaseException], None]
+) -> threading.Thread:
+    """Start a thread that makes and runs a `TransferThread`: it owns the sockets and the transport that it makes.
+
+    `on_failure` is called in that thread if it dies; an engine cannot go on without it.
+    """
+
+    def body() -> None:
+        try:
+            make().run()
+        except EngineFailed as error:
+            on_failure(error)
+        except BaseException as error:
+            log.exception("%s: the transfer thread died", name)
+            on_failure(error)
+
+    thread = threading.Thread(target=body, name=name, daemon=True)
+    thread.start()
+    return thread

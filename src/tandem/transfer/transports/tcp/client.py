@@ -1,0 +1,278 @@
+"""Transport in pure Python over ZeroMQ: runs wherever Python runs, for host memory.
+
+Each rank serves its region to peers from one ROUTER socket and reads theirs through one DEALER socket per peer. A read
+is fetched piece by piece, a few pieces at a time, so memory is bounded on both sides. This side alone writes into its
+memory, in `poll`; once a read has failed or its peer is disconnected nothing of it is written any more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+from zmq.utils.monitor import parse_monitor_message
+
+from tandem.errors import ConfigError, PeerLost, TransferError, WireError
+from tandem.transfer.transports.base import RankEndpoint, ReadState, Region
+from tandem.transfer.transports.runs import Runs, checked_runs
+from tandem.transfer.transports.tcp.protocol import (
+    ADDRESSES,
+    ANSWERS,
+    FETCHES,
+    PIECE_BYTES,
+    PIECE_RUNS,
+    WINDOW,
+    Fetch,
+    FetchPiece,
+    FetchRefused,
+    ServerAddress,
+    vector_bytes,
+)
+from tandem.transfer.transports.tcp.server import Memory, Server, host_memory, scatter
+from tandem.wire.sockets import ClusterKey, SocketOptions, Sockets
+
+MAX_SOCKETS = 16_384
+
+# libzmq tells a sender what was taken in steps of half the mark, so four windows never fill up for an honest reader.
+_HWM = 4 * WINDOW
+_SERVER = SocketOptions(max_message=64 * 1024 + 8192, hwm=_HWM, mandatory=True)
+# The end of a connection is the end of a peer: a new one would lead to another life of it, or lack answers.
+_LOST = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+_READER = SocketOptions(max_message=PIECE_BYTES, hwm=_HWM, reconnect=False, monitor=_LOST)
+
+
+class TcpRead:
+    def __init__(self, number: int, runs: Runs) -> None:
+        self.number = number
+        self.state = ReadState.IN_PROGRESS if runs.count else ReadState.DONE
+        self.error: str | None = None
+        self._pieces: Iterator[tuple[int, Runs]] = enumerate(runs.pieces(PIECE_BYTES, PIECE_RUNS))
+        self._next = next(self._pieces, None)
+        self._fetched: dict[int, Runs] = {}
+
+    @property
+    def wants_fetch(self) -> bool:
+        return self._next is not None and self.state is ReadState.IN_PROGRESS
+
+    def take_piece(self) -> tuple[int, Runs]:
+        assert self._next is not None  # ours to check: see `wants_fetch`
+        taken, self._next = self._next, next(self._pieces, None)
+        self._fetched[taken[0]] = taken[1]
+        return taken
+
+    def fill(self, piece: int, data: Memory, memory: Memory) -> bool:
+        """Write a piece that was fetched and has the right size; anything else is left alone and False."""
+        runs = self._fetched.get(piece)
+        if runs is None or runs.bytes != len(data) or self.state is not ReadState.IN_PROGRESS:
+            return False
+        scatter(data, memory, runs.destination, runs.length)
+        del self._fetched[piece]
+        if self._next is None and not self._fetched:
+            self.state = ReadState.DONE
+        return True
+
+    def fail(self, error: str) -> None:
+        if self.state is ReadState.IN_PROGRESS:
+            self.state = ReadState.FAILED
+            self.error = error
+
+
+@dataclass(slots=True)
+class _Peer:
+    endpoint: RankEndpoint
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    lost: str | None = None
+    reads: dict[int, TcpRead] = field(default_factory=dict)
+    outstanding: deque[tuple[int, int]] = field(default_factory=deque)
+
+
+class TcpTransport:
+    """See `base.Transport`.
+
+    Args:
+        agent: unique name of this rank in this life of its engine.
+        host: where to serve, and what peers connect to.
+        key: the cluster key; None restricts everything to loopback.
+    """
+
+    def __init__(self, agent: str, host: str, key: ClusterKey | None = None) -> None:
+        self._agent = agent
+        self._host = host
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._sockets = Sockets(self._context, key)
+        self._poller = zmq.Poller()
+        self._region: Region | None = None
+        self._memory: Memory = np.empty(0, dtype=np.uint8)
+        self._server: Server | None = None
+        self._listener: zmq.Socket[bytes] | None = None
+        self._port = 0
+        self._peers: dict[str, _Peer] = {}
+        self._reads = 0
+
+    def register(self, region: Region) -> None:
+        if self._region is not None:
+            raise TransferError("memory is registered already")
+        self._memory = host_memory(region)
+        self._listener, self._port = self._sockets.bind(zmq.ROUTER, self._host, 0, _SERVER)
+        self._poller.register(self._listener, zmq.POLLIN)
+        self._server = Server(self._agent, self._memory, self._listener)
+        self._region = region
+
+    def describe(self) -> RankEndpoint:
+        region = self._registered()
+        return RankEndpoint(self._agent, ADDRESSES.encode(ServerAddress(self._host, self._port)), region)
+
+    def connect(self, peer: RankEndpoint) -> None:
+        """Returns at once; that a peer is not there is found out within seconds and fails its reads."""
+        self._registered()
+        known = self._peers.get(peer.agent)
+        if known is not None:
+            if known.endpoint != peer or known.lost is not None:
+                raise TransferError(f"{peer.agent} is connected already; disconnect it first")
+            return
+        try:
+            address = ADDRESSES.decode(peer.metadata)
+            socket = self._sockets.connect(zmq.DEALER, address.host, address.port, _READER)
+        except (WireError, ConfigError) as error:
+            raise TransferError(f"cannot connect to {peer.agent}: {error}") from error
+        monitor = socket.get_monitor_socket()
+        self._peers[peer.agent] = _Peer(peer, socket, monitor)
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+
+    def disconnect(self, agent: str) -> None:
+        peer = self._peers.pop(agent, None)
+        if peer is None:
+            return
+        self._lose(peer, f"disconnected from {agent}")
+        peer.socket.disable_monitor()
+        peer.monitor.close(linger=0)
+        peer.socket.close(linger=0)
+
+    def post(
+        self, agent: str, source: NDArray[np.int64], destination: NDArray[np.int64], length: NDArray[np.int64]
+    ) -> TcpRead:
+        region = self._registered()
+        peer = self._peers.get(agent)
+        if peer is None:
+            raise TransferError(f"{agent} is not connected")
+        if peer.lost is not None:
+            raise PeerLost(f"{agent} is lost: {peer.lost}")
+        runs = checked_runs(source, destination, length, peer.endpoint.region.length, region.length)
+        self._reads += 1
+        read = TcpRead(self._reads, runs)
+        if read.state is ReadState.IN_PROGRESS:
+            peer.reads[read.number] = read
+            self._fetch(peer)
+        return read
+
+    def poll(self) -> None:
+        ready = dict(self._poller.poll(0))
+        if self._server is not None and self._listener in ready:
+            self._server.poll()
+        for peer in list(self._peers.values()):
+            if peer.socket in ready:
+                self._receive(peer)
+            if peer.monitor in ready and peer.lost is None:
+                self._notice_loss(peer)
+
+    def wait_on(self) -> Sequence[Any]:
+        """Changes with `connect` and `disconnect`, and when a peer is lost."""
+        return [socket for socket, _ in self._poller.sockets]
+
+    def close(self) -> None:
+        for agent in list(self._peers):
+            self.disconnect(agent)
+        self._server = None
+        self._region = None
+        if self._listener is not None:
+            self._poller.unregister(self._listener)
+            self._listener.close(linger=0)
+            self._listener = None
+        # Waits until libzmq sends nothing out of the region any more.
+        self._context.destroy(linger=0)
+
+    # --- moving reads forward ----------------------------------------------------------------------------------
+
+    def _fetch(self, peer: _Peer) -> None:
+        """Ask for the next pieces, oldest read first, until the window is full."""
+        for read in peer.reads.values():
+            while read.wants_fetch:
+                if len(peer.outstanding) >= WINDOW:
+                    return
+                piece, runs = read.take_piece()
+                offsets, lengths = vector_bytes(runs.source), vector_bytes(runs.length)
+                fetch = Fetch(peer.endpoint.agent, read.number, piece, offsets, lengths)
+                try:
+                    peer.socket.send(FETCHES.encode(fetch), zmq.NOBLOCK)
+                except zmq.ZMQError as error:
+                    self._lose(peer, f"cannot send to {peer.endpoint.agent}: {error}")
+                    return
+                peer.outstanding.append((read.number, piece))
+
+    def _receive(self, peer: _Peer) -> None:
+        for _ in range(WINDOW):
+            if peer.lost is not None:
+                return
+            try:
+                frames = peer.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self._take(peer, frames)
+            except WireError as error:
+                self._lose(peer, f"{peer.endpoint.agent} sent something else than an answer: {error}")
+            self._fetch(peer)
+
+    def _take(self, peer: _Peer, frames: Sequence[zmq.Frame]) -> None:
+        answer = ANSWERS.decode(frames[0].buffer)
+        if answer.source != peer.endpoint.agent:
+            raise WireError(f"it is {answer.source}")
+        match answer:
+            case FetchRefused(read=number, reason=reason):
+                self._lose(peer, f"{peer.endpoint.agent} refuses to be read: {reason}")
+            case FetchPiece(read=number, piece=piece) if len(frames) == 2 and (number, piece) in peer.outstanding:
+                peer.outstanding.remove((number, piece))
+                read = peer.reads[number]
+                if not read.fill(piece, np.frombuffer(frames[1].buffer, np.uint8), self._memory):
+                    raise WireError(f"piece {piece} of read {number} with {len(frames[1].buffer)} bytes")
+                if read.state is not ReadState.IN_PROGRESS:
+                    del peer.reads[number]
+            case _:
+                raise WireError("a piece that was not asked for")
+
+    def _notice_loss(self, peer: _Peer) -> None:
+        event = parse_monitor_message(peer.monitor.recv_multipart())
+        words = str(zmq.Event(event["event"]).name).replace("_", " ").lower()
+        self._lose(peer, f"connection to {peer.endpoint.agent}: {words}")
+
+    def _lose(self, peer: _Peer, words: str) -> None:
+        """End its reads; whatever still comes from it is not looked at any more."""
+        if peer.lost is not None:
+            return
+        peer.lost = words
+        self._poller.unregister(peer.socket)
+        self._poller.unregister(peer.monitor)
+        for read in peer.reads.values():
+            read.fail(words)
+        peer.reads.clear()
+        peer.outstanding.clear()
+
+    def _registered(self) -> Region:
+        if self._region is None:
+            raise TransferError("no memory is registered, or the transport is closed")
+        return self._region
