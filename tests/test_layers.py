@@ -20,7 +20,7 @@ ROWS = (
     {"scheduling", "transfer", "models", "api", "processes"},
     {"config"},
     {"wire"},
-    {"kv", "ids", "logs"},
+    {"kv", "ids", "logs", "deadlines"},
     {"errors"},
 )
 ROW = {package: row for row, packages in enumerate(ROWS) for package in packages}

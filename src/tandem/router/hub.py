@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineLost, RequestError, WireError, request_error
+from tandem.errors import EngineLost, RequestError, request_error
 from tandem.router.registry import EngineEntry, EngineRegistry
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
@@ -29,6 +29,7 @@ from tandem.wire.messages import (
     ToFrontend,
     Tokens,
 )
+from tandem.wire.receiving import DroppedMessages, receive_messages
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +64,20 @@ class Hub:
     pool: EngineRegistry
     introduce: bool
     on_change: Callable[[], None] = lambda: None
-    bad_messages: int = 0
+    _dropped: DroppedMessages = field(default_factory=lambda: DroppedMessages(log, "engine"))
     _refused: set[str] = field(default_factory=set)
     _codec: Codec[ToFrontend] = field(default_factory=lambda: Codec(ToFrontend))
     _channels: dict[tuple[bytes, str], Channel] = field(default_factory=dict)
 
+    @property
+    def bad_messages(self) -> int:
+        """Messages of engines that were dropped so far."""
+        return self._dropped.count
+
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._receive())
+            group.create_task(receive_messages(self.socket, self._codec, self._handle, self._dropped))
             group.create_task(self._watch())
 
     def open(self, generate: Generate, member: EngineEntry, inbox: Inbox) -> Channel:
@@ -99,18 +105,6 @@ class Hub:
 
     def send(self, route: bytes, message: ToEngine) -> None:
         self.socket.send_multipart([route, self._codec.encode(message)])
-
-    async def _receive(self) -> None:
-        while True:
-            route, *rest = await self.socket.recv_multipart()
-            try:
-                self._handle(route, self._codec.decode(rest[0] if rest else b""))
-            except Exception as error:  # whatever one message does, the next one is served
-                if not isinstance(error, WireError):
-                    log.exception("a message could not be handled")
-                self.bad_messages += 1
-                if self.bad_messages < 10 or self.bad_messages % 1000 == 0:
-                    log.warning("message %d dropped: %s", self.bad_messages, error)
 
     def _handle(self, route: bytes, message: ToFrontend) -> None:
         now = time.monotonic()

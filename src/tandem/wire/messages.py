@@ -172,14 +172,30 @@ class RequestCounts(msgspec.Struct, frozen=True):
     running: Count = 0
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """Why two engines cannot share KV: `field` differs. `ours` is the value of the engine that tells it."""
+
+    field: Name
+    ours: Text
+    theirs: Text
+
+
 class PeerInfo(msgspec.Struct, frozen=True):
-    """A peer session. `state`: connecting, ready, refused or lost. `handshake_time`: seconds until it was ready."""
+    """A peer session.
+
+    Attributes:
+        state: connecting, ready, refused or lost.
+        error: why it is refused or lost, for people.
+        handshake_time: seconds until it was ready.
+        refusal: if it is refused, what differs.
+    """
 
     engine_id: Text
     incarnation: Text
     state: Text
     error: Text | None = None
     handshake_time: Seconds | None = None
+    refusal: Refusal | None = None
 
 
 class EngineCounters(msgspec.Struct, frozen=True):

@@ -14,7 +14,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +21,7 @@ import msgspec
 from torch import distributed as dist
 from torch._C import _distributed_c10d as stores
 
+from tandem.deadlines import call_within
 from tandem.errors import StartError
 from tandem.transfer.identity import RankRecord, check_agreement
 from tandem.wire.messages import Address
@@ -63,7 +63,7 @@ def open_store(master: Address | None, path: str | None, rank: int, timeout: flo
         stores.TCPStore, master.host, master.port, is_master=rank == 0, wait_for_workers=False, timeout=wait
     )
     try:
-        return _within(timeout, make)
+        return call_within(timeout, make, "store")
     except TimeoutError:
         if rank == 0:
             raise StartError(_not_here(master, f"no answer in {timeout:.0f} s")) from None
@@ -79,23 +79,6 @@ def open_store(master: Address | None, path: str | None, rank: int, timeout: flo
 
 def _not_here(master: Address, why: str) -> str:
     return f"node 0 cannot listen on --master {master}: is that an address of this node, and the port free? ({why})"
-
-
-def _within(seconds: float, make: Callable[[], Any]) -> Any:
-    """What `make` returns or raises. Raises TimeoutError, and leaves it behind in its thread, if that takes longer.
-
-    A client of the store waits without deadline for a word from whoever listens there.
-    """
-    made: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            made.set_result(make())
-        except BaseException as error:
-            made.set_exception(error)
-
-    threading.Thread(target=run, name="store", daemon=True).start()
-    return made.result(seconds)
 
 
 def _knock(master: Address, timeout: float) -> None:

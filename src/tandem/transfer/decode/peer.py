@@ -19,7 +19,7 @@ from tandem.kv.lease import ReaderLeases
 from tandem.transfer.decode.pulls import Pull
 from tandem.transfer.handshake import EngineDescriptor, check_envelopes, decode_descriptor
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Address, PeerInfo, clip
+from tandem.wire.messages import Address, PeerInfo, Refusal, clip
 from tandem.wire.peer_messages import (
     Claim,
     Claimed,
@@ -130,6 +130,7 @@ class PeerSession:
             state.value,
             clip(str(error)) if error else None,
             self.handshake_time,
+            _refusal(error),
         )
 
     def opened(self, rank: int, error: str | None) -> None:
@@ -289,3 +290,9 @@ class PeerSession:
             ids = renewal.request_ids if renewal else []
             self._send(Renew(self._to, renewal.seq if renewal else KEEPALIVE, ids))
             await asyncio.sleep(min(leases.interval, max(0.01, (leases.next_due() or now + leases.interval) - now)))
+
+
+def _refusal(error: TransferError | None) -> Refusal | None:
+    if not isinstance(error, PeerRefused):
+        return None
+    return Refusal(error.field, clip(error.ours), clip(error.theirs))

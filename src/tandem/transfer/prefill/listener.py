@@ -11,12 +11,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.errors import PeerRefused, WireError
+from tandem.errors import PeerRefused
 from tandem.ids import EngineIdentity
 from tandem.transfer.handshake import EngineDescriptor, check_envelopes
 from tandem.transfer.prefill.offers import Client, Outcome, Producer
 from tandem.wire.codec import Codec
 from tandem.wire.peer_messages import Claim, Envelope, Hello, Refused, Release, Renew, ToDecode, ToPrefill, Welcome
+from tandem.wire.receiving import DroppedMessages, receive_messages
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +49,22 @@ class PeerListener:
         self._welcome = Welcome(envelope, identity, lease_ttl, msgspec.Raw(self._codec.encode(descriptor)))
         self._ttl = lease_ttl
         self._producer = Producer(identity.incarnation, lease_ttl)
-        self.bad_messages = 0
+        self._dropped = DroppedMessages(log, "peer")
         self.expired = 0
 
     async def run(self) -> None:
         """Until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._receive())
+                group.create_task(receive_messages(self._socket, self._codec, self._handle, self._dropped))
                 group.create_task(self._expire())
         finally:
             self._socket.close(linger=0)
+
+    @property
+    def bad_messages(self) -> int:
+        """Messages of peers that were dropped so far."""
+        return self._dropped.count
 
     # --- what the engine says ------------------------------------------------------------------------------------
 
@@ -80,18 +86,6 @@ class PeerListener:
         self._apply(self._producer.abort(request_id, reason, time.monotonic()))
 
     # --- what peers say ------------------------------------------------------------------------------------------
-
-    async def _receive(self) -> None:
-        while True:
-            client, *rest = await self._socket.recv_multipart()
-            try:
-                self._handle(client, self._codec.decode(rest[0] if rest else b""))
-            except Exception as error:  # whatever one message does, the next one is served
-                if not isinstance(error, WireError):
-                    log.exception("a message of a peer could not be handled")
-                self.bad_messages += 1
-                if self.bad_messages < 10 or self.bad_messages % 1000 == 0:
-                    log.warning("peer message %d dropped: %s", self.bad_messages, error)
 
     def _handle(self, client: Client, message: ToPrefill) -> None:
         now = time.monotonic()

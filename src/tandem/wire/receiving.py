@@ -1,0 +1,60 @@
+"""The receive loop of every listener: strict, and alive whatever a message does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import zmq.asyncio
+
+from tandem.errors import WireError
+from tandem.wire.codec import Codec
+
+M = TypeVar("M")
+
+LOGGED_AT_FIRST = 10
+LOGGED_EVERY = 1000
+
+
+class DroppedMessages:
+    """Counts the messages that a receiver drops; logs the first ten and then one in a thousand.
+
+    Args:
+        log: of the receiver's module.
+        channel: names the channel in log lines, for example "peer".
+
+    Attributes:
+        count: messages dropped so far.
+    """
+
+    def __init__(self, log: logging.Logger, channel: str) -> None:
+        self._log = log
+        self._channel = channel
+        self.count = 0
+
+    def add(self, error: Exception) -> None:
+        """Count one message. An error other than WireError is our own bug, so its traceback is logged."""
+        self.count += 1
+        if self.count <= LOGGED_AT_FIRST or self.count % LOGGED_EVERY == 0:
+            bug = None if isinstance(error, WireError) else error
+            self._log.warning("%s message %d dropped: %s", self._channel, self.count, error, exc_info=bug)
+
+
+async def receive_messages(
+    socket: zmq.asyncio.Socket, codec: Codec[M], handle: Callable[[bytes, M], None], dropped: DroppedMessages
+) -> None:
+    """Hand each message of a ROUTER or DEALER socket to `handle` with its sender (b"" on a DEALER), until cancelled.
+
+    A message that is not of this channel, or that `handle` raises for, is counted in `dropped`; the next one is served.
+    """
+    routed = socket.socket_type == zmq.ROUTER
+    while True:
+        frames = await socket.recv_multipart()
+        sender = frames.pop(0) if routed else b""
+        try:
+            if len(frames) != 1:
+                raise WireError(f"a message has one frame; this one has {len(frames)}")
+            handle(sender, codec.decode(frames[0]))
+        except Exception as error:
+            dropped.add(error)
