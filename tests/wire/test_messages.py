@@ -91,7 +91,7 @@ def test_every_message_of_a_channel_comes_back_as_it_was(union: Any, examples: l
         assert codec.decode(codec.encode(example)) == example
 
 
-@pytest.mark.parametrize(("codec", "others"), zip(CODECS, reversed(CHANNELS), strict=True), ids=NAMES)
+@pytest.mark.parametrize(("codec", "others"), [*zip(CODECS, reversed(CHANNELS), strict=True)], ids=NAMES)
 def test_messages_of_another_channel_are_refused(codec: Codec[Any], others: tuple[Any, list[Any]]) -> None:
     for example in others[1]:
         with pytest.raises(WireError):
