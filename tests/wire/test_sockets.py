@@ -14,7 +14,8 @@ import zmq
 import zmq.asyncio
 
 from tandem.errors import ConfigError
-from tandem.wire.sockets import ClusterKey, SocketOptions, Sockets, new_key
+from tandem.wire.keys import ClusterKey, new_key
+from tandem.wire.sockets import SocketOptions, Sockets
 
 MILLISECONDS = 20_000
 HOST = "127.0.0.1"
