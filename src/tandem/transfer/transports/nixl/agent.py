@@ -1,9 +1,9 @@
 """NIXL's Python binding behind types and exceptions. The only file that imports nixl.
 
-The life of a read in NIXL's terms: both sides *register* memory and exchange *metadata* (here by our handshake, not by
-NIXL's listener). A reader *adds the remote agent*, describes the read by two *descriptor lists* of equal length, one
-row (address, length, device) for each run on either side, makes a *transfer handle* of them, posts it, polls it until
-it is not in progress and releases it.
+A read in NIXL's terms: both sides *register* memory and exchange *metadata* (here in our handshake, not through NIXL's
+listener). The reader *adds the remote agent*, describes the read by two *descriptor lists* of equal length, one row
+(address, length, device) for each run on either side, *initializes* a transfer of them, *posts* it, *checks* its state
+while that is PROC, and *releases* its handle once it is DONE or ERR.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NewType
 
@@ -36,13 +35,13 @@ Transfer = NewType("Transfer", object)
 
 
 class NixlError(TransferError):
-    """A call of NIXL failed, in NIXL's words."""
+    """A call of NIXL failed; the text is NIXL's."""
 
 
 class NixlAgent:
-    """An agent with the UCX backend. Not for use by several threads.
+    """An agent with the UCX backend, for use by one thread.
 
-    Every method but `__init__` raises NixlError where NIXL raises anything, returns None or says "ERR".
+    Its methods raise NixlError where NIXL raises anything, returns None or reports "ERR".
 
     Args:
         name: unique; peers add this agent under it.
@@ -63,57 +62,45 @@ class NixlAgent:
 
     def register(self, region: Region) -> None:
         """Register one region: agents that have our metadata may read it, and our own reads may write into it."""
-        with _nixl_errors():
-            row = (region.address, region.length, _device(region), "")
-            self._registration = self._agent.register_memory([row], _memory_type(region))
+        row = (region.address, region.length, _device(region), "")
+        self._registration = _call(self._agent.register_memory, [row], _memory_type(region))
 
     def metadata(self) -> bytes:
         """Return what another agent needs to read registered memory: addresses of this machine and UCX's keys."""
-        with _nixl_errors():
-            metadata: bytes = self._agent.get_agent_metadata()
-        return metadata
+        return bytes(_call(self._agent.get_agent_metadata))
 
     def add_remote(self, metadata: bytes) -> str:
         """Add another agent and return its name. UCX trusts metadata: damaged bytes can end this process."""
-        with _nixl_errors():
-            name = self._agent.add_remote_agent(metadata)
+        name = _call(self._agent.add_remote_agent, metadata)
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def connect(self, remote: str) -> None:
         """Connect now, so that the first read need not."""
-        with _nixl_errors():
-            self._agent.make_connection(remote)
+        _call(self._agent.make_connection, remote)
 
     def remove_remote(self, remote: str) -> None:
         """Forget another agent and disconnect. It does not stop reads in progress: their bytes still arrive."""
-        with _nixl_errors():
-            self._agent.remove_remote_agent(remote)
+        _call(self._agent.remove_remote_agent, remote)
 
     def post_read(self, remote: str, source: Region, destination: Region, runs: Runs) -> Transfer:
         """Start reading runs from the remote agent's `source` into our `destination`. Within a host this may copy."""
-        with _nixl_errors():
-            handle = self._agent.initialize_xfer(
-                "READ",
-                self._descriptors(destination, runs.dst_offset, runs.length),
-                self._descriptors(source, runs.src_offset, runs.length),
-                remote,
-            )
-            if self._agent.transfer(handle) == "ERR":
-                raise NixlError("the read cannot be posted")
+        local_rows = self._descriptors(destination, runs.dst_offset, runs.length)
+        remote_rows = self._descriptors(source, runs.src_offset, runs.length)
+        handle = _call(self._agent.initialize_xfer, "READ", local_rows, remote_rows, remote)
+        if _call(self._agent.transfer, handle) == "ERR":
+            raise NixlError("the read cannot be posted")
         return Transfer(handle)
 
     def is_done(self, transfer: Transfer) -> bool:
         """Tell whether the read is done; False while it is in progress. Raises NixlError once it has failed."""
-        with _nixl_errors():
-            state = self._agent.check_xfer_state(transfer)
-        if state == "ERR":
-            raise NixlError("the read failed")
+        state = _call(self._agent.check_xfer_state, transfer)
+        if state not in ("DONE", "PROC"):
+            raise NixlError(f"state {state}")
         return bool(state == "DONE")
 
     def release(self, transfer: Transfer) -> None:
         """Free the handle of a read that ended."""
-        with _nixl_errors():
-            self._agent.release_xfer_handle(transfer)
+        _call(self._agent.release_xfer_handle, transfer)
 
     def close(self) -> None:
         """Deregister and stop: without the progress thread nothing is written into our memory any more."""
@@ -127,15 +114,15 @@ class NixlAgent:
         rows[:, 0] += np.uint64(region.address)
         rows[:, 1] = length
         rows[:, 2] = _device(region)
-        descriptors = self._agent.get_xfer_descs(rows, _memory_type(region))
+        descriptors = _call(self._agent.get_xfer_descs, rows, _memory_type(region))
         if descriptors is None:
-            raise NixlError("the descriptors are not taken")
+            raise NixlError("the descriptors are not accepted")
         return descriptors
 
 
 @dataclass(frozen=True, slots=True)
 class NixlInstallation:
-    """`plugins`: backends that NIXL can load here. `ucx_library`: the libucp that it uses, if found."""
+    """NIXL on this machine. `plugins`: backends that it can load. `ucx_library`: the libucp that it uses, if found."""
 
     version: str
     plugins: list[str]
@@ -194,19 +181,16 @@ def _new_agent(nixl: Any, name: str) -> Any:
     return agent
 
 
-@contextmanager
-def _nixl_errors() -> Iterator[None]:
-    """Turn whatever NIXL raises into NixlError: its exceptions have no common base but Exception."""
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call NIXL and raise NixlError for whatever it raises: its exceptions have no common base but Exception."""
     try:
-        yield
-    except NixlError:
-        raise
+        return function(*arguments)
     except Exception as error:
         raise NixlError(_text(error)) from error
 
 
 def _text(error: Exception) -> str:
-    """Return NIXL's error code in lower-case words, or any other text as it is."""
+    """Return a NIXL error code as lower-case words, and any other text unchanged."""
     text = str(error) or type(error).__name__
     return text.removeprefix("NIXL_ERR_").replace("_", " ").lower() if text.startswith("NIXL_ERR_") else text
 
