@@ -121,7 +121,14 @@ class BlockPool:
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each. The tail is evicted before the head, as a head serves more requests."""
         for block in reversed(blocks):
-            self._drop(block)
+            count = self._references[block]
+            if count <= 0:
+                raise ValueError(f"block {block} is given back but nobody holds it")
+            self._references[block] = count - 1
+            if count == 1 and self._digest_of[block] is None:
+                self._free.append(block)
+            elif count == 1:
+                self._cached[block] = None
 
     def publish(self, block: int, digest: bytes) -> None:
         """Make a full, computed block findable. If the same content is published already, that block stays the one."""
@@ -193,17 +200,6 @@ class BlockPool:
         assert all(0 < count <= self._references[block] for block, count in self._leases.items()), (
             "a block has more leases than references"
         )
-
-    def _drop(self, block: int) -> None:
-        count = self._references[block]
-        if count <= 0:
-            raise ValueError(f"block {block} is given back but nobody holds it")
-        self._references[block] = count - 1
-        if count == 1:
-            if self._digest_of[block] is None:
-                self._free.append(block)
-            else:
-                self._cached[block] = None
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)

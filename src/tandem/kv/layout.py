@@ -138,15 +138,14 @@ class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Bytes from the first to the last that the layout can address, gaps included."""
         return sum((d.size - 1) * d.stride for d in self.dimensions) + self.itemsize
 
-    def check(self, memory_bytes: int | None = None) -> None:
-        """Raise `LayoutError` unless the layout is consistent and, if given, fits into `memory_bytes`."""
+    def check(self) -> None:
+        """Raise `LayoutError` unless the layout is consistent."""
         if self.itemsize not in (1, 2, 4, 8):
             raise LayoutError("itemsize", "1, 2, 4 or 8 bytes", self.itemsize)
         self._check_axes()
         self._check_strides()
-        limit = MOST_BYTES if memory_bytes is None else memory_bytes
-        if self.nbytes > limit:
-            raise LayoutError("size of the memory", f"at most {limit} bytes", f"{self.nbytes} bytes")
+        if self.nbytes > MOST_BYTES:
+            raise LayoutError("size of the memory", f"at most {MOST_BYTES} bytes", f"{self.nbytes} bytes")
 
     def _check_axes(self) -> None:
         axes = [d.axis for d in self.dimensions]

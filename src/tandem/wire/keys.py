@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,16 +81,13 @@ def parse_key(text: str, source: str) -> ClusterKey:
     Raises:
         ConfigError: `text` is no cluster key. The error does not repeat the text.
     """
-    words = text.split()
-    wrong = ConfigError(f"{source} does not hold a cluster key; make one with `tandem keygen FILE`")
-    if len(words) != 2 or words[0] != _HEADER:
-        raise wrong
-    try:
-        secret = base64.b64decode(words[1].encode(), altchars=b"-_", validate=True)
-    except (binascii.Error, UnicodeEncodeError):
-        raise wrong from None
+    secret = b""
+    match text.split():
+        case [header, encoded] if header == _HEADER:
+            with suppress(binascii.Error, UnicodeEncodeError):
+                secret = base64.b64decode(encoded.encode(), altchars=b"-_", validate=True)
     if len(secret) != _KEY_BYTES:
-        raise wrong
+        raise ConfigError(f"{source} does not hold a cluster key; make one with `tandem keygen FILE`")
     return ClusterKey(secret)
 
 

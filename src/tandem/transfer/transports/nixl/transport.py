@@ -51,8 +51,12 @@ class NixlRead:
         self.in_flight: list[Transfer] = []
 
     @property
+    def ended(self) -> bool:
+        return not self.waiting and not self.in_flight
+
+    @property
     def state(self) -> ReadState:
-        if self.waiting or self.in_flight:
+        if not self.ended:
             return ReadState.IN_PROGRESS
         return ReadState.DONE if self.error is None else ReadState.FAILED
 
@@ -237,7 +241,7 @@ class NixlTransport:
 
     def _drop_ended(self, peer: _Peer) -> None:
         """Drop reads that ended, and with the last one a peer that is leaving."""
-        peer.reads = [read for read in peer.reads if read.state is ReadState.IN_PROGRESS]
+        peer.reads = [read for read in peer.reads if not read.ended]
         if not peer.leaving or peer.reads:
             return
         del self._peers[peer.endpoint.agent]

@@ -97,6 +97,15 @@ class _Peer:
         return WINDOW - sum(len(read.fetching) for read in self.reads.values())
 
 
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """This rank's own memory, and the server through which peers read it."""
+
+    endpoint: RankEndpoint
+    memory: Memory
+    server: Server
+
+
 class TcpTransport:
     """See `base.Transport`.
 
@@ -113,26 +122,21 @@ class TcpTransport:
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._sockets = Sockets(self._context, key)
         self._poller = zmq.Poller()
-        self._region: Region | None = None
-        self._memory: Memory = np.empty(0, dtype=np.uint8)
-        self._server: Server | None = None
-        self._listener: zmq.Socket[bytes] | None = None
-        self._port = 0
+        self._own: _Registered | None = None
         self._peers: dict[str, _Peer] = {}
         self._reads = 0
 
     def register(self, region: Region) -> None:
-        if self._region is not None:
+        if self._own is not None:
             raise TransferError("memory is registered already")
-        self._memory = host_memory(region)
-        self._listener, self._port = self._sockets.bind(zmq.ROUTER, self._host, 0, _SERVER)
-        self._poller.register(self._listener, zmq.POLLIN)
-        self._server = Server(self._agent, self._memory, self._listener)
-        self._region = region
+        memory = host_memory(region)
+        listener, port = self._sockets.bind(zmq.ROUTER, self._host, 0, _SERVER)
+        self._poller.register(listener, zmq.POLLIN)
+        endpoint = RankEndpoint(self._agent, ADDRESSES.encode(ServerAddress(self._host, port)), region)
+        self._own = _Registered(endpoint, memory, Server(self._agent, memory, listener))
 
     def describe(self) -> RankEndpoint:
-        region = self._registered()
-        return RankEndpoint(self._agent, ADDRESSES.encode(ServerAddress(self._host, self._port)), region)
+        return self._registered().endpoint
 
     def connect(self, peer: RankEndpoint) -> None:
         """Connect in the background: a peer that is not there is noticed within seconds, and its reads fail."""
@@ -162,14 +166,14 @@ class TcpTransport:
         peer.socket.close(linger=0)
 
     def post(self, agent: str, runs: Runs) -> TcpRead:
-        region = self._registered()
+        own = self._registered()
         peer = self._peers.get(agent)
         if peer is None:
             raise TransferError(f"{agent} is not connected")
         if peer.lost is not None:
             raise PeerLost(f"{agent} is lost: {peer.lost}")
         self._reads += 1
-        read = TcpRead(self._reads, runs_inside(runs, peer.endpoint.region, region))
+        read = TcpRead(self._reads, runs_inside(runs, peer.endpoint.region, own.endpoint.region))
         if read.state is ReadState.IN_PROGRESS:
             peer.reads[read.number] = read
             self._fetch(peer)
@@ -177,8 +181,8 @@ class TcpTransport:
 
     def poll(self) -> None:
         ready = dict(self._poller.poll(0))
-        if self._server is not None and self._listener in ready:
-            self._server.poll()
+        if self._own is not None and self._own.server.socket in ready:
+            self._own.server.poll()
         for peer in list(self._peers.values()):
             if peer.socket in ready:
                 self._receive(peer)
@@ -192,12 +196,8 @@ class TcpTransport:
     def close(self) -> None:
         for agent in list(self._peers):
             self.disconnect(agent)
-        self._server = None
-        self._region = None
-        if self._listener is not None:
-            self._poller.unregister(self._listener)
-            self._listener.close(linger=0)
-            self._listener = None
+        self._own = None
+        self._poller = zmq.Poller()
         # Waits until libzmq sends nothing out of the region any more.
         self._context.destroy(linger=0)
 
@@ -245,7 +245,7 @@ class TcpTransport:
         read = peer.reads.get(answer.read)
         if read is None or len(frames) != 2:
             raise WireError(f"a piece of read {answer.read} in {len(frames)} frames was not asked for")
-        read.fill(answer.piece, np.frombuffer(frames[1].buffer, np.uint8), self._memory)
+        read.fill(answer.piece, np.frombuffer(frames[1].buffer, np.uint8), self._registered().memory)
         if read.state is ReadState.DONE:
             del peer.reads[read.number]
 
@@ -265,7 +265,7 @@ class TcpTransport:
             read.error = reason
         peer.reads.clear()
 
-    def _registered(self) -> Region:
-        if self._region is None:
+    def _registered(self) -> _Registered:
+        if self._own is None:
             raise TransferError("no memory is registered, or the transport is closed")
-        return self._region
+        return self._own

@@ -53,14 +53,14 @@ class Server:
     def __init__(self, agent: str, memory: Memory, socket: zmq.Socket[bytes]) -> None:
         self._agent = agent
         self._memory = memory
-        self._socket = socket
+        self.socket = socket
         self._dropped = DroppedMessages(log, f"{agent}: fetch")
 
     def poll(self) -> None:
         """Answer what has arrived, up to MAX_FETCHES_PER_POLL fetches."""
         for _ in range(MAX_FETCHES_PER_POLL):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._answer(frames)
@@ -94,7 +94,7 @@ class Server:
 
     def _send(self, frames: list[Any]) -> None:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            self.socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
