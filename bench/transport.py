@@ -1,4 +1,4 @@
-"""How fast a transport reads, between two processes of this machine.
+"""The speed of a transport that reads between two processes of this machine.
 
 python bench/transport.py [--transport nixl] [--transport tcp] [--mib 256] [--repeats 5] [--curve]
 """

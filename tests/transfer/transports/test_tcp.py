@@ -1,4 +1,4 @@
-"""What the tcp transport promises beyond the others: towards peers that do not keep to the rules."""
+"""The promises of the tcp transport beyond those of every transport: towards peers that break the rules."""
 
 from __future__ import annotations
 

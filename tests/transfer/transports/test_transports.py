@@ -1,4 +1,4 @@
-"""What every transport promises, between real processes."""
+"""The promises of every transport, between real processes."""
 
 from __future__ import annotations
 
