@@ -59,13 +59,13 @@ TO_DECODE = [
     p.KvGone("incarnation", "r", "why"),
     p.Renewed("incarnation", 1, []),
 ]
-TO_THREAD = [
+TO_MOVER = [
     orders.OpenPeer("p", []),
     orders.ClosePeer("p"),
     orders.ReadOrder(1, "p", "r", [1], [2], 0, 16, True),
     orders.StopThread(),
 ]
-FROM_THREAD = [
+FROM_MOVER = [
     orders.ThreadAlive(0),
     orders.PeerOpened(0, "p", "why"),
     orders.PeerClosed(0, "p"),
@@ -76,8 +76,8 @@ CHANNELS: list[tuple[Any, list[Any]]] = [
     (m.ToFrontend, TO_FRONTEND),
     (p.ToPrefill, TO_PREFILL),
     (p.ToDecode, TO_DECODE),
-    (orders.ToTransferThread, TO_THREAD),
-    (orders.FromTransferThread, FROM_THREAD),
+    (orders.ToTransferThread, TO_MOVER),
+    (orders.FromTransferThread, FROM_MOVER),
 ]
 NAMES = ["to engine", "to frontend", "to prefill", "to decode", "to transfer thread", "from transfer thread"]
 CODECS: list[Codec[Any]] = [Codec(union) for union, _ in CHANNELS]
