@@ -85,7 +85,7 @@ class Node:
                 raise TransferError(f"a read of {length} bytes had not ended after {deadline - started:.0f} s")
             self._wait()
             self._transport.poll()
-        if read.state is ReadState.FAILED:
+        if read.state is not ReadState.DONE:
             raise TransferError(read.error or "the read failed")
         return time.monotonic() - started
 

@@ -86,7 +86,7 @@ def poll_once(*transports: Transport) -> None:
 
 
 def ended(read: Read) -> bool:
-    return read.state is not ReadState.IN_PROGRESS
+    return read.state in (ReadState.DONE, ReadState.FAILED)
 
 
 def _context() -> Any:
