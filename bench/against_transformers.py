@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,8 +23,9 @@ import torch
 from server import heading, served
 from transformers import AutoModelForCausalLM
 
-from tandem.commands.bench import Workload, measure
-from tandem.commands.bench_report import spread
+from tandem.commands.bench import measure
+from tandem.commands.bench_report import percentiles
+from tandem.commands.workload import Workload
 
 SHAPE = {
     "hidden": 768,
@@ -85,8 +87,8 @@ def make_model(folder: str) -> str:
     return folder
 
 
-def ask(load: Workload) -> list[Times]:
-    records = asyncio.run(measure(load)).records
+def ask(workload: Workload) -> list[Times]:
+    records = asyncio.run(measure(workload)).records
     for record in records:
         if record.error is not None:
             raise SystemExit(record.error)
@@ -98,14 +100,12 @@ def compare(folder: str, options: argparse.Namespace, urls: dict[str, str]) -> d
     theirs = Transformers(folder, options.output_len)
     found: dict[str, list[Times]] = {"transformers": [], **{name: [] for name in urls}}
     for turn in range(options.requests + 1):
-        load = Workload(
+        workload = Workload(
             url="", input_len=options.input_len, output_len=options.output_len, num_prompts=1, seed=turn, warmup=0
         )
-        round_: dict[str, list[Times]] = {"transformers": [theirs.generate(load.prompts()[0])]}
+        round_: dict[str, list[Times]] = {"transformers": [theirs.generate(workload.prompts()[0])]}
         for name, url in urls.items():
-            round_[name] = ask(
-                Workload(**{field: getattr(load, field) for field in load.__struct_fields__} | {"url": url})
-            )
+            round_[name] = ask(replace(workload, url=url))
         for name, times in round_.items() if turn else ():
             found[name] += times
     return found
@@ -116,7 +116,7 @@ def report(found: dict[str, list[Times]], bases: Sequence[tuple[str, str]]) -> N
     medians: dict[str, tuple[float, float]] = {}
     for name, times in found.items():
         ttfts, gaps = [ttft for ttft, _ in times], [gap for _, itl in times for gap in itl]
-        ttft, itl = spread(ttfts), spread(gaps)
+        ttft, itl = percentiles(ttfts), percentiles(gaps)
         if ttft is None or itl is None:
             continue
         medians[name] = ttft.median, itl.median

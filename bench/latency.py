@@ -15,8 +15,9 @@ from contextlib import ExitStack
 
 from server import DEMO_MODEL, heading, served
 
-from tandem.commands.bench import Workload, measure
-from tandem.commands.bench_report import Record, spread
+from tandem.commands.bench import measure
+from tandem.commands.bench_report import Record, percentiles
+from tandem.commands.workload import Workload
 
 
 async def alternate(urls: dict[str, str], options: argparse.Namespace) -> dict[str, list[Record]]:
@@ -24,7 +25,7 @@ async def alternate(urls: dict[str, str], options: argparse.Namespace) -> dict[s
     found: dict[str, list[Record]] = {name: [] for name in urls}
     for turn in range(options.requests):
         for name, url in urls.items():
-            load = Workload(
+            workload = Workload(
                 url=url,
                 input_len=options.input_len,
                 output_len=options.output_len,
@@ -33,7 +34,7 @@ async def alternate(urls: dict[str, str], options: argparse.Namespace) -> dict[s
                 seed=turn,
                 warmup=2 if turn == 0 else 0,
             )
-            found[name] += (await measure(load)).records
+            found[name] += (await measure(workload)).records
     return found
 
 
@@ -43,15 +44,15 @@ def report(name: str, records: Sequence[Record]) -> None:
         if record.error is not None:
             print(f"{name}: {record.error}")
     rows = {"TTFT": [r.ttft for r in good], "ITL": [gap for r in good for gap in r.itl]}
-    hows = [record.tandem for record in good if record.tandem is not None]
-    rows["prefill"] = [how.prefill_time for how in hows]
-    moved = [how for how in hows if how.disaggregated]
+    details = [record.tandem for record in good if record.tandem is not None]
+    rows["prefill"] = [one.prefill_time for one in details]
+    moved = [one for one in details if one.disaggregated]
     if moved:
-        rows["transfer"] = [how.transfer_time for how in moved]
-        rows["hand-off"] = [how.handoff_time for how in moved]
-        rows["hand-off beyond transfer"] = [how.handoff_time - how.transfer_time for how in moved]
+        rows["transfer"] = [one.transfer_time for one in moved]
+        rows["hand-off"] = [one.handoff_time for one in moved]
+        rows["hand-off beyond transfer"] = [one.handoff_time - one.transfer_time for one in moved]
     for words, values in rows.items():
-        one = spread(values)
+        one = percentiles(values)
         if one is not None:
             cells = " ".join(f"{value * 1e3:9.2f}" for value in (min(values), one.median, one.mean, one.p90))
             print(f"{name:12} {words:26} {cells}")

@@ -39,7 +39,7 @@ def first_answer(arguments: Sequence[str]) -> tuple[float, float]:
 
     async def ask(url: str) -> None:
         async with Client(url) as client:
-            await client.ask("/v1/completions", {"prompt": "Hello", "max_tokens": 4, "temperature": 0})
+            await client.complete("/v1/completions", {"prompt": "Hello", "max_tokens": 4, "temperature": 0})
 
     begin = time.perf_counter()
     with served(*arguments) as url:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from aiohttp import web
 
-from tandem.client import Answer, Client, Event, EventChoice, ServerSentEvents, Usage
+from tandem.client import Choice, Client, Response, ServerSentEvents, TimedCompletion, Usage
 from tandem.errors import EngineFailed, InvalidRequest, RequestError, Unavailable
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -41,18 +41,18 @@ def saying(status: int, body: str) -> Handler:
     return handle
 
 
-def asked(handle: Handler) -> Answer:
-    """What a client gets that asks a server which answers so."""
+def completed(handle: Handler) -> TimedCompletion:
+    """What a client gets from a server that answers so."""
 
-    async def ask() -> Answer:
+    async def complete() -> TimedCompletion:
         app = web.Application()
         app.router.add_post("/v1/completions", handle)
         async for url in running(app):
             async with Client(url + "/v1") as client:
-                return await client.ask("/v1/completions", {"prompt": "x"})
+                return await client.complete("/v1/completions", {"prompt": "x"})
         raise AssertionError("no server")
 
-    return asyncio.run(ask())
+    return asyncio.run(complete())
 
 
 async def running(app: web.Application) -> AsyncIterator[str]:
@@ -77,43 +77,43 @@ def test_events_are_found_however_the_bytes_are_cut() -> None:
         assert cut == at_once
 
 
-def test_a_stream_becomes_an_answer_with_its_times() -> None:
-    answer = asked(streaming(*EVENTS))
-    assert answer.text == "hey"
-    assert answer.token_ids == [1, 2, 3, 4]
-    assert answer.finish_reason == "length"
-    assert answer.usage == Usage(5, 4)
-    assert answer.output_tokens == 4
-    assert len(answer.arrivals) == 3
-    assert len(answer.gaps) == 2
-    assert answer.sent <= answer.arrivals[0] <= answer.arrivals[-1] <= answer.ended
+def test_a_stream_becomes_a_completion_with_its_times() -> None:
+    completion = completed(streaming(*EVENTS))
+    assert completion.text == "hey"
+    assert completion.token_ids == [1, 2, 3, 4]
+    assert completion.finish_reason == "length"
+    assert completion.usage == Usage(5, 4)
+    assert completion.output_tokens == 4
+    assert len(completion.arrivals) == 3
+    assert len(completion.gaps) == 2
+    assert completion.sent <= completion.arrivals[0] <= completion.arrivals[-1] <= completion.ended
 
 
 def test_an_event_without_token_or_text_is_no_arrival() -> None:
-    answer = Answer(sent=10.0)
-    answer.take(Event([EventChoice()]), 11.0)
-    answer.take(Event([EventChoice(text="a")]), 12.5)
-    answer.take(Event([EventChoice(finish_reason="stop")]), 13.0)
-    assert answer.arrivals == [12.5]
-    assert answer.ttft == 2.5
-    assert answer.itl == 0.0
-    assert answer.finish_reason == "stop"
+    completion = TimedCompletion(sent=10.0)
+    completion.add(Response([Choice()]), 11.0)
+    completion.add(Response([Choice(text="a")]), 12.5)
+    completion.add(Response([Choice(finish_reason="stop")]), 13.0)
+    assert completion.arrivals == [12.5]
+    assert completion.ttft == 2.5
+    assert completion.itl == 0.0
+    assert completion.finish_reason == "stop"
 
 
 def test_an_error_amid_a_stream_is_raised() -> None:
     error = b'data: {"error": {"message": "an engine was lost", "type": "server_error", "code": "engine_failed"}}\n\n'
     with pytest.raises(EngineFailed, match="an engine was lost"):
-        asked(streaming(EVENTS[0], error))
+        completed(streaming(EVENTS[0], error))
 
 
 def test_a_stream_without_done_is_an_error() -> None:
     with pytest.raises(EngineFailed, match="ended before it was complete"):
-        asked(streaming(*EVENTS[:-1]))
+        completed(streaming(*EVENTS[:-1]))
 
 
 def test_an_event_that_is_not_json_is_an_error() -> None:
     with pytest.raises(EngineFailed, match="cannot be read"):
-        asked(streaming(b"data: {no\n\n"))
+        completed(streaming(b"data: {no\n\n"))
 
 
 @pytest.mark.parametrize(
@@ -128,12 +128,12 @@ def test_an_event_that_is_not_json_is_an_error() -> None:
 )
 def test_the_error_of_a_server_is_a_typed_one(status: int, code: str, expected: type[RequestError]) -> None:
     with pytest.raises(expected, match="too long"):
-        asked(saying(status, f'{{"error": {{"message": "too long", "code": {code}}}}}'))
+        completed(saying(status, f'{{"error": {{"message": "too long", "code": {code}}}}}'))
 
 
 def test_an_error_that_is_not_openais_is_shown_as_it_came() -> None:
     with pytest.raises(RequestError, match="502: bad gateway"):
-        asked(saying(502, "bad gateway"))
+        completed(saying(502, "bad gateway"))
 
 
 def test_nobody_there_is_unavailable_and_names_the_url() -> None:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tandem.config import (
+    AccessSection,
     BatchSection,
     CacheSection,
+    ClusterConfig,
     EngineConfig,
     ModelSection,
     NetworkSection,
     ParallelSection,
     RouterConfig,
+    RunSection,
     TimeSection,
-    parse_address,
-    parse_size,
 )
 from tandem.config_file import check_tables, take_config
 from tandem.errors import ConfigError
+from tandem.flags import parse_address, parse_size
 from tandem.wire.messages import Address
 
 
@@ -51,29 +55,39 @@ def test_what_is_no_address_is_said_with_the_flag(text: str) -> None:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (lambda: ModelSection("/m", "m", dtype="int8"), "--dtype must be one of auto"),  # type: ignore[arg-type]
-        (lambda: ModelSection("/m", "m", device="tpu"), "--device must be one of"),  # type: ignore[arg-type]
-        (lambda: ModelSection("/m", "m", max_model_len=0), "--max-model-len must be greater than 0"),
+        (lambda: ModelSection(dtype="int8"), "--dtype must be one of auto"),  # type: ignore[arg-type]
+        (lambda: ModelSection(device="tpu"), "--device must be one of"),  # type: ignore[arg-type]
+        (lambda: ModelSection(max_model_len=0), "--max-model-len must be greater than 0"),
         (lambda: CacheSection(block_size=0), "--block-size must be from 1 to 1024"),
         (lambda: CacheSection(kv_memory=0), "--kv-memory must be greater than 0"),
         (lambda: BatchSection(max_waiting=0), "--max-waiting must be greater than 0"),
         (lambda: BatchSection(max_num_seqs=9, max_batched_tokens=8), r"--max-batched-tokens \(8\)"),
-        (lambda: ParallelSection(tp=0), "--tp must be greater than 0"),
+        (lambda: ParallelSection(tp=0), "--tp must be at least 1; got 0"),
         (lambda: ParallelSection(tp=5000), "--tp is at most 1024"),
         (lambda: ParallelSection(node_rank=1), "--node-rank must be from 0"),
         (lambda: ParallelSection(tp=3, nnodes=2, master=Address("a", 1)), "3 ranks cannot be laid out on 2 nodes"),
         (lambda: ParallelSection(tp=2, nnodes=2), "needs --master HOST:PORT"),
         (lambda: NetworkSection(port=65536), "a port is from 0"),
-        (lambda: NetworkSection(allow_peers=("everywhere",)), "--allow-peers takes networks such as"),
-        (lambda: NetworkSection(allow_peers=("10.0.0.0/8",)), "leads off this machine, which needs a cluster key"),
+        (lambda: AccessSection(allow_peers=("everywhere",)), "--allow-peers takes networks such as"),
+        (lambda: AccessSection(allow_peers=("10.0.0.0/8",)), "leads off this machine, which needs a cluster key"),
+        (lambda: AccessSection(cluster_key_file=Path("/no/key")), "--cluster-key-file /no/key is not a file"),
         (lambda: TimeSection(lease_ttl=0.5), "--lease-ttl must be at least 1 s"),
-        (lambda: RouterConfig(request_timeout=-1), "--request-timeout must be greater than 0"),
-        (lambda: EngineConfig("both", ModelSection("/m", "m")), "--role must be one of"),  # type: ignore[arg-type]
+        (lambda: TimeSection(request_timeout=-1), "--request-timeout must be greater than 0"),
+        (lambda: RunSection(kv_failure="hope"), "--kv-failure must be one of recompute"),  # type: ignore[arg-type]
+        (lambda: RunSection(log_level="loud"), "--log-level must be one of debug"),  # type: ignore[arg-type]
+        (lambda: RouterConfig(control_port=-1), "a port is from 0"),
+        (lambda: EngineConfig(role="both"), "--role must be one of"),  # type: ignore[arg-type]
+        (lambda: ClusterConfig(decode=0), "--decode must be at least 1; got 0"),
+        (lambda: ClusterConfig(prefill=-1), "--prefill must be 0 or more"),
+        (lambda: ClusterConfig(prefill_tp=0), "--prefill-tp must be at least 1; got 0"),
+        (lambda: ClusterConfig(decode_pp=1000), "--pp at most 256"),
+        (lambda: ClusterConfig(decode_block_size=2000), "--block-size must be from 1 to 1024"),
+        (lambda: ClusterConfig(port=65536), "a port is from 0"),
     ],
 )
-def test_a_value_that_cannot_work_is_refused_with_its_flag(make: object, part: str) -> None:
+def test_a_value_that_cannot_work_is_refused_with_its_flag(make: Callable[[], object], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
-        make()  # type: ignore[operator]
+        make()
 
 
 def test_ranks_are_laid_out_by_node() -> None:
@@ -87,13 +101,40 @@ def test_ranks_are_laid_out_by_node() -> None:
     [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.1.2.3", False), ("node-0", False), ("", False)],
 )
 def test_only_loopback_is_followed_by_default(host: str, allowed: bool) -> None:
-    assert NetworkSection().allows(host) is allowed
+    assert AccessSection().allows(host) is allowed
 
 
-def test_allowed_networks_are_followed() -> None:
-    network = NetworkSection(allow_peers=("10.0.0.0/8",), cluster_key_file="cluster.key")
-    assert network.allows("10.200.0.1")
-    assert not network.allows("127.0.0.1")
+def test_allowed_networks_are_followed(tmp_path: Path) -> None:
+    key = tmp_path / "cluster.key"
+    key.touch()
+    access = AccessSection(allow_peers=("10.0.0.0/8",), cluster_key_file=key)
+    assert access.allows("10.200.0.1")
+    assert not access.allows("127.0.0.1")
+
+
+def test_a_cluster_has_prefill_and_decode_engines_of_their_own_shapes() -> None:
+    config = ClusterConfig(
+        prefill=2, prefill_tp=2, decode_pp=2, decode_block_size=32, connector="tcp", run=RunSection(seed=7)
+    )
+    engines = config.engine_configs()
+    assert [(engine.name, engine.role) for engine in engines] == [
+        ("prefill-0", "prefill"),
+        ("prefill-1", "prefill"),
+        ("decode-0", "decode"),
+    ]
+    assert [(engine.parallel.tp, engine.parallel.pp) for engine in engines] == [(2, 1), (2, 1), (1, 2)]
+    assert [engine.cache.block_size for engine in engines] == [16, 16, 32]
+    assert {engine.network.connector for engine in engines} == {"tcp"}
+    assert {engine.run.seed for engine in engines} == {config.router_config().run.seed} == {7}
+
+
+def test_a_cluster_without_prefill_engines_has_mixed_ones() -> None:
+    assert [engine.name for engine in ClusterConfig(prefill=0, decode=2).engine_configs()] == ["mixed-0", "mixed-1"]
+
+
+def test_a_config_survives_the_way_to_a_child_process() -> None:
+    config = EngineConfig(parallel=ParallelSection(2, 1, 2, 1, Address("node-0", 7000)), engine_id="a")
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_the_file_of_flags_is_taken_out_of_the_arguments(tmp_path: Path) -> None:

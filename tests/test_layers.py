@@ -14,13 +14,14 @@ ROWS = (
     {"__init__", "__main__"},
     {"cli", "llm"},
     {"commands"},
-    {"doctor", "local_cluster", "client", "options", "config_file", "models_on_disk", "demo_questions"},
+    {"doctor", "local_cluster", "client", "config_file", "demo_questions"},
     {"engine"},
     {"router"},
     {"scheduling", "transfer", "models", "api", "processes"},
-    {"config"},
+    {"config", "console"},
+    {"flags"},
     {"wire"},
-    {"kv", "ids", "logs", "deadlines"},
+    {"kv", "ids", "logs", "deadlines", "model_folder"},
     {"errors"},
 )
 ROW = {package: row for row, packages in enumerate(ROWS) for package in packages}

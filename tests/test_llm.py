@@ -12,7 +12,16 @@ import pytest
 from tandem.api.openai import ChatBody, CompletionBody
 from tandem.api.parsing import parse, sampling_params
 from tandem.errors import ConfigError, InvalidRequest
-from tandem.llm import _chat_logprobs, blocking, conversations, fields, grouped, prompt_list, spread
+from tandem.llm import (
+    Prompt,
+    _chat_logprobs,
+    blocking,
+    cluster_config,
+    conversations,
+    params_list,
+    prompt_list,
+    request_fields,
+)
 from tandem.wire.sampling import SamplingParams
 
 UNUSUAL = SamplingParams(
@@ -42,7 +51,7 @@ def test_every_sampling_field_reaches_the_completions_api() -> None:
         name for name in SamplingParams.__struct_fields__ if getattr(UNUSUAL, name) == getattr(SamplingParams(), name)
     ]
     assert not unset
-    body = parse(sent({"prompt": "a", **fields(UNUSUAL, ["x"]), "logprobs": UNUSUAL.logprobs}), CompletionBody)
+    body = parse(sent({"prompt": "a", **request_fields(UNUSUAL, ["x"]), "logprobs": UNUSUAL.logprobs}), CompletionBody)
     assert body.max_tokens is not None
     assert sampling_params(body, body.max_tokens, body.logprobs) == UNUSUAL
     assert body.stop == ["x"]
@@ -52,7 +61,7 @@ def test_every_sampling_field_reaches_the_completions_api() -> None:
 @pytest.mark.parametrize("params", [UNUSUAL, SamplingParams()])
 def test_every_sampling_field_reaches_the_chat_api(params: SamplingParams) -> None:
     messages = [{"role": "user", "content": "a"}]
-    body = parse(sent({"messages": messages, **fields(params, None), **_chat_logprobs(params)}), ChatBody)
+    body = parse(sent({"messages": messages, **request_fields(params, None), **_chat_logprobs(params)}), ChatBody)
     assert body.max_tokens is not None
     assert sampling_params(body, body.max_tokens, body.top_logprobs) == params
     assert body.stop is None
@@ -60,28 +69,29 @@ def test_every_sampling_field_reaches_the_chat_api(params: SamplingParams) -> No
 
 def test_params_out_of_range_are_refused_before_they_are_sent() -> None:
     with pytest.raises(InvalidRequest, match="top_p"):
-        fields(SamplingParams(top_p=2.0), None)
+        request_fields(SamplingParams(top_p=2.0), None)
 
 
 def test_one_params_for_all_prompts_gives_each_its_own_seed() -> None:
-    assert [one.seed for one in spread(SamplingParams(seed=5), 3)] == [5, 6, 7]
-    assert [one.seed for one in spread(None, 2)] == [0, 1]
+    assert [one.seed for one in params_list(SamplingParams(seed=5), 3)] == [5, 6, 7]
+    assert [one.seed for one in params_list(None, 2)] == [0, 1]
 
 
 def test_params_for_each_prompt_are_taken_as_they_are() -> None:
     given = [SamplingParams(seed=5), SamplingParams(seed=5)]
-    assert spread(given, 2) == given
+    assert params_list(given, 2) == given
     with pytest.raises(InvalidRequest, match="3 prompts and 2"):
-        spread(given, 3)
+        params_list(given, 3)
 
 
 def test_one_prompt_or_several_may_be_given() -> None:
     assert prompt_list("abc") == ["abc"]
     assert prompt_list([1, 2]) == [[1, 2]]
-    assert prompt_list([[1], "b"]) == [[1], "b"]
+    mixed: list[Prompt] = [[1], "b"]
+    assert prompt_list(mixed) == mixed
     assert prompt_list([]) == []
     with pytest.raises(InvalidRequest, match="prompt 1"):
-        prompt_list(["a", None])  # type: ignore[list-item]
+        prompt_list(["a", None])  # type: ignore[arg-type]
 
 
 def test_one_conversation_or_several_may_be_given() -> None:
@@ -90,16 +100,34 @@ def test_one_conversation_or_several_may_be_given() -> None:
     assert conversations([one, one]) == [one, one]
 
 
-def test_flags_go_to_their_groups() -> None:
-    options, network, run = grouped({"kv_memory": "1MiB", "cluster_key_file": "/a/key", "threads": 3})
-    assert options.kv_memory == "1MiB"
-    assert network.cluster_key_file == Path("/a/key")
-    assert run.threads == 3
+def test_flags_go_to_their_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    monkeypatch.chdir(tmp_path)
+    config = cluster_config({"kv_memory": "1MiB", "cluster_key_file": "key", "threads": 3, "prefill": 2})
+    assert config.cache.kv_memory == 2**20
+    assert config.access.cluster_key_file == key
+    assert config.run.threads == 3
+    assert config.prefill == 2
 
 
-def test_an_unknown_flag_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"'max_num_seq'.*max_num_seqs"):
-        grouped({"max_num_seq": 3})
+def test_an_llm_is_quiet_and_takes_any_free_port() -> None:
+    config = cluster_config({})
+    assert (config.host, config.port, config.run.log_level) == ("127.0.0.1", 0, "warning")
+    assert cluster_config({"log_level": "info"}).run.log_level == "info"
+
+
+@pytest.mark.parametrize("name", ["max_num_seq", "host", "port"])
+def test_an_unknown_flag_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{name}'.*max_num_seqs.*prefill_tp"):
+        cluster_config({name: 3})
+
+
+def test_a_flag_with_a_wrong_value_is_named() -> None:
+    with pytest.raises(ConfigError, match="--kv-memory must be a size"):
+        cluster_config({"kv_memory": "much"})
+    with pytest.raises(ConfigError, match="--prefill must be 0 or more"):
+        cluster_config({"prefill": -1})
 
 
 def test_work_is_done_also_where_an_event_loop_runs() -> None:

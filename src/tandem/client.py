@@ -1,4 +1,4 @@
-"""A thin asynchronous client of the OpenAI API, with the fields that Tandem adds to its answers.
+"""An asynchronous client of the OpenAI API, with the fields that Tandem adds to its responses.
 
 What goes wrong is a RequestError: the server's own one, or Unavailable (nobody there) and EngineFailed (it hung up).
 """
@@ -12,7 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -22,24 +22,25 @@ from tandem.errors import REQUEST_ERRORS, EngineFailed, InvalidRequest, RequestE
 
 CONNECT_SECONDS = 30.0
 
-Answered = TypeVar("Answered")
 
-
-class Delta(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True):
     content: str | None = None
 
 
-class EventChoice(msgspec.Struct, frozen=True):
-    """Of a completion (`text`) or of a chat (`delta`)."""
+class Choice(msgspec.Struct, frozen=True):
+    """One choice of a completion (`text`), a chat (`message`) or a chat's stream (`delta`)."""
 
     text: str = ""
-    delta: Delta = Delta()
+    message: Message = Message()
+    delta: Message = Message()
     token_ids: list[int] | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: dict[str, Any] | None = None
 
     @property
-    def words(self) -> str:
-        return self.text or self.delta.content or ""
+    def content(self) -> str:
+        return self.text or self.message.content or self.delta.content or ""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -47,18 +48,18 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int | None = None
 
 
-class Event(msgspec.Struct, frozen=True):
-    """One event of a stream, for one choice. `tandem`: how the answer was made; other servers send none."""
+class Response(msgspec.Struct, frozen=True):
+    """A whole response or one event of a stream. `tandem`: how it was served; other servers send none."""
 
-    choices: list[EventChoice] = []
+    choices: list[Choice] = []
     usage: Usage | None = None
     tandem: ServingDetails | None = None
     error: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
-class Answer:
-    """A streamed answer and when its parts came, in seconds of `time.perf_counter`.
+class TimedCompletion:
+    """A streamed completion and when its parts came, in seconds of `time.perf_counter`.
 
     Attributes:
         arrivals: when each event that brought tokens or text came.
@@ -72,21 +73,21 @@ class Answer:
     arrivals: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage | None = None
-    how: ServingDetails | None = None
+    details: ServingDetails | None = None
 
-    def take(self, event: Event, now: float) -> None:
+    def add(self, event: Response, now: float) -> None:
         self.usage = event.usage or self.usage
-        self.how = event.tandem or self.how
+        self.details = event.tandem or self.details
         for choice in event.choices:
-            if choice.words or choice.token_ids:
+            if choice.content or choice.token_ids:
                 self.arrivals.append(now)
-            self.text += choice.words
+            self.text += choice.content
             self.token_ids += choice.token_ids or []
             self.finish_reason = choice.finish_reason or self.finish_reason
 
     @property
     def ttft(self) -> float:
-        """Seconds to the first event with a token; to the end of an answer without any."""
+        """Seconds to the first event with a token; to the end of a completion without any."""
         return (self.arrivals[0] if self.arrivals else self.ended) - self.sent
 
     @property
@@ -96,7 +97,7 @@ class Answer:
 
     @property
     def itl(self) -> float:
-        """Their median; 0 with fewer than two events."""
+        """The median of the gaps; 0 with fewer than two events."""
         return statistics.median(self.gaps or [0.0])
 
     @property
@@ -107,12 +108,13 @@ class Answer:
 
 
 class ServerSentEvents:
-    """Bytes of a stream, however they are cut, to the data of its events."""
+    """Makes the events of a stream from its bytes, however they are cut."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, received: bytes) -> list[bytes]:
+        """Return the data of the events that `received` completes."""
         *lines, self._rest = (self._rest + received).split(b"\n")
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
@@ -122,7 +124,7 @@ class Client:
 
     Args:
         url: of the server, with or without `/v1` at its end.
-        connections: most requests at once; 0 for as many as there are.
+        connections: most requests at once; 0 for no limit.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, connections: int = 0) -> None:
@@ -146,22 +148,22 @@ class Client:
             await self._http.close()
 
     async def get(self, path: str) -> Any:
-        """The decoded JSON at `path`."""
+        """Return the decoded JSON at `path`."""
         async with self._send("GET", path, None) as response:
             return msgspec.json.decode(await response.read())
 
-    async def post(self, path: str, body: Mapping[str, Any], answer: type[Answered]) -> Answered:
-        """The answer to `body`, as the msgspec struct `answer`."""
+    async def post(self, path: str, body: Mapping[str, Any]) -> Response:
+        """Return the whole response to `body`."""
         async with self._send("POST", path, body) as response:
-            return msgspec.json.decode(await response.read(), type=answer)
+            return msgspec.json.decode(await response.read(), type=Response)
 
     async def model(self) -> str:
-        """The name of the first model that is served."""
+        """Return the name of the first model that is served."""
         return str((await self.get("/v1/models"))["data"][0]["id"])
 
-    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
-        """Events up to `[DONE]`. An error amid them is raised."""
-        decoder = msgspec.json.Decoder(Event)
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Response, None]:
+        """Yield the events up to `[DONE]`; raise an error that is among them."""
+        decoder = msgspec.json.Decoder(Response)
         events = ServerSentEvents()
         async with self._send("POST", path, {**body, "stream": True}) as response:
             async for received in response.content.iter_any():
@@ -174,20 +176,20 @@ class Client:
                     yield event
         raise EngineFailed(f"{self.url}{path}: the stream ended before it was complete")
 
-    async def ask(self, path: str, body: Mapping[str, Any]) -> Answer:
-        """A whole stream, timed."""
-        answer = Answer(time.perf_counter())
+    async def complete(self, path: str, body: Mapping[str, Any]) -> TimedCompletion:
+        """Return the completion of `body`, streamed and timed."""
+        completion = TimedCompletion(time.perf_counter())
         async with aclosing(self.stream(path, body)) as events:
             async for event in events:
-                answer.take(event, time.perf_counter())
-        answer.ended = time.perf_counter()
-        return answer
+                completion.add(event, time.perf_counter())
+        completion.ended = time.perf_counter()
+        return completion
 
     @asynccontextmanager
     async def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A good response; what happens to it inside is mapped as well."""
+        """Yield a response with status 200; errors in reading it are mapped as well."""
         if self._http is None:
             raise RuntimeError("a Client is used as an asynchronous context manager")
         data = None if body is None else msgspec.json.encode(body)
@@ -203,7 +205,7 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise EngineFailed(f"{self.url}{path}: the connection was lost: {error or type(error).__name__}") from None
         except msgspec.DecodeError as error:
-            raise EngineFailed(f"{self.url}{path}: the answer cannot be read: {error}") from None
+            raise EngineFailed(f"{self.url}{path}: the response cannot be read: {error}") from None
 
 
 async def _json(response: aiohttp.ClientResponse) -> Any:
@@ -215,11 +217,11 @@ async def _json(response: aiohttp.ClientResponse) -> Any:
 
 
 def _error(status: int, body: Any) -> RequestError:
-    """From OpenAI's error object, or whatever else came."""
-    told = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(told, dict):
-        told = {"message": f"HTTP status {status}: {body}"}
-    code, message, param = str(told.get("code")), str(told.get("message")), told.get("param")
+    """Make the exception of OpenAI's error object, or of whatever else came."""
+    found = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(found, dict):
+        found = {"message": f"HTTP status {status}: {body}"}
+    code, message, param = str(found.get("code")), str(found.get("message")), found.get("param")
     if code not in REQUEST_ERRORS:
         code = InvalidRequest.code if 400 <= status < 500 else Unavailable.code if status == 503 else code
     return request_error(code, message, param)

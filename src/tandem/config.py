@@ -1,17 +1,29 @@
-"""What a person configured, as frozen sections, checked when they are made.
+"""Everything a person can configure: frozen sections, checked when they are made.
 
-What is only found out later (number of blocks, end-of-sequence ids, ports) is not here.
+A field is a flag: its name, default and help text are spelled here and nowhere else. The command line flattens the
+sections of a command's config into its flags; from Python they are made and passed on as they are.
+What is only found out later (the model's folder, the number of blocks, end-of-sequence ids, ports) is not here.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import re
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
 
-import msgspec
+from cyclopts import Group, Parameter
 
 from tandem.errors import ConfigError
+from tandem.flags import (
+    check_choice,
+    check_counts,
+    check_port,
+    check_positive,
+    parse_address,
+    parse_size,
+    text_flag,
+)
 from tandem.wire.messages import Address
 
 Role = Literal["prefill", "decode", "mixed"]
@@ -25,77 +37,57 @@ MAX_PP = 256
 MAX_BLOCK_SIZE = 1024
 MIN_LEASE_TTL = 1.0
 
+LOOPBACK = "127.0.0.1"
 
-def parse_size(text: str, flag: str) -> int:
-    """Bytes from `1GiB`, `512MiB`, `2GB`, `1048576`. Raises ConfigError that names `flag`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if match is None or (match[3] and not match[2]):
-        raise ConfigError(f"{flag} must be a size such as 1GiB, 512MiB or 2GB; got {text!r}")
-    power = " kmgt".index(match[2] or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+ENGINES = Group("Engines", sort_key=1)
+MODEL = Group("Model and memory", sort_key=2)
+NETWORK = Group("Network and security", sort_key=3)
+RUNNING = Group("Running", sort_key=4)
 
 
-def parse_address(text: str, flag: str) -> Address:
-    """`HOST:PORT` (an IPv6 host in brackets). Raises ConfigError that names `flag`."""
-    host, colon, port = text.rpartition(":")
-    host = host.strip("[]")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{flag} must be HOST:PORT with a port from 1 to 65535; got {text!r}")
-    return Address(host, int(port))
-
-
-def check_port(port: int) -> None:
-    if not 0 <= port < 65536:
-        raise ConfigError(f"a port is from 0 (any) to 65535; got {port}")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"--{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-class ModelSection(msgspec.Struct, frozen=True):
-    """`path`: local folder. `name`: what clients call the model. `max_model_len`: None for the model's own."""
-
-    path: str
-    name: str
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True, slots=True)
+class ModelSection:
+    served_model_name: str | None = None
+    "What clients call the model; by default the folder's or the hub's name."
     dtype: DType = "auto"
+    "auto: as the model says."
     device: Device = "auto"
     max_model_len: int | None = None
+    "Longest prompt and output together, in tokens; by default the model's own."
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, get_args(DType))
-        _one_of("device", self.device, get_args(Device))
-        if self.max_model_len is not None:
-            _positive(max_model_len=self.max_model_len)
+        check_choice("dtype", self.dtype, DType)
+        check_choice("device", self.device, Device)
+        check_positive(max_model_len=self.max_model_len)
 
 
-class CacheSection(msgspec.Struct, frozen=True):
-    """`kv_memory`: bytes per rank for KV blocks; None: 1 GiB on CPU, 85 % of what is free on a GPU."""
-
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True, slots=True)
+class CacheSection:
     block_size: int = 16
-    kv_memory: int | None = None
+    "Tokens per KV block."
+    kv_memory: Annotated[int | None, text_flag(parse_size, "--kv-memory")] = None
+    "Memory for KV blocks on each rank, such as 1GiB; by default 1GiB on CPU, 85 % of what is free on a GPU."
 
     def __post_init__(self) -> None:
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"--block-size must be from 1 to {MAX_BLOCK_SIZE} tokens; got {self.block_size}")
-        if self.kv_memory is not None:
-            _positive(kv_memory=self.kv_memory)
+        check_positive(kv_memory=self.kv_memory)
 
 
-class BatchSection(msgspec.Struct, frozen=True):
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True, slots=True)
+class BatchSection:
     max_num_seqs: int = 64
+    "Most sequences in a step."
     max_batched_tokens: int = 2048
+    "Most tokens in a step; longer prompts are computed in chunks."
     max_waiting: int = 1024
+    "Most requests that wait; more are answered with 503."
 
     def __post_init__(self) -> None:
-        _positive(
+        check_positive(
             max_num_seqs=self.max_num_seqs,
             max_batched_tokens=self.max_batched_tokens,
             max_waiting=self.max_waiting,
@@ -107,17 +99,22 @@ class BatchSection(msgspec.Struct, frozen=True):
             )
 
 
-class ParallelSection(msgspec.Struct, frozen=True):
-    """`master`: where node 0 waits for the others; None on a single node."""
-
+@Parameter(name="*", group=ENGINES)
+@dataclass(frozen=True, slots=True)
+class ParallelSection:
     tp: int = 1
+    "Tensor-parallel ranks."
     pp: int = 1
+    "Pipeline stages."
     nnodes: int = 1
+    "Number of nodes; tp x pp ranks are laid out by node, tensor-parallel ranks fastest."
     node_rank: int = 0
-    master: Address | None = None
+    "Which of them this is, from 0."
+    master: Annotated[Address | None, text_flag(parse_address, "--master")] = None
+    "HOST:PORT on node 0, where the ranks meet."
 
     def __post_init__(self) -> None:
-        _positive(tp=self.tp, pp=self.pp, nnodes=self.nnodes)
+        check_counts(tp=self.tp, pp=self.pp, nnodes=self.nnodes)
         if self.tp > MAX_TP or self.pp > MAX_PP:
             raise ConfigError(f"--tp is at most {MAX_TP} and --pp at most {MAX_PP}; got {self.tp} and {self.pp}")
         if not 0 <= self.node_rank < self.nnodes:
@@ -141,28 +138,43 @@ class ParallelSection(msgspec.Struct, frozen=True):
         return range(self.node_rank * per_node, (self.node_rank + 1) * per_node)
 
 
-class NetworkSection(msgspec.Struct, frozen=True):
-    """`host`: this node's address for the engine's sockets; None: found from the route to the master or router.
-
-    `allow_peers`: networks (CIDR) into which a foreign PD proxy's `remote_host` is followed.
-    """
-
+@Parameter(name="*", group=ENGINES)
+@dataclass(frozen=True, slots=True)
+class NetworkSection:
+    connector: str | None = None
+    "How KV moves: nixl or tcp; by default nixl where it is installed."
+    router: Annotated[Address | None, text_flag(parse_address, "--router")] = None
+    "HOST:PORT of a router's control port, to register with."
     host: str | None = None
+    "This node's address for everything the engine listens on; by default found from the route to the others."
     port: int = 0
-    router: Address | None = None
-    connector: str = "nixl"
-    cluster_key_file: str | None = None
-    api_key: str | None = None
-    allow_peers: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
+    "Port of the engine's own API, on node 0; 0 for any."
 
     def __post_init__(self) -> None:
         check_port(self.port)
+
+
+@Parameter(name="*", group=NETWORK)
+@dataclass(frozen=True, slots=True)
+class AccessSection:
+    api_key: str | None = None
+    "Clients of /v1 must send it as a bearer token."
+    cluster_key_file: Path | None = None
+    "Key of the cluster, made by `tandem keygen`; without one only loopback is used."
+    allow_peers: Annotated[tuple[str, ...], Parameter(negative=(), show_default=list)] = ("127.0.0.0/8", "::1/128")
+    "Networks into which the remote_host of a foreign PD proxy is followed."
+
+    def __post_init__(self) -> None:
+        if self.cluster_key_file is not None and not self.cluster_key_file.is_file():
+            raise ConfigError(
+                f"--cluster-key-file {self.cluster_key_file} is not a file; make one with `tandem keygen FILE`"
+            )
         for network in self.allow_peers:
             try:
-                ipaddress.ip_network(network, strict=False)
+                loopback = ipaddress.ip_network(network, strict=False).is_loopback
             except ValueError:
                 raise ConfigError(f"--allow-peers takes networks such as 10.0.0.0/8; got {network!r}") from None
-            if self.cluster_key_file is None and not ipaddress.ip_network(network, strict=False).is_loopback:
+            if self.cluster_key_file is None and not loopback:
                 raise ConfigError(
                     f"--allow-peers {network} leads off this machine, which needs a cluster key: make one with"
                     " `tandem keygen FILE` and give it to every process with --cluster-key-file FILE"
@@ -171,21 +183,24 @@ class NetworkSection(msgspec.Struct, frozen=True):
     def allows(self, host: str) -> bool:
         """Whether a client-sent address may be followed; names are not resolved, only addresses are allowed."""
         try:
-            address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+            address = ipaddress.ip_address(LOOPBACK if host == "localhost" else host)
         except ValueError:
             return False
         return any(address in ipaddress.ip_network(network, strict=False) for network in self.allow_peers)
 
 
-class TimeSection(msgspec.Struct, frozen=True):
-    """Seconds. `lease_ttl`: how long a prefill engine keeps blocks for a reader that is not heard of."""
-
+@Parameter(name="*", group=RUNNING)
+@dataclass(frozen=True, slots=True)
+class TimeSection:
     start_timeout: float = 120.0
+    "Seconds within which everything must have started."
     request_timeout: float = 600.0
+    "Seconds within which a request must end."
     lease_ttl: float = 10.0
+    "Seconds for which a prefill engine keeps KV for a decode engine that it does not hear of."
 
     def __post_init__(self) -> None:
-        _positive(start_timeout=self.start_timeout, request_timeout=self.request_timeout)
+        check_positive(start_timeout=self.start_timeout, request_timeout=self.request_timeout)
         if self.lease_ttl < MIN_LEASE_TTL:
             raise ConfigError(
                 f"--lease-ttl must be at least {MIN_LEASE_TTL:g} s, as it is renewed three times in it over the"
@@ -193,41 +208,143 @@ class TimeSection(msgspec.Struct, frozen=True):
             )
 
 
-class EngineConfig(msgspec.Struct, frozen=True):
-    role: Role
-    model: ModelSection
-    engine_id: str | None = None
-    cache: CacheSection = CacheSection()
-    batch: BatchSection = BatchSection()
-    parallel: ParallelSection = ParallelSection()
-    network: NetworkSection = NetworkSection()
-    time: TimeSection = TimeSection()
+@Parameter(name="*", group=RUNNING)
+@dataclass(frozen=True, slots=True)
+class RunSection:
     kv_failure: KvFailure = "recompute"
+    "What becomes of a request whose KV is lost on the way."
     threads: int | None = None
+    "CPU threads per rank; by default the cores of this machine over the ranks of the engine."
     seed: int | None = None
+    "For requests that bring no seed."
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
-        _one_of("role", self.role, get_args(Role))
-        _one_of("kv-failure", self.kv_failure, get_args(KvFailure))
-        _one_of("log-level", self.log_level, get_args(LogLevel))
+        check_choice("kv_failure", self.kv_failure, KvFailure)
+        check_choice("log_level", self.log_level, LogLevel)
 
 
-class RouterConfig(msgspec.Struct, frozen=True):
-    """`control_port`: where engines register; 0 for any."""
+@Parameter(name="*", group=ENGINES)
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The flags of `tandem engine`: one node's share of an engine."""
 
-    host: str = "127.0.0.1"
+    role: Role = "mixed"
+    "What the router uses it for; sent a request directly, an engine of any role answers by itself."
+    parallel: ParallelSection = ParallelSection()
+    engine_id: str | None = None
+    "Names the engine over restarts; by default a fresh one. Must be the same on all nodes."
+    network: NetworkSection = NetworkSection()
+    model: ModelSection = ModelSection()
+    cache: CacheSection = CacheSection()
+    batch: BatchSection = BatchSection()
+    access: AccessSection = AccessSection()
+    time: TimeSection = TimeSection()
+    run: RunSection = RunSection()
+
+    def __post_init__(self) -> None:
+        check_choice("role", self.role, Role)
+
+    @property
+    def name(self) -> str:
+        """How log lines and messages on this machine call the engine."""
+        return self.engine_id or self.role
+
+
+@Parameter(name="*", group=ENGINES)
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """The flags of `tandem router`. An engine's own API is a router with one engine behind it."""
+
+    host: str = LOOPBACK
+    "Address of the OpenAI API."
     port: int = 8000
-    control_host: str = "127.0.0.1"
-    control_port: int = 0
-    cluster_key_file: str | None = None
-    api_key: str | None = None
-    request_timeout: float = 600.0
-    seed: int | None = None
-    log_level: LogLevel = "info"
+    "Port of the OpenAI API; 0 for any."
+    control_host: str | None = None
+    "Address of the control port; by default as --host."
+    control_port: int = 7000
+    "Port where engines register; 0 for any."
+    access: AccessSection = AccessSection()
+    time: TimeSection = TimeSection()
+    run: RunSection = RunSection()
 
     def __post_init__(self) -> None:
         check_port(self.port)
         check_port(self.control_port)
-        _positive(request_timeout=self.request_timeout)
-        _one_of("log-level", self.log_level, get_args(LogLevel))
+
+
+@Parameter(name="*", group=ENGINES)
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """The flags of `tandem serve`: a router and engines on this machine."""
+
+    host: str = LOOPBACK
+    "Address of the OpenAI API."
+    port: int = 8000
+    "Port of the OpenAI API; 0 for any."
+    prefill: int = 1
+    "Number of prefill engines; 0 for engines that do both (as many as --decode says)."
+    prefill_tp: int = 1
+    "Tensor-parallel ranks of each prefill engine."
+    prefill_pp: int = 1
+    "Pipeline stages of each prefill engine."
+    decode: int = 1
+    "Number of decode engines."
+    decode_tp: int = 1
+    "Tensor-parallel ranks of each decode engine."
+    decode_pp: int = 1
+    "Pipeline stages of each decode engine."
+    prefill_block_size: int | None = None
+    "Tokens per KV block on prefill engines, if not as --block-size."
+    decode_block_size: int | None = None
+    "Tokens per KV block on decode engines, if not as --block-size."
+    connector: str | None = None
+    "How KV moves: nixl or tcp; by default nixl where it is installed."
+    model: ModelSection = ModelSection()
+    cache: CacheSection = CacheSection()
+    batch: BatchSection = BatchSection()
+    access: AccessSection = AccessSection()
+    time: TimeSection = TimeSection()
+    run: RunSection = RunSection()
+
+    def __post_init__(self) -> None:
+        check_counts(
+            prefill_tp=self.prefill_tp,
+            prefill_pp=self.prefill_pp,
+            decode=self.decode,
+            decode_tp=self.decode_tp,
+            decode_pp=self.decode_pp,
+        )
+        if self.prefill < 0:
+            raise ConfigError(
+                f"--prefill must be 0 or more and --decode 1 or more; got {self.prefill} and {self.decode}"
+            )
+        self.router_config()  # their sections check themselves when they are made
+        self.engine_configs()
+
+    def router_config(self) -> RouterConfig:
+        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.access, self.time, self.run)
+
+    def engine_configs(self) -> list[EngineConfig]:
+        """Return the config of each engine, prefill engines first."""
+        last: Role = "decode" if self.prefill else "mixed"
+        prefill = ParallelSection(self.prefill_tp, self.prefill_pp)
+        decode = ParallelSection(self.decode_tp, self.decode_pp)
+        return [
+            *(self._engine("prefill", i, prefill, self.prefill_block_size) for i in range(self.prefill)),
+            *(self._engine(last, i, decode, self.decode_block_size) for i in range(self.decode)),
+        ]
+
+    def _engine(self, role: Role, index: int, parallel: ParallelSection, block_size: int | None) -> EngineConfig:
+        return EngineConfig(
+            role=role,
+            parallel=parallel,
+            engine_id=f"{role}-{index}",
+            network=NetworkSection(self.connector),
+            model=self.model,
+            cache=self.cache if block_size is None else replace(self.cache, block_size=block_size),
+            batch=self.batch,
+            access=self.access,
+            time=self.time,
+            run=self.run,
+        )

@@ -1,4 +1,4 @@
-"""A TOML file of flags: a table for each command, with flags as keys."""
+"""Reads a TOML file of flags: a table for each command, with flags as keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ EXPECTED = "a TOML file with a table per command was expected"
 
 
 def take_config(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config FILE`, and the file, which TANDEM_CONFIG names too.
+    """Return the arguments without `--config FILE`, and the file, which TANDEM_CONFIG names too.
 
-    Raises ConfigError if it is not there. Flags go before the environment, and that before the file.
+    Flags go before the environment, and the environment before the file. Raises ConfigError if there is no such file.
     """
     rest, file = list(arguments), environment.get("TANDEM_CONFIG")
     for index, argument in enumerate(rest):
@@ -34,7 +34,7 @@ def take_config(arguments: Sequence[str], environment: Mapping[str, str]) -> tup
 
 
 def check_tables(file: str, commands: Sequence[str]) -> None:
-    """Raises ConfigError for what no command would read."""
+    """Raise ConfigError for a table or key that no command would read."""
     try:
         with open(file, "rb") as stream:
             content = tomllib.load(stream)

@@ -36,14 +36,14 @@ class Question:
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether `prompt` is kept out of training; it depends on the text alone."""
+    """Return whether `prompt` is kept out of training; it depends on the text alone."""
     return hashlib.blake2b(prompt.encode()).digest()[0] < _HELD_OUT_BELOW
 
 
 def questions(
     count: int, seed: int, *, held_out: bool = True, kinds: tuple[str, ...] = KINDS, max_entries: int = 16
 ) -> list[Question]:
-    """`count` questions, the `kinds` in turn; lists in ``walk`` and ``recall`` have 3 to `max_entries` entries.
+    """Return `count` questions, the `kinds` in turn; lists in ``walk`` and ``recall`` have 3 to `max_entries` entries.
 
     All are held out from training, or with ``held_out=False`` none is.
     """
@@ -59,12 +59,12 @@ def long_questions(
     min_entries: int = 74,
     max_entries: int = len(_NAMES),
 ) -> list[Question]:
-    """`count` questions over long lists; by default prompts are about 400 to 500 characters (= tokens)."""
+    """Return `count` questions over long lists; by default prompts have 400 to 500 characters (= tokens)."""
     return _draw(count, seed, held_out, kinds, entries=(min_entries, max_entries))
 
 
 def sample_questions() -> list[Question]:
-    """The 32 fixed held-out questions of ``tandem demo``, short and long; the bundled model answers all of them."""
+    """Return the 32 fixed held-out questions, short and long; the bundled model answers all of them."""
     return questions(24, seed=SAMPLE_SEED) + long_questions(8, seed=SAMPLE_SEED)
 
 

@@ -1,4 +1,4 @@
-"""Who is who: engines, their lives, requests."""
+"""Identities of engines and their incarnations, prompts and requests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ENGINE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 class EngineIdentity(msgspec.Struct, frozen=True, array_like=True):
-    """An engine and one life of it.
+    """An engine and one incarnation of it.
 
     Made once, by the leader, and handed to everything else; nothing but `new_identity` makes one.
 
     Attributes:
         engine_id: names the engine; the same over restarts if it was configured.
-        incarnation: names this life; new at every start.
+        incarnation: new at every start.
     """
 
     engine_id: str
@@ -33,7 +33,7 @@ class EngineIdentity(msgspec.Struct, frozen=True, array_like=True):
 
 
 def new_identity(engine_id: str | None) -> EngineIdentity:
-    """The identity of an engine that starts now: its configured id, else a fresh one."""
+    """Make the identity of an engine that starts now: its configured id, else a new one."""
     if engine_id is not None and not _ENGINE_ID.fullmatch(engine_id):
         raise ConfigError(
             f"--engine-id must be 1 to 64 letters, digits or '._:-'; got {engine_id!r}."
@@ -43,7 +43,7 @@ def new_identity(engine_id: str | None) -> EngineIdentity:
 
 
 def prompt_digest(token_ids: Sequence[int]) -> str:
-    """Tells prompts apart, whatever the block size: 32 hex digits of BLAKE2b over the ids as little-endian int32."""
+    """Return 32 hex digits that tell prompts apart, whatever the block size: BLAKE2b of the ids as int32."""
     return blake2b(array("i", token_ids).tobytes(), digest_size=16).hexdigest()
 
 

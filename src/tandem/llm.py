@@ -1,6 +1,6 @@
 """Offline use from Python: `with LLM("path/to/model") as llm: llm.generate(prompts)`.
 
-The same processes as `tandem serve` starts, on free ports of loopback, for as long as the `LLM` lives.
+The same processes as `tandem serve` starts, on free ports of loopback, until the `LLM` is closed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,25 +19,26 @@ from typing import Any, TypeVar
 import msgspec
 
 from tandem.api.backend import ServingDetails
-from tandem.client import Client
-from tandem.commands.console import Console
-from tandem.commands.serve import ServePlan, plan_configs, start_all
-from tandem.config import ParallelSection, RouterConfig
+from tandem.client import Client, Response
+from tandem.config import ClusterConfig
+from tandem.console import Console
 from tandem.errors import ConfigError, InvalidRequest, RequestError
-from tandem.models_on_disk import local_model
-from tandem.options import ModelOptions, NetworkOptions, RunOptions
+from tandem.flags import parse_size
+from tandem.local_cluster import start_cluster
+from tandem.model_folder import find_model
 from tandem.processes import ChildProcesses
 from tandem.wire.sampling import SamplingParams
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
-Stop = str | list[str] | None
-Made = TypeVar("Made")
+StopStrings = str | list[str] | None
+Result = TypeVar("Result")
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came of one prompt.
+    """The completion of one prompt.
 
     Attributes:
         prompt: as it was given; of a chat, its messages.
@@ -45,7 +46,7 @@ class Completion:
         finish_reason: "stop" or "length".
         stop_reason: the stop string or stop token id; None after end-of-sequence or at the length.
         logprobs: if they were asked for, as the HTTP API has them.
-        tandem: how it was made: engines, disaggregated or not, times, blocks and bytes moved.
+        tandem: how it was served: engines, disaggregated or not, times, blocks and bytes moved.
     """
 
     prompt: Prompt | Messages
@@ -57,24 +58,6 @@ class Completion:
     tandem: ServingDetails
 
 
-class _Message(msgspec.Struct, frozen=True):
-    content: str
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    token_ids: list[int]
-    finish_reason: str
-    text: str = ""
-    message: _Message | None = None
-    stop_reason: str | int | None = None
-    logprobs: dict[str, Any] | None = None
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    choices: list[_Choice]
-    tandem: ServingDetails
-
-
 class LLM:
     """A model on engines of this machine; use as a context manager, or call `close()`.
 
@@ -82,53 +65,30 @@ class LLM:
 
     Args:
         model: a local folder in Hugging Face format, or a name on the hub.
-        prefill: number of prefill engines; 0 for engines that do both (as many as `decode` says).
-        flags: as of `tandem serve`, with underscores: `dtype`, `kv_memory`, `max_num_seqs`, `seed`, `threads` ...
+        flags: those of `tandem serve` but host and port, with underscores: `prefill`, `decode_tp`, `connector`,
+            `dtype`, `kv_memory`, `max_num_seqs`, `seed`, `threads` ...
 
     Raises TandemError if it cannot be started.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        prefill: int = 1,
-        prefill_tp: int = 1,
-        prefill_pp: int = 1,
-        prefill_block_size: int | None = None,
-        decode: int = 1,
-        decode_tp: int = 1,
-        decode_pp: int = 1,
-        decode_block_size: int | None = None,
-        connector: str | None = None,
-        **flags: Any,
-    ) -> None:
-        options, network, run = grouped({"log_level": "warning"} | flags)
-        plan = ServePlan(
-            prefill=prefill,
-            prefill_shape=ParallelSection(prefill_tp, prefill_pp),
-            prefill_block_size=prefill_block_size,
-            decode=decode,
-            decode_shape=ParallelSection(decode_tp, decode_pp),
-            decode_block_size=decode_block_size,
-        )
+    def __init__(self, model: str | Path, **flags: Any) -> None:
+        config = cluster_config(flags)
         console = Console()
-        self._family = ChildProcesses(echo=console.echo)
-        self._family.warm()
+        self._children = ChildProcesses(echo=console.echo)
+        self._children.warm()
         # multiprocessing waits at exit for children that still run; what is registered later comes before that.
-        atexit.register(self._family.stop)
-        self._finalizer = weakref.finalize(self, _stop, self._family)
+        atexit.register(self._children.stop)
+        self._finalizer = weakref.finalize(self, _stop, self._children)
         try:
-            path, name = local_model(str(model))
-            configs = plan_configs(plan, options.model(path, name), connector, options, network, run)
+            folder = find_model(str(model), config.model.served_model_name)
             with console:
-                router = start_all(self._family, console, _router_config(network, run), configs)
+                router = start_cluster(self._children, config, folder, console)
         except BaseException:
             self.close()
             raise
         self.url = f"http://{router.http}"
-        self._api_key = network.api_key
-        self._connections = min(2 * decode * options.max_num_seqs, options.max_waiting)
+        self._api_key = config.access.api_key
+        self._connections = min(2 * config.decode * config.batch.max_num_seqs, config.batch.max_waiting)
 
     def __enter__(self) -> LLM:
         return self
@@ -147,22 +107,22 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        stop: Stop = None,
+        stop: StopStrings = None,
     ) -> list[Completion]:
-        """Complete text or token-id prompts; many run at once, and the answers are in the prompts' order.
+        """Complete text or token-id prompts; many run at once, and the completions are in the prompts' order.
 
         Args:
             prompts: one prompt or several.
             sampling: for all of them, or one for each. Where it is one for all, prompt i has seed + i, so that equal
-                prompts may get different answers.
+                prompts may get different completions.
             stop: stop strings.
 
         Raises RequestError for the first prompt that fails, TandemError if an engine has died.
         """
         given = prompt_list(prompts)
         bodies = [
-            {"prompt": prompt, **fields(params, stop), "logprobs": params.logprobs}
-            for prompt, params in zip(given, spread(sampling, len(given)), strict=True)
+            {"prompt": prompt, **request_fields(params, stop), "logprobs": params.logprobs}
+            for prompt, params in zip(given, params_list(sampling, len(given)), strict=True)
         ]
         return self._complete("/v1/completions", given, bodies)
 
@@ -171,13 +131,13 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        stop: Stop = None,
+        stop: StopStrings = None,
     ) -> list[Completion]:
         """Answer one conversation or several, each a list of `{"role": ..., "content": ...}`; else as `generate`."""
         given = conversations(messages)
         bodies = [
-            {"messages": one, **fields(params, stop), **_chat_logprobs(params)}
-            for one, params in zip(given, spread(sampling, len(given)), strict=True)
+            {"messages": one, **request_fields(params, stop), **_chat_logprobs(params)}
+            for one, params in zip(given, params_list(sampling, len(given)), strict=True)
         ]
         return self._complete("/v1/chat/completions", given, bodies)
 
@@ -187,77 +147,94 @@ class LLM:
         if not self._finalizer.alive:
             raise ConfigError("this LLM is closed; make another")
         try:
-            answers = blocking(self._post_all(path, bodies))
+            responses = blocking(self._post_all(path, bodies))
         except RequestError:
-            self._family.check()  # an engine that died says better why
+            self._children.check()  # an engine that died says better why
             raise
-        return [_completion(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [_completion(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
-    async def _post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[_Answer]:
+    async def _post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Response]:
         async with Client(self.url, api_key=self._api_key, connections=self._connections) as client:
 
-            async def post(place: int, body: Mapping[str, Any]) -> _Answer:
+            async def post(index: int, body: Mapping[str, Any]) -> Response:
                 try:
-                    return await client.post(path, body, _Answer)
+                    return await client.post(path, body)
                 except RequestError as error:
-                    raise type(error)(f"prompt {place}: {error}", param=error.param) from None
+                    raise type(error)(f"prompt {index}: {error}", param=error.param) from None
 
-            return await asyncio.gather(*(post(place, body) for place, body in enumerate(bodies)))
-
-
-def grouped(flags: Mapping[str, Any]) -> tuple[ModelOptions, NetworkOptions, RunOptions]:
-    """Flags of `tandem serve` by their group. Raises ConfigError for one that does not exist."""
-    groups: list[Any] = []
-    left = dict(flags)
-    if isinstance(left.get("cluster_key_file"), str):
-        left["cluster_key_file"] = Path(left["cluster_key_file"])
-    known: list[str] = []
-    for group in (ModelOptions, NetworkOptions, RunOptions):
-        names = [one.name for one in dataclasses.fields(group)]
-        known += names
-        groups.append(group(**{name: left.pop(name) for name in names if name in left}))
-    if left:
-        raise ConfigError(f"LLM has no option {min(left)!r}; beside its arguments it takes {', '.join(sorted(known))}")
-    return groups[0], groups[1], groups[2]
+            return await asyncio.gather(*(post(index, body) for index, body in enumerate(bodies)))
 
 
-def fields(params: SamplingParams, stop: Stop) -> dict[str, Any]:
-    """`params` as fields of a request that both APIs have. Raises InvalidRequest."""
+def cluster_config(flags: Mapping[str, Any]) -> ClusterConfig:
+    """Make a config on free ports of flags by name. Raises ConfigError for one that is not known or cannot work."""
+    known = _flag_names(ClusterConfig) - {"host", "port"}
+    if unknown := flags.keys() - known:
+        raise ConfigError(f"LLM has no option {min(unknown)!r}; it takes {', '.join(sorted(known))}")
+    values = {"log_level": "warning", **flags, "port": 0}
+    if isinstance(values.get("kv_memory"), str):
+        values["kv_memory"] = parse_size(values["kv_memory"], "--kv-memory")
+    if values.get("cluster_key_file") is not None:
+        # Absolute, as child processes start in the directory in which Python was started.
+        values["cluster_key_file"] = Path(values["cluster_key_file"]).resolve()
+    return _section(ClusterConfig, values)
+
+
+def _flag_names(section: type[Any]) -> set[str]:
+    """Return the names of the flags of a section and of the sections inside it."""
+    names: set[str] = set()
+    for field in dataclasses.fields(section):
+        names |= _flag_names(type(field.default)) if is_dataclass(field.default) else {field.name}
+    return names
+
+
+def _section(section: type[Section], values: Mapping[str, Any]) -> Section:
+    """Make a section, and those inside it, of the flags among `values` that are its own."""
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        if is_dataclass(field.default):
+            given[field.name] = _section(type(field.default), values)
+        elif field.name in values:
+            given[field.name] = values[field.name]
+    return section(**given)
+
+
+def request_fields(params: SamplingParams, stop: StopStrings) -> dict[str, Any]:
+    """Return `params` as fields of a request that both APIs have. Raises InvalidRequest."""
     params.check()
     given = {name: getattr(params, name) for name in params.__struct_fields__ if name != "logprobs"}
     return given | {"stop": stop, "return_token_ids": True}
 
 
-def spread(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """One for each prompt. Raises InvalidRequest if there are more or fewer."""
+def params_list(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Return one for each prompt. Raises InvalidRequest if there are more or fewer."""
     if sampling is None or isinstance(sampling, SamplingParams):
         one = sampling or SamplingParams()
-        return [msgspec.structs.replace(one, seed=(one.seed + place) % 2**63) for place in range(count)]
+        return [msgspec.structs.replace(one, seed=(one.seed + index) % 2**63) for index in range(count)]
     if len(sampling) != count:
         raise InvalidRequest(f"there are {count} prompts and {len(sampling)} SamplingParams; give one, or one for each")
     return list(sampling)
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, whether one or several were given. Raises InvalidRequest."""
+    """Return the prompts, whether one or several were given. Raises InvalidRequest."""
     if isinstance(prompts, str):
         return [prompts]
     if prompts and all(isinstance(one, int) for one in prompts):
         return [list(prompts)]  # type: ignore[arg-type]
-    for place, one in enumerate(prompts):
+    for index, one in enumerate(prompts):
         if not isinstance(one, str | list):
-            raise InvalidRequest(f"prompt {place} must be a string or a list of token ids; it is {one!r}")
+            raise InvalidRequest(f"prompt {index} must be a string or a list of token ids; it is {one!r}")
     return list(prompts)  # type: ignore[arg-type]
 
 
 def conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
-    """The conversations, whether one or several were given."""
+    """Return the conversations, whether one or several were given."""
     if messages and isinstance(messages[0], dict):
         return [list(messages)]  # type: ignore[arg-type]
     return list(messages)  # type: ignore[arg-type]
 
 
-def blocking(work: Coroutine[Any, Any, Made]) -> Made:
+def blocking(work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work` to its end, also from where an event loop runs already, as in notebooks."""
     try:
         asyncio.get_running_loop()
@@ -267,29 +244,27 @@ def blocking(work: Coroutine[Any, Any, Made]) -> Made:
         return thread.submit(asyncio.run, work).result()
 
 
-def _router_config(network: NetworkOptions, run: RunOptions) -> RouterConfig:
-    return RouterConfig(
-        port=0,
-        cluster_key_file=network.key_file(),
-        api_key=network.api_key,
-        request_timeout=run.request_timeout,
-        seed=run.seed,
-        log_level=run.log_level,
-    )
-
-
 def _chat_logprobs(params: SamplingParams) -> dict[str, Any]:
     return {} if params.logprobs is None else {"logprobs": True, "top_logprobs": params.logprobs}
 
 
-def _completion(prompt: Prompt | Messages, answer: _Answer) -> Completion:
-    [choice] = answer.choices
-    text = choice.message.content if choice.message is not None else choice.text
+def _completion(prompt: Prompt | Messages, response: Response) -> Completion:
+    [choice] = response.choices
+    # Our own router fills them in; they are optional to clients of other servers.
+    assert choice.token_ids is not None
+    assert choice.finish_reason is not None
+    assert response.tandem is not None
     return Completion(
-        prompt, text, choice.token_ids, choice.finish_reason, choice.stop_reason, choice.logprobs, answer.tandem
+        prompt,
+        choice.content,
+        choice.token_ids,
+        choice.finish_reason,
+        choice.stop_reason,
+        choice.logprobs,
+        response.tandem,
     )
 
 
-def _stop(family: ChildProcesses) -> None:
-    atexit.unregister(family.stop)
-    family.stop()
+def _stop(children: ChildProcesses) -> None:
+    atexit.unregister(children.stop)
+    children.stop()

@@ -1,27 +1,22 @@
-"""Engines and router on this machine, as children of one command."""
+"""Starts engines and routers on this machine, as children of one process."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.api.http_server import bind
-from tandem.config import EngineConfig, RouterConfig
+from tandem.config import ClusterConfig, EngineConfig, RouterConfig
+from tandem.console import Console
 from tandem.engine.start.launch import EngineProcesses, control_port, published_host
 from tandem.errors import StartError
+from tandem.model_folder import ModelFolder
 from tandem.processes import Child, ChildProcesses
-from tandem.router.process import FrontendConfig, run_frontend
-from tandem.wire.messages import Address, EngineStatus
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a person may want to see while things start. `loaded`: engine, bytes of weights so far and in all."""
-
-    loaded: Callable[[str, int, int], None] = lambda *_: None
-    ready: Callable[[str, EngineStatus], None] = lambda *_: None
+from tandem.router.process import run_frontend
+from tandem.transfer.transports.registry import connector_name
+from tandem.wire.messages import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +28,32 @@ class RouterProcess:
     control: Address
 
 
-def start_router(family: ChildProcesses, config: RouterConfig, seconds: float) -> RouterProcess:
+def start_cluster(family: ChildProcesses, config: ClusterConfig, model: ModelFolder, console: Console) -> RouterProcess:
+    """Start a router and its engines; returns once a request would be answered."""
+    connector_name(config.connector)  # one that does not exist is an error before anything starts
+    seconds = config.time.start_timeout
+    router = start_router(family, config.router_config())
+    engines = start_engines(family, config.engine_configs(), model, router.control)
+    wait_ready(family, engines, seconds, console)
+    wait_healthy(family, router, seconds)
+    return router
+
+
+def start_router(family: ChildProcesses, config: RouterConfig) -> RouterProcess:
     """Bind the HTTP port here, so that a port in use is known at once, and start the router on it."""
     listener = bind(config.host, config.port)
     host, port = listener.getsockname()[:2]
-    frontend = FrontendConfig(
-        kind="router",
-        who="router",
-        control_host=config.control_host,
-        control_port=config.control_port,
-        cluster_key_file=config.cluster_key_file,
-        api_key=config.api_key,
-        request_timeout=config.request_timeout,
-        seed=config.seed,
-        log_level=config.log_level,
-    )
-    child = family.start("router", run_frontend, frontend, listener)
+    child = family.start("router", run_frontend, "router", "router", config, listener)
     listener.close()
-    control = control_port(family, child, seconds)
-    return RouterProcess(child, Address(host, port), Address(config.control_host, control))
+    control = control_port(family, child, config.time.start_timeout)
+    return RouterProcess(child, Address(host, port), Address(config.control_host or config.host, control))
 
 
 def start_engines(
-    family: ChildProcesses, configs: Sequence[tuple[str, EngineConfig]], router: Address | None
+    family: ChildProcesses, configs: Sequence[EngineConfig], model: ModelFolder, router: Address | None
 ) -> list[EngineProcesses]:
-    """All processes of these engines on this node. Their APIs first: those need no torch."""
-    engines = [EngineProcesses(config, name, published_host(config)) for name, config in configs]
+    """Start all processes of these engines on this node. Their APIs first: those need no torch."""
+    engines = [EngineProcesses(config, model, published_host(config)) for config in configs]
     for engine in engines:
         engine.start_api(family)
     for engine in engines:
@@ -66,8 +61,8 @@ def start_engines(
     return engines
 
 
-def wait_ready(family: ChildProcesses, engines: Sequence[EngineProcesses], seconds: float, progress: Progress) -> None:
-    """Until the leaders among these engines can serve, and the other ranks follow theirs. Raises StartError."""
+def wait_ready(family: ChildProcesses, engines: Sequence[EngineProcesses], seconds: float, console: Console) -> None:
+    """Wait until the leaders of these engines can serve, and the other ranks follow theirs. Raises StartError."""
     waiting = {child.name: engine.name for engine in engines for child in engine.ranks}
     children = [child for engine in engines for child in engine.ranks]
     deadline = time.monotonic() + seconds
@@ -83,18 +78,18 @@ def wait_ready(family: ChildProcesses, engines: Sequence[EngineProcesses], secon
                     word, value = child.reports.popleft()
                     if word in ("ready", "following"):
                         waiting.pop(child.name, None)
-                    _show(engine, word, value, progress)
+                    _show(engine, word, value, console)
 
 
-def _show(engine: EngineProcesses, word: str, value: Any, progress: Progress) -> None:
+def _show(engine: EngineProcesses, word: str, value: Any, console: Console) -> None:
     if word == "progress":
-        progress.loaded(engine.name, *value)
+        console.loaded(engine.name, *value)
     elif word == "ready":
-        progress.ready(engine.name, value)
+        console.ready(engine.name, value, engine.http)
 
 
 def wait_healthy(family: ChildProcesses, router: RouterProcess, seconds: float) -> None:
-    """Until the router has a whole path for a request. Raises StartError."""
+    """Wait until the router has a route for a request. Raises StartError."""
     deadline = time.monotonic() + seconds
     while family.wait([router.child], deadline - time.monotonic()):
         reports = list(router.child.reports)

@@ -1,4 +1,4 @@
-"""How log lines look: time, level, who (engine and rank, or router), text."""
+"""Sets up log lines: time, level, process (engine and rank, or router), text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import logging
 
 
-def set_up(who: str, level: str) -> None:
-    """Log to stderr; `who` names this process."""
+def set_up(process: str, level: str) -> None:
+    """Log to stderr; `process` names this process."""
     logging.basicConfig(
         level=level.upper(),
-        format=f"%(asctime)s %(levelname).1s [{who}] %(message)s",
+        format=f"%(asctime)s %(levelname).1s [{process}] %(message)s",
         datefmt="%H:%M:%S",
         force=True,
     )
@@ -20,6 +20,6 @@ def set_up(who: str, level: str) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """A request that is cancelled because the server stops is not worth a traceback."""
+    """Return False for a request that is cancelled because the server stops: it is not worth a traceback."""
     kind = record.exc_info[0] if record.exc_info else None
     return kind is None or not issubclass(kind, asyncio.CancelledError)

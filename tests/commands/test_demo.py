@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from tandem.client import Answer
-from tandem.commands.demo import Asked, sample
+from tandem.client import TimedCompletion
+from tandem.commands.demo import Result, sample
 from tandem.demo_questions import Question
-from tests.commands.test_bench_report import how
+from tests.commands.serving_details import serving_details
 
 QUESTION = Question("reverse", "Reverse: ab", "ba")
 
 
-def answer(text: str, disaggregated: bool = True, reason: str | None = None) -> Answer:
-    return Answer(0.0, 1.0, text, how=how(disaggregated, reason))
+def completion(text: str, disaggregated: bool = True, reason: str | None = None) -> TimedCompletion:
+    return TimedCompletion(0.0, 1.0, text, details=serving_details(disaggregated, reason))
 
 
 def test_a_third_of_the_questions_has_a_long_prompt_and_half_is_asked_at_once() -> None:
@@ -27,23 +27,23 @@ def test_one_question_is_asked_alone() -> None:
 
 
 def test_a_right_answer_over_two_engines_has_no_complaint() -> None:
-    assert Asked(QUESTION, answer("ba")).complaint is None
+    assert Result(QUESTION, completion("ba")).complaint is None
 
 
 def test_a_wrong_answer_is_shown_with_the_right_one() -> None:
-    complaint = Asked(QUESTION, answer("bb")).complaint
+    complaint = Result(QUESTION, completion("bb")).complaint
     assert complaint is not None
     assert "'ba'" in complaint
     assert "'bb'" in complaint
 
 
 def test_a_right_answer_of_one_engine_is_a_complaint_with_the_reason() -> None:
-    complaint = Asked(QUESTION, answer("ba", disaggregated=False, reason="KV was lost")).complaint
+    complaint = Result(QUESTION, completion("ba", disaggregated=False, reason="KV was lost")).complaint
     assert complaint is not None
     assert "KV was lost" in complaint
 
 
 def test_no_answer_is_a_complaint_with_the_error() -> None:
-    complaint = Asked(QUESTION, error="the engine is gone").complaint
+    complaint = Result(QUESTION, error="the engine is gone").complaint
     assert complaint is not None
     assert "the engine is gone" in complaint

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import tandem
-from tandem.commands.doctor import DoctorOptions, run_doctor
+from tandem.commands.doctor import run_doctor
+from tandem.commands.doctor_options import DoctorOptions
 from tandem.errors import ConfigError, PeerRefused, StartError, WireError
 from tandem.wire.messages import Address
 

@@ -23,11 +23,13 @@ from tandem.config import (
     ModelSection,
     NetworkSection,
     ParallelSection,
+    RunSection,
     TimeSection,
 )
 from tandem.engine.start.launch import rank_main
 from tandem.engine.start.place import RankPlace
 from tandem.errors import RequestError
+from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
 from tandem.router.hub import Hub, Inbox
 from tandem.router.policy import Route
@@ -168,20 +170,21 @@ class Fleet:
         parallel = ParallelSection(shape.tp, shape.pp)
         config = EngineConfig(
             role="mixed",
-            model=ModelSection(str(model), "random", dtype="float32"),
+            model=ModelSection(dtype="float32"),
             engine_id=shape.name,
             cache=CacheSection(shape.block_size, self._cache_bytes),
             batch=BatchSection(max_num_seqs=16, max_batched_tokens=self._batch_tokens),
             parallel=parallel,
             network=NetworkSection(connector=connector),
             time=TimeSection(start_timeout=START_SECONDS, lease_ttl=30.0),
-            threads=1,
-            log_level="warning",
+            run=RunSection(threads=1, log_level="warning"),
         )
         meeting = f"{self._folder.name}/{shape.name}"
         for rank in range(parallel.world_size):
-            place = RankPlace(rank, rank, "127.0.0.1", meeting, (self.control,), None)
-            self._children.start(f"{shape.name} rank {rank}", rank_main, shape.name, config, place)
+            place = RankPlace(
+                rank, rank, "127.0.0.1", meeting, (self.control,), None, ModelFolder(str(model), "random")
+            )
+            self._children.start(f"{shape.name} rank {rank}", rank_main, config, place)
 
     def _wait(self, names: set[str]) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -7,11 +7,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 import tandem
@@ -24,10 +24,13 @@ from tandem.config import (
     NetworkSection,
     Role,
     RouterConfig,
+    RunSection,
     TimeSection,
 )
+from tandem.console import Console
 from tandem.engine.start.launch import EngineProcesses
-from tandem.local_cluster import Progress, RouterProcess, start_engines, start_router, wait_ready
+from tandem.local_cluster import RouterProcess, start_engines, start_router, wait_ready
+from tandem.model_folder import ModelFolder
 from tandem.models.random_model import RandomModel, write_random_model
 from tandem.processes import ChildProcesses
 from tests.shapes.reference import greedy
@@ -62,32 +65,33 @@ def family() -> Iterator[ChildProcesses]:
 
 def config(
     role: Role, path: Path, dtype: Any = "float32", connector: str = "tcp", kv_failure: KvFailure = "recompute"
-) -> EngineConfig:
-    return EngineConfig(
+) -> tuple[EngineConfig, ModelFolder]:
+    made = EngineConfig(
         role=role,
-        model=ModelSection(str(path), "random", dtype=dtype),
+        model=ModelSection(dtype=dtype),
         cache=CacheSection(16, 4 << 20),
         batch=BatchSection(max_num_seqs=8, max_batched_tokens=32),
         network=NetworkSection(connector=connector),
         time=TimeSection(start_timeout=SECONDS, lease_ttl=3.0),
-        kv_failure=kv_failure,
-        threads=1,
-        log_level="warning",
+        run=RunSection(kv_failure, threads=1, log_level="warning"),
     )
+    return made, ModelFolder(str(path), "random")
 
 
 def start(
-    family: ChildProcesses, *engines: tuple[str, EngineConfig]
+    family: ChildProcesses, *engines: tuple[str, tuple[EngineConfig, ModelFolder]]
 ) -> tuple[RouterProcess, dict[str, EngineProcesses]]:
-    router = start_router(family, RouterConfig(port=0, log_level="warning"), SECONDS)
-    configs = [(name, _named(name, each)) for name, each in engines]
-    started = start_engines(family, configs, router.control)
-    wait_ready(family, started, SECONDS, Progress())
+    router = start_router(family, RouterConfig(port=0, control_port=0, run=RunSection(log_level="warning")))
+    started = [start_engine(family, name, *engine, router) for name, engine in engines]
+    wait_ready(family, started, SECONDS, Console())
     return router, {engine.name: engine for engine in started}
 
 
-def _named(name: str, each: EngineConfig) -> EngineConfig:
-    return msgspec.structs.replace(each, engine_id=name)
+def start_engine(
+    family: ChildProcesses, name: str, each: EngineConfig, model: ModelFolder, router: RouterProcess
+) -> EngineProcesses:
+    [engine] = start_engines(family, [replace(each, engine_id=name)], model, router.control)
+    return engine
 
 
 def ask(router: RouterProcess, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
@@ -200,7 +204,7 @@ def test_a_prefill_engine_that_comes_back_under_its_name_is_used_again(family: C
     dead.process.kill()
     dead.process.join()
     family.children.remove(dead)
-    start_engines(family, [("source", _named("source", config("prefill", model)))], router.control)
+    start_engine(family, "source", *config("prefill", model), router)
     until(lambda: complete(router, [9, *PROMPT])[1].get("tandem", {}).get("disaggregated"), "it is not used again")
     second = ask(router, "/tandem/engines")[1]["engines"]
     lives = [{e["engine_id"]: e["incarnation"] for e in engines_then} for engines_then in (first, second)]

@@ -1,18 +1,16 @@
-"""`tandem bench`: load on a server with an OpenAI API, and what came of it."""
+"""`tandem bench`: sends a load to a server with an OpenAI API and reports what it measured."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -20,61 +18,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tandem.client import Client
-from tandem.commands.bench_report import Hops, Percentiles, Record, Slo, Summary, summary
+from tandem.commands.bench_report import Percentiles, Record, ServingSummary, Summary, summary
+from tandem.commands.workload import Workload
 from tandem.errors import ConfigError, RequestError
 
 PATH = "/v1/completions"
 PLAIN_WIDTH = 110
-STAGE_NAMES = {
+TIME_NAMES = {
     "queue_time": "queue",
     "prefill_time": "prefill",
     "transfer_time": "transfer",
     "handoff_time": "hand-off",
 }
-
-
-class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """What is sent where.
-
-    Attributes:
-        request_rate: requests a second, in the mean of a Poisson process; inf for all at once.
-        concurrency: most requests under way; None for no limit. A request that waits for others has not been sent yet.
-        vocab_size: prompts are made of token ids below it.
-        warmup: requests before the measured ones, one at a time.
-    """
-
-    url: str
-    input_len: int
-    output_len: int
-    num_prompts: int
-    request_rate: float = math.inf
-    concurrency: int | None = None
-    model: str | None = None
-    seed: int = 0
-    warmup: int = 1
-    vocab_size: int = 256
-    goal: Slo = Slo()
-
-    def __post_init__(self) -> None:
-        for name in ("input_len", "output_len", "num_prompts", "request_rate", "concurrency", "vocab_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0; got {value}")
-        if self.warmup < 0:
-            raise ConfigError(f"--warmup must be 0 or more; got {self.warmup}")
-
-    def prompts(self) -> list[list[int]]:
-        """Random token ids, `warmup + num_prompts` times `input_len`; the same for the same seed."""
-        shape = (self.warmup + self.num_prompts, self.input_len)
-        drawn: list[list[int]] = np.random.default_rng(self.seed).integers(self.vocab_size, size=shape).tolist()
-        return drawn
-
-    def arrivals(self) -> list[float]:
-        """Seconds from the start, for each measured request; the first is 0."""
-        if math.isinf(self.request_rate):
-            return [0.0] * self.num_prompts
-        gaps = np.random.default_rng([self.seed, 1]).exponential(1 / self.request_rate, self.num_prompts - 1)
-        return [0.0, *np.cumsum(gaps).tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,40 +38,46 @@ class Measured:
     duration: float
 
 
-def run(load: Workload, api_key: str | None, json_file: Path | None) -> int:
-    """Send the load, show the summary, write `json_file`; 1 if any request failed."""
+def run_bench(workload: Workload, api_key: str | None, json_file: Path | None) -> int:
+    """Send the load, show the summary, write `json_file`; return 1 if any request failed."""
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ConfigError(f"--json {json_file}: there is no folder {json_file.resolve().parent}")
     progress = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     with progress:
-        task = progress.add_task("requests", total=load.num_prompts)
-        measured = _fast_loop(measure(load, api_key, lambda: progress.advance(task)))
-    found = summary(measured.records, measured.duration, load.goal)
+        task = progress.add_task("requests", total=workload.num_prompts)
+        measured = _fast_loop(measure(workload, api_key, lambda: progress.advance(task)))
+    found = summary(measured.records, measured.duration, workload.slo)
     show(found)
     if json_file is not None:
+        load = asdict(workload)
+        load["goal"] = load.pop("slo")
         whole = {"load": load, "summary": found, "requests": measured.records}
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1))
     return 1 if found.failed else 0
 
 
-async def measure(load: Workload, api_key: str | None = None, done: Callable[[], None] = lambda: None) -> Measured:
-    """Send the load. `done` is called after each measured request. Raises RequestError if warming up fails."""
-    prompts = load.prompts()
-    async with Client(load.url, api_key=api_key) as client:
-        model = load.model or await client.model()
-        for prompt in prompts[: load.warmup]:
-            await client.ask(PATH, _body(model, prompt, load.output_len))
-        gate = asyncio.Semaphore(load.concurrency or load.num_prompts)
+async def measure(workload: Workload, api_key: str | None = None, done: Callable[[], None] = lambda: None) -> Measured:
+    """Send the load and return what was measured. Raises RequestError if a warm-up request fails.
+
+    Args:
+        done: called after each measured request.
+    """
+    prompts = workload.prompts()
+    async with Client(workload.url, api_key=api_key) as client:
+        model = workload.model or await client.model()
+        for prompt in prompts[: workload.warmup]:
+            await client.complete(PATH, _body(model, prompt, workload.output_len))
+        slots = asyncio.Semaphore(workload.concurrency or workload.num_prompts)
         begin = time.perf_counter()
 
         async def one(prompt: list[int], arrival: float) -> Record:
             await asyncio.sleep(begin + arrival - time.perf_counter())
-            async with gate:
-                record = await _record(client, _body(model, prompt, load.output_len), len(prompt), begin)
+            async with slots:
+                record = await _record(client, _body(model, prompt, workload.output_len), len(prompt), begin)
             done()
             return record
 
-        timed = zip(prompts[load.warmup :], load.arrivals(), strict=True)
+        timed = zip(prompts[workload.warmup :], workload.arrivals(), strict=True)
         records = await asyncio.gather(*(one(prompt, arrival) for prompt, arrival in timed))
     return Measured(records, max(record.ended for record in records))
 
@@ -124,24 +85,24 @@ async def measure(load: Workload, api_key: str | None = None, done: Callable[[],
 async def _record(client: Client, body: dict[str, Any], prompt_tokens: int, begin: float) -> Record:
     sent = time.perf_counter()
     try:
-        answer = await client.ask(PATH, body)
+        completion = await client.complete(PATH, body)
     except RequestError as error:
         now = time.perf_counter()
         return Record(prompt_tokens, 0, sent - begin, now - begin, now - sent, [], error=str(error))
     return Record(
         prompt_tokens,
-        answer.output_tokens,
-        answer.sent - begin,
-        answer.ended - begin,
-        answer.ttft,
-        answer.gaps,
-        answer.finish_reason,
-        tandem=answer.how,
+        completion.output_tokens,
+        completion.sent - begin,
+        completion.ended - begin,
+        completion.ttft,
+        completion.gaps,
+        completion.finish_reason,
+        tandem=completion.details,
     )
 
 
 def _body(model: str, prompt: list[int], output_len: int) -> dict[str, Any]:
-    """Token ids are asked for so that every token makes an event, also one that is not yet a whole character."""
+    """Ask for token ids too, so that every token makes an event, also one that is not yet a whole character."""
     return {
         "model": model,
         "prompt": prompt,
@@ -154,7 +115,7 @@ def _body(model: str, prompt: list[int], output_len: int) -> dict[str, Any]:
 
 
 def _fast_loop(work: Coroutine[Any, Any, Measured]) -> Measured:
-    """uvloop where there is one: the client shares the machine with what it measures."""
+    """Run on uvloop where it is installed: the client shares the machine with what it measures."""
     try:
         import uvloop
     except ImportError:
@@ -163,7 +124,7 @@ def _fast_loop(work: Coroutine[Any, Any, Measured]) -> Measured:
 
 
 def show(found: Summary) -> None:
-    """On stdout."""
+    """Print the summary on stdout."""
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PLAIN_WIDTH)
     console.print(_counts(found), soft_wrap=True)
     for error, count in found.errors.items():
@@ -174,12 +135,12 @@ def show(found: Summary) -> None:
     for name, one in (("TTFT", found.ttft), ("ITL", found.itl), ("TPOT", found.tpot), ("e2e", found.e2e)):
         if one is not None:
             table.add_row(f"{name} ms", *_cells(one, 1e3))
-    if found.hops is not None:
-        _add_hops(table, found.hops)
+    if found.serving is not None:
+        _add_serving_rows(table, found.serving)
     if table.row_count:
         console.print(table)
-    if found.hops is not None:
-        console.print(_shares(found.hops), soft_wrap=True)
+    if found.serving is not None:
+        console.print(_serving_text(found.serving), soft_wrap=True)
 
 
 def _counts(found: Summary) -> str:
@@ -191,12 +152,12 @@ def _counts(found: Summary) -> str:
     return text if found.goodput is None else f"{text}; goodput {found.goodput:.2f} requests/s"
 
 
-def _add_hops(table: Table, hops: Hops) -> None:
+def _add_serving_rows(table: Table, serving: ServingSummary) -> None:
     table.add_section()
-    for name, one in hops.times.items():
-        table.add_row(f"{STAGE_NAMES[name]} ms", *_cells(one, 1e3))
+    for name, one in serving.times.items():
+        table.add_row(f"{TIME_NAMES[name]} ms", *_cells(one, 1e3))
     table.add_section()
-    for name, one in hops.amounts.items():
+    for name, one in serving.amounts.items():
         scale, unit = (1e-3, "kB") if name == "bytes" else (1.0, name)
         table.add_row(f"{unit} moved" if name == "bytes" else unit, *_cells(one, scale))
 
@@ -205,11 +166,13 @@ def _cells(one: Percentiles, scale: float) -> Sequence[str]:
     return [f"{value * scale:,.1f}" for value in (one.mean, one.median, one.p90, one.p99)]
 
 
-def _shares(hops: Hops) -> str:
-    by = ", ".join(f"{count} by {name}" for name, count in hops.transports.items())
-    text = f"{hops.disaggregated} of {hops.requests} disaggregated ({hops.disaggregated / hops.requests:.0%})"
-    lines = [f"{text}{': ' + by if by else ''}; {hops.total_bytes / 1e6:.1f} MB of KV moved"]
-    if hops.recomputations:
-        lines.append(f"KV computed again {hops.recomputations} times")
-    lines += [f"{count} not disaggregated: {escape(reason)}" for reason, count in hops.reasons.items()]
+def _serving_text(serving: ServingSummary) -> str:
+    by = ", ".join(f"{count} by {name}" for name, count in serving.transports.items())
+    text = (
+        f"{serving.disaggregated} of {serving.requests} disaggregated ({serving.disaggregated / serving.requests:.0%})"
+    )
+    lines = [f"{text}{': ' + by if by else ''}; {serving.total_bytes / 1e6:.1f} MB of KV moved"]
+    if serving.recomputations:
+        lines.append(f"KV computed again {serving.recomputations} times")
+    lines += [f"{count} not disaggregated: {escape(reason)}" for reason, count in serving.reasons.items()]
     return "\n".join(lines)

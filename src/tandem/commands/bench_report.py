@@ -1,4 +1,4 @@
-"""What a benchmark measured: one record a request, and their summary. Pure; all times in seconds."""
+"""Summarizes a benchmark of one record a request. Pure; all times in seconds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 
 from tandem.api.backend import ServingDetails
+from tandem.commands.workload import Slo
 
-STAGES = ("queue_time", "prefill_time", "transfer_time", "handoff_time")
+TIMES = ("queue_time", "prefill_time", "transfer_time", "handoff_time")
 AMOUNTS = ("blocks", "bytes", "descriptors")
 
 
@@ -22,7 +23,7 @@ class Record(msgspec.Struct, frozen=True):
         itl: from each event of the stream to the next.
         output_tokens: 0 for a request that failed.
         error: why it failed, or None.
-        tandem: how it was made; None from other servers.
+        tandem: how it was served; None from other servers.
     """
 
     prompt_tokens: int
@@ -52,25 +53,11 @@ class Percentiles(msgspec.Struct, frozen=True):
     p99: float
 
 
-class Slo(msgspec.Struct, frozen=True):
-    """What a request must keep to count as goodput; None is kept by all. (DistServe, OSDI 2024.)"""
-
-    ttft: float | None = None
-    tpot: float | None = None
-
-    @property
-    def is_set(self) -> bool:
-        return self.ttft is not None or self.tpot is not None
-
-    def is_met(self, record: Record) -> bool:
-        return (self.ttft is None or record.ttft <= self.ttft) and (self.tpot is None or record.tpot <= self.tpot)
-
-
-class Hops(msgspec.Struct, frozen=True):
-    """From the `tandem` objects.
+class ServingSummary(msgspec.Struct, frozen=True):
+    """A summary of the `tandem` objects of the responses.
 
     Attributes:
-        times: by name of a stage.
+        times: spent by one request, by name.
         amounts: moved for one request, by name.
         total_bytes: of all requests.
         reasons: why requests were not disaggregated, and how many.
@@ -88,7 +75,7 @@ class Hops(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """`goodput`: requests a second that met the goal; None without one. Spreads are None if nothing succeeded."""
+    """`goodput`: requests a second that met the SLOs; None without SLOs. Percentiles are None if nothing succeeded."""
 
     requests: int
     failed: int
@@ -103,10 +90,11 @@ class Summary(msgspec.Struct, frozen=True):
     itl: Percentiles | None
     tpot: Percentiles | None
     e2e: Percentiles | None
-    hops: Hops | None
+    serving: ServingSummary | None = msgspec.field(name="hops")
 
 
-def spread(values: Iterable[float]) -> Percentiles | None:
+def percentiles(values: Iterable[float]) -> Percentiles | None:
+    """Return the mean and percentiles, interpolated; None of no values."""
     found = np.fromiter(values, dtype=np.float64)
     if not len(found):
         return None
@@ -114,8 +102,8 @@ def spread(values: Iterable[float]) -> Percentiles | None:
     return Percentiles(float(found.mean()), float(median), float(p90), float(p99))
 
 
-def summary(records: Sequence[Record], duration: float, goal: Slo) -> Summary:
-    """Of all records; times and throughput are of those that succeeded.
+def summary(records: Sequence[Record], duration: float, slo: Slo) -> Summary:
+    """Summarize all records; times and throughput are of the requests that succeeded.
 
     Args:
         duration: from the first request to the end of the last.
@@ -132,30 +120,30 @@ def summary(records: Sequence[Record], duration: float, goal: Slo) -> Summary:
         output_tokens=output_tokens,
         requests_per_second=len(good) / duration,
         output_tokens_per_second=output_tokens / duration,
-        goodput=sum(map(goal.is_met, good)) / duration if goal.is_set else None,
-        ttft=spread(record.ttft for record in good),
-        itl=spread(gap for record in good for gap in record.itl),
-        tpot=spread(record.tpot for record in good if record.output_tokens > 1),
-        e2e=spread(record.e2e for record in good),
-        hops=hops([record.tandem for record in good if record.tandem is not None]),
+        goodput=sum(slo.is_met(record.ttft, record.tpot) for record in good) / duration if slo.is_set else None,
+        ttft=percentiles(record.ttft for record in good),
+        itl=percentiles(gap for record in good for gap in record.itl),
+        tpot=percentiles(record.tpot for record in good if record.output_tokens > 1),
+        e2e=percentiles(record.e2e for record in good),
+        serving=_serving_summary([record.tandem for record in good if record.tandem is not None]),
     )
 
 
-def hops(made: Sequence[ServingDetails]) -> Hops | None:
-    if not made:
+def _serving_summary(details: Sequence[ServingDetails]) -> ServingSummary | None:
+    if not details:
         return None
-    return Hops(
-        requests=len(made),
-        disaggregated=sum(how.disaggregated for how in made),
-        recomputations=sum(how.recomputations for how in made),
-        total_bytes=sum(how.bytes for how in made),
-        times=_spreads(STAGES, made),
-        amounts=_spreads(AMOUNTS, made),
-        reasons=dict(Counter(how.reason or "unknown" for how in made if not how.disaggregated)),
-        transports=dict(Counter(how.transport for how in made if how.transport is not None)),
+    return ServingSummary(
+        requests=len(details),
+        disaggregated=sum(one.disaggregated for one in details),
+        recomputations=sum(one.recomputations for one in details),
+        total_bytes=sum(one.bytes for one in details),
+        times=_percentiles_of(TIMES, details),
+        amounts=_percentiles_of(AMOUNTS, details),
+        reasons=dict(Counter(one.reason or "unknown" for one in details if not one.disaggregated)),
+        transports=dict(Counter(one.transport for one in details if one.transport is not None)),
     )
 
 
-def _spreads(names: Sequence[str], made: Sequence[ServingDetails]) -> dict[str, Percentiles]:
-    found = {name: spread(float(getattr(how, name)) for how in made) for name in names}
+def _percentiles_of(names: Sequence[str], details: Sequence[ServingDetails]) -> dict[str, Percentiles]:
+    found = {name: percentiles(float(getattr(one, name)) for one in details) for name in names}
     return {name: one for name, one in found.items() if one is not None}

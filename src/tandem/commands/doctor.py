@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.config import Device, ParallelSection
+from tandem.commands.doctor_options import DoctorOptions
+from tandem.config import ParallelSection
 from tandem.doctor.deadline import within
 from tandem.doctor.engines import EngineView, fetch_engines, fetch_health
 from tandem.doctor.finding import Finding, Level, any_problem
 from tandem.doctor.pairs import SHORT, Pair, PairState, no_path, pairs
 from tandem.errors import ConfigError
-from tandem.options import NetworkOptions
-from tandem.wire.messages import Address
 
 if TYPE_CHECKING:
     from tandem.doctor.cluster import ClusterPlan, ClusterResult
@@ -29,25 +27,6 @@ STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
 PLAIN_WIDTH = 160
 CHECK_SECONDS = 15.0
 TORCH_SECONDS = 90.0
-
-
-@dataclass(frozen=True, slots=True)
-class DoctorOptions:
-    """The flags. `tp`: None for one rank per node."""
-
-    url: str | None = None
-    api_key: str | None = None
-    master: Address | None = None
-    nnodes: int = 1
-    node_rank: int = 0
-    tp: int | None = None
-    pp: int = 1
-    engine_id: str | None = None
-    connector: str | None = None
-    device: Device = "auto"
-    start_timeout: float = 120.0
-    host: str | None = None
-    cluster_key_file: Path | None = None
 
 
 def run_doctor(options: DoctorOptions) -> int:
@@ -76,7 +55,7 @@ def _cluster_plan(options: DoctorOptions) -> ClusterPlan:
         connector_name(options.connector),
         options.engine_id,
         options.host,
-        NetworkOptions(cluster_key_file=options.cluster_key_file).key_file(),
+        options.cluster_key_file,
         options.start_timeout,
         options.device,
     )

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from tandem.commands.console import Console
 from tandem.commands.supervise import supervised, wait_forever
 from tandem.config import EngineConfig
-from tandem.local_cluster import Progress, start_engines, wait_ready
+from tandem.console import Console
+from tandem.local_cluster import start_engines, wait_ready
+from tandem.model_folder import find_model
 from tandem.processes import ChildProcesses
+from tandem.transfer.transports.registry import connector_name
 
-LAST_WORDS_SECONDS = 15.0
-"""What ranks have to say about a start that fails is better than that it took too long."""
+ERROR_SECONDS = 15.0
+"""Beyond the start timeout: an error of the ranks says more than that the start took too long."""
 
 
-def run_engine(config: EngineConfig) -> int:
-    def body(family: ChildProcesses, console: Console) -> int:
-        family.warm()
-        name = config.engine_id or config.role
+def run_engine(model: str, config: EngineConfig) -> int:
+    """Run until stopped; returns the exit code."""
+    folder = find_model(model, config.model.served_model_name)
+    connector_name(config.network.connector)  # one that does not exist is an error before anything starts
+
+    def body(children: ChildProcesses, console: Console) -> int:
+        children.warm()
         with console:
-            [engine] = start_engines(family, [(name, config)], config.network.router)
-            progress = Progress(console.loaded, lambda who, status: console.ready(who, status, engine.http))
+            [engine] = start_engines(children, [config], folder, config.network.router)
             if engine.leader is None:
                 ranks = config.parallel.local_ranks
                 console.echo(f"node {config.parallel.node_rank}: ranks {ranks.start} to {ranks.stop - 1} started")
-            wait_ready(family, [engine], config.time.start_timeout + LAST_WORDS_SECONDS, progress)
+            wait_ready(children, [engine], config.time.start_timeout + ERROR_SECONDS, console)
             if engine.leader is None:
                 console.echo(f"node {config.parallel.node_rank}: ready; node 0 tells when the engine is")
-        wait_forever(family)
+        wait_forever(children)
         return 0
 
     return supervised(body)

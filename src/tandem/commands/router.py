@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from tandem.commands.console import Console
 from tandem.commands.supervise import supervised, wait_forever
 from tandem.config import RouterConfig
+from tandem.console import Console
 from tandem.local_cluster import start_router
 from tandem.processes import ChildProcesses
 
 
-def run_router(config: RouterConfig, start_timeout: float) -> int:
-    def body(family: ChildProcesses, console: Console) -> int:
-        router = start_router(family, config, start_timeout)
+def run_router(config: RouterConfig) -> int:
+    """Route until stopped; returns the exit code."""
+
+    def body(children: ChildProcesses, console: Console) -> int:
+        router = start_router(children, config)
         console.panel(
             [
                 f"OpenAI API at [bold cyan]http://{router.http}/v1[/bold cyan], once engines are there",
@@ -20,7 +22,7 @@ def run_router(config: RouterConfig, start_timeout: float) -> int:
             ]
         )
         console.url(f"http://{router.http}")
-        wait_forever(family)
+        wait_forever(children)
         return 0
 
     return supervised(body, preload=["tandem.router.process"])

@@ -1,4 +1,4 @@
-"""Runs children until they are told to stop: Ctrl-C once in good order, twice at once."""
+"""Runs child processes until they are told to stop: Ctrl-C once ends them in good order, twice at once."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ import signal
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from tandem.commands.console import Console
+from tandem.console import Console
 from tandem.errors import EngineStopped, TandemError
 from tandem.processes import PRELOAD, ChildProcesses, ending_fork_server
 
 
-class Stop(KeyboardInterrupt):
+class StopSignal(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came."""
 
 
 def supervised(body: Callable[[ChildProcesses, Console], int], preload: Sequence[str] = PRELOAD) -> int:
-    """Run `body` with a family of children, which are gone when this returns; its value is the exit code."""
+    """Run `body` and return its exit code; the children that it starts are gone then."""
     console = Console()
-    with ending_fork_server(), ChildProcesses(echo=console.echo, preload=preload) as family:
-        _take_signals(family)
+    with ending_fork_server(), ChildProcesses(echo=console.echo, preload=preload) as children:
+        _take_signals(children)
         try:
-            return body(family, console)
+            return body(children, console)
         except EngineStopped as stopped:
             console.echo(str(stopped))
             return 0
         except TandemError as error:
             console.failed(str(error))
             return 1
-        except Stop:
+        except StopSignal:
             console.echo("stopping ...")
             return 0
     return 0
 
 
-def wait_forever(family: ChildProcesses) -> None:
-    """Until a signal comes or a child dies; then raises."""
+def wait_forever(children: ChildProcesses) -> None:
+    """Wait until a signal comes or a child dies, and raise then."""
     while True:
-        family.wait(family.children, None)
-        for child in family.children:
+        children.wait(children.children, None)
+        for child in children.children:
             child.reports = type(child.reports)(r for r in child.reports if r[0] in ("error", "ended"))
 
 
-def _take_signals(family: ChildProcesses) -> None:
+def _take_signals(children: ChildProcesses) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
-        if family.ending:
-            family.kill()
+        if children.ending:
+            children.kill()
             return
-        family.ending = True
-        raise Stop
+        children.ending = True
+        raise StopSignal
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)

@@ -22,7 +22,15 @@ import torch
 from torch._C import _distributed_c10d as stores
 
 from tandem import __version__
-from tandem.config import Device, EngineConfig, ModelSection, NetworkSection, ParallelSection, TimeSection
+from tandem.config import (
+    AccessSection,
+    Device,
+    EngineConfig,
+    ModelSection,
+    NetworkSection,
+    ParallelSection,
+    TimeSection,
+)
 from tandem.doctor.board import Board
 from tandem.doctor.cluster_messages import NodeDoor, NodeMemory, Pinged, Reach
 from tandem.doctor.door import Door, knock
@@ -56,17 +64,18 @@ class ClusterPlan:
     connector: str
     engine_id: str | None = None
     host: str | None = None
-    cluster_key_file: str | None = None
+    cluster_key_file: Path | None = None
     start_timeout: float = 120.0
     device: Device = "auto"
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(
             role="mixed",
-            model=ModelSection(path=NONE, name=NONE, device=self.device),
+            model=ModelSection(device=self.device),
             engine_id=self.engine_id,
             parallel=self.parallel,
-            network=NetworkSection(host=self.host, connector=self.connector, cluster_key_file=self.cluster_key_file),
+            network=NetworkSection(self.connector, host=self.host),
+            access=AccessSection(cluster_key_file=self.cluster_key_file),
             time=TimeSection(self.start_timeout),
         )
 
@@ -104,7 +113,7 @@ def check_cluster(plan: ClusterPlan, say: Callable[[str], None]) -> ClusterResul
     """
     host = published_host(plan.engine_config())
     device = pick_device(plan.device, 0)
-    key = load_key(Path(plan.cluster_key_file) if plan.cluster_key_file else None)
+    key = load_key(plan.cluster_key_file)
     own, nodes = plan.parallel.node_rank, plan.parallel.nnodes
     say(f"node {own} of {nodes} at {host}: waiting for the others at {plan.parallel.master}")
     record = _record(plan, host)

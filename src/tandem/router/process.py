@@ -7,8 +7,6 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import uvloop
@@ -19,6 +17,7 @@ from fastapi import FastAPI
 from tandem import logs
 from tandem.api.app import create_app, preload
 from tandem.api.http_server import serve
+from tandem.config import RouterConfig
 from tandem.errors import RequestError
 from tandem.router.hub import Hub
 from tandem.router.registry import EngineRegistry
@@ -28,43 +27,35 @@ from tandem.wire.sockets import SocketOptions, Sockets
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class FrontendConfig:
-    """`who` names the process in log lines."""
-
-    kind: Literal["router", "engine"]
-    who: str
-    control_host: str
-    control_port: int
-    cluster_key_file: str | None
-    api_key: str | None
-    request_timeout: float
-    seed: int | None
-    log_level: str
+Kind = Literal["router", "engine"]
 
 
-def run_frontend(report: Callable[..., None], config: FrontendConfig, listener: socket.socket) -> None:
+def run_frontend(
+    report: Callable[..., None], kind: Kind, name: str, config: RouterConfig, listener: socket.socket
+) -> None:
     """Serve until SIGTERM. Reports `control` with the port for engines, and `change` with a line per engine state.
 
     Args:
+        name: of the process in log lines.
         listener: bound and listening HTTP socket.
     """
-    logs.set_up(config.who, config.log_level)
+    logs.set_up(name, config.run.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(report, config, listener))
+        runner.run(_serve(report, kind, config, listener))
 
 
-async def _serve(report: Callable[..., None], config: FrontendConfig, listener: socket.socket) -> None:
-    key = load_key(Path(config.cluster_key_file) if config.cluster_key_file else None)
+async def _serve(report: Callable[..., None], kind: Kind, config: RouterConfig, listener: socket.socket) -> None:
+    key = load_key(config.access.cluster_key_file)
     context = zmq.asyncio.Context()
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, key)
-    control, port = sockets.bind(zmq.ROUTER, config.control_host, config.control_port, SocketOptions(handover=True))
+    control, port = sockets.bind(
+        zmq.ROUTER, config.control_host or config.host, config.control_port, SocketOptions(handover=True)
+    )
     pool = EngineRegistry()
-    hub = Hub(control, pool, introduce=config.kind == "router")
-    find = pair_finder(pool) if config.kind == "router" else single_finder(pool)
-    backend = Router(hub, pool, find, request_timeout=config.request_timeout, seed=config.seed)
-    app = create_app(backend, kind=config.kind, api_key=config.api_key)
+    hub = Hub(control, pool, introduce=kind == "router")
+    find = pair_finder(pool) if kind == "router" else single_finder(pool)
+    backend = Router(hub, pool, find, request_timeout=config.time.request_timeout, seed=config.run.seed)
+    app = create_app(backend, kind=kind, api_key=config.access.api_key)
     announcer = _Announcer(report, backend)
     hub.on_change = announcer.changed
     stop = asyncio.Event()

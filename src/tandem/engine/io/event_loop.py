@@ -217,7 +217,7 @@ class LeaderEventLoop:
         request_id, kv = message.request_id, message.kv
         if self.listener.knows(request_id) or self.consumer.knows(request_id):
             raise InvalidRequest(f"request id {request_id} is in use; every request needs its own", param="request_id")
-        if isinstance(kv, PullKv) and kv.foreign and not self._wiring.config.network.allows(kv.address.host):
+        if isinstance(kv, PullKv) and kv.foreign and not self._wiring.config.access.allows(kv.address.host):
             raise InvalidRequest(
                 f"remote_host {kv.address.host} is not within this engine's --allow-peers", param="kv_transfer_params"
             )

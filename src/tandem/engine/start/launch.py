@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.api.http_server import bind
-from tandem.config import EngineConfig
+from tandem.config import LOOPBACK, EngineConfig, RouterConfig
 from tandem.engine.start.place import RankPlace
 from tandem.errors import ConfigError, StartError
+from tandem.model_folder import ModelFolder
 from tandem.processes import Child, ChildProcesses
-from tandem.router.process import FrontendConfig, run_frontend
+from tandem.router.process import run_frontend
 from tandem.wire.addresses import is_loopback, local_address_towards, own_addresses, resolve
 from tandem.wire.messages import Address
 
@@ -39,7 +40,7 @@ def published_host(config: EngineConfig) -> str:
         return _towards_master(parallel.master, parallel.node_rank)
     if network.router is not None:
         return local_address_towards(network.router.host, network.router.port)
-    return "127.0.0.1"
+    return LOOPBACK
 
 
 def _towards_master(master: Address, node_rank: int) -> str:
@@ -69,12 +70,16 @@ class EngineProcesses:
     """The children of one engine on this node; the first one is its API on node 0."""
 
     config: EngineConfig
-    name: str
+    model: ModelFolder
     host: str
     http: Address | None = None
     api: Child | None = None
     ranks: list[Child] = field(default_factory=list)
     folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.config.name
 
     @property
     def leader(self) -> Child | None:
@@ -84,22 +89,13 @@ class EngineProcesses:
         """On node 0; binds the HTTP port, so that a port in use is known at once."""
         if self.config.parallel.node_rank != 0:
             return
-        network = self.config.network
-        listener = bind(network.host or self.host, network.port)
+        config, network = self.config, self.config.network
+        api = RouterConfig(network.host or self.host, network.port, LOOPBACK, 0, config.access, config.time, config.run)
+        listener = bind(api.host, api.port)
         host, port = listener.getsockname()[:2]
         self.http = Address(host, port)
-        frontend = FrontendConfig(
-            kind="engine",
-            who=f"{self.name} api",
-            control_host="127.0.0.1",
-            control_port=0,
-            cluster_key_file=network.cluster_key_file,
-            api_key=network.api_key,
-            request_timeout=self.config.time.request_timeout,
-            seed=self.config.seed,
-            log_level=self.config.log_level,
-        )
-        self.api = family.start(f"{self.name} api", run_frontend, frontend, listener)
+        name = f"{self.name} api"
+        self.api = family.start(name, run_frontend, "engine", name, api, listener)
         listener.close()
 
     def start_ranks(self, family: ChildProcesses, router: Address | None) -> None:
@@ -110,14 +106,14 @@ class EngineProcesses:
             self.folder = tempfile.TemporaryDirectory(prefix="tandem-")
         meeting = os.path.join(self.folder.name, "meeting") if self.folder else None
         for local_rank, rank in enumerate(parallel.local_ranks):
-            place = RankPlace(rank, local_rank, self.host, meeting, tuple(frontends), self.http)
-            child = family.start(f"{self.name} rank {rank}", rank_main, self.name, self.config, place)
+            place = RankPlace(rank, local_rank, self.host, meeting, tuple(frontends), self.http, self.model)
+            child = family.start(f"{self.name} rank {rank}", rank_main, self.config, place)
             self.ranks.append(child)
 
     def _own_control(self, family: ChildProcesses) -> Address | None:
         if self.api is None:
             return None
-        return Address("127.0.0.1", control_port(family, self.api, self.config.time.start_timeout))
+        return Address(LOOPBACK, control_port(family, self.api, self.config.time.start_timeout))
 
 
 def control_port(family: ChildProcesses, frontend: Child, seconds: float) -> int:
@@ -131,14 +127,14 @@ def control_port(family: ChildProcesses, frontend: Child, seconds: float) -> int
             raise StartError(f"{frontend.name} did not start within {seconds:.0f} s")
 
 
-def rank_main(report: Callable[..., None], name: str, config: EngineConfig, place: RankPlace) -> None:
+def rank_main(report: Callable[..., None], config: EngineConfig, place: RankPlace) -> None:
     """First frame of a rank's process."""
     from tandem import logs
     from tandem.engine import commands
     from tandem.engine.start.rank_process import run_rank
 
     ranks = config.parallel.world_size
-    logs.set_up(name if ranks == 1 else f"{name} rank {place.rank}", config.log_level)
+    logs.set_up(config.name if ranks == 1 else f"{config.name} rank {place.rank}", config.run.log_level)
     stop: list[Any] = []
 
     def on_term(*_: object) -> None:

@@ -101,7 +101,7 @@ class Leading:
             remote_incarnation=identity.incarnation,
             tp_size=config.parallel.tp,
         )
-        return StepLoop(scheduler, pool, pipeline, mailbox, config.network.connector, config.kv_failure, params)
+        return StepLoop(scheduler, pool, pipeline, mailbox, rank.connector, config.run.kv_failure, params)
 
     def _switchboard(self, mailbox: Mailbox[Command], leader: StepLoop, published: list[Published]) -> LeaderEventLoop:
         rank, config = self._rank, self._rank.config
@@ -111,9 +111,7 @@ class Leading:
             descriptor=EngineDescriptor(
                 self._agreement.identity, config.cache.block_size, [p.descriptor for p in published]
             ),
-            envelope=Envelope(
-                PROTOCOL, rank.fingerprint, record.dtype, config.network.connector, f"tandem {__version__}"
-            ),
+            envelope=Envelope(PROTOCOL, rank.fingerprint, record.dtype, rank.connector, f"tandem {__version__}"),
             frontends=rank.place.frontends,
             context=self._async_context,
             sockets=self._async_sockets,
@@ -132,7 +130,7 @@ class Leading:
             peer_address=self.peer_address,
             max_model_len=rank.max_model_len,
             max_waiting=config.batch.max_waiting,
-            model_path=config.model.path,
+            model_path=rank.place.model.path,
             dtype=self._agreement.records[0].dtype,
             version=__version__,
             protocol=PROTOCOL,
@@ -146,12 +144,12 @@ class Leading:
             engine_id=self._agreement.identity.engine_id,
             incarnation=self._agreement.identity.incarnation,
             role=config.role,
-            model=config.model.name,
+            model=self._rank.place.model.name,
             fingerprint=self._rank.fingerprint,
             tp=config.parallel.tp,
             pp=config.parallel.pp,
             nnodes=config.parallel.nnodes,
-            connector=config.network.connector,
+            connector=self._rank.connector,
             ranks=self._agreement.ranks,
             kv=snapshot.kv,
             requests=snapshot.requests,

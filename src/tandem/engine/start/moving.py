@@ -62,7 +62,7 @@ class Moving:
     def _make(self) -> TransferThread:
         """In the transfer thread."""
         rank = self._rank
-        make = transport_factory(rank.config.network.connector, rank.key)
+        make = transport_factory(rank.connector, rank.key)
         transport = make(self._agent, rank.place.host)
         transport.register(self._memory.region)
         self._described.put(transport.describe())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.model_folder import ModelFolder
 from tandem.wire.messages import Address
 
 
@@ -23,3 +24,4 @@ class RankPlace:
     meeting_file: str | None
     frontends: tuple[Address, ...]
     http_address: Address | None
+    model: ModelFolder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket as hosts
-from pathlib import Path
 
 import msgspec
 import torch
@@ -20,6 +19,7 @@ from tandem.models.model_config import ModelConfig, load_config
 from tandem.models.parallel import check_split
 from tandem.transfer.handshake import PROTOCOL, RankDescriptor
 from tandem.transfer.identity import RankRecord
+from tandem.transfer.transports.registry import connector_name
 from tandem.wire.keys import load_key
 from tandem.wire.messages import Address
 from tandem.wire.sockets import Sockets
@@ -41,16 +41,16 @@ class Rank:
         self.place = place
         self.device = pick_device(config.model.device, place.local_rank)
         _set_threads(config, self.device)
-        self.model: ModelConfig = load_config(config.model.path)
+        self.model: ModelConfig = load_config(place.model.path)
         check_split(self.model, config.parallel.tp, config.parallel.pp)
         self.dtype = self.model.torch_dtype(config.model.dtype)
         self.max_model_len = config.model.max_model_len or self.model.max_context
         self.model.check_max_model_len(self.max_model_len)
-        key_file = config.network.cluster_key_file
-        self.key = load_key(Path(key_file) if key_file else None)
+        self.connector = connector_name(config.network.connector)
+        self.key = load_key(config.access.cluster_key_file)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.sockets = Sockets(self.context, self.key)
-        self.fingerprint = fingerprint(config.model.path, self.model)
+        self.fingerprint = fingerprint(place.model.path, self.model)
 
     def record(self) -> RankRecord:
         config, parallel, rank = self.config, self.config.parallel, self.place.rank
@@ -62,7 +62,7 @@ class Rank:
             host=hosts.gethostname() if parallel.nnodes == 1 else f"{hosts.gethostname()} {self.place.host}",
             pid=os.getpid(),
             engine_id=config.engine_id,
-            model=config.model.name,
+            model=self.place.model.name,
             fingerprint=self.fingerprint,
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
@@ -71,7 +71,7 @@ class Rank:
             nnodes=parallel.nnodes,
             block_size=config.cache.block_size,
             max_model_len=self.max_model_len,
-            connector=config.network.connector,
+            connector=self.connector,
             protocol=PROTOCOL,
             version=__version__,
             role=config.role,
@@ -85,7 +85,7 @@ def _set_threads(config: EngineConfig, device: torch.device) -> None:
     if device.type != "cpu":
         return
     ranks = len(config.parallel.local_ranks)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -94,7 +94,7 @@ class _Life:
             raise
         log.info("engine %s: rank %d of %d agreed", agreement.identity, world.rank, world.size)
         decoder = load_decoder(
-            self.rank.config.model.path, world.shard, world.collectives, self.rank.dtype, self.rank.device, on_progress
+            self.rank.place.model.path, world.shard, world.collectives, self.rank.dtype, self.rank.device, on_progress
         )
         memory, layout = self._allocate(world, decoder)
         runner = Runner(decoder, memory.tensor, self.rank.config.cache.block_size, world)

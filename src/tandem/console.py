@@ -1,4 +1,4 @@
-"""What the commands show a person: progress, a line per engine, the panel with the URL."""
+"""Shows a person how a start goes: progress bars, a line per engine, the panel with the URL."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class Console:
         self._progress.stop()
 
     def echo(self, line: str) -> None:
-        """A line that a child printed, as it is."""
+        """Print a line of a child process unchanged."""
         self.console.print(line, markup=False, soft_wrap=True)
 
     def loaded(self, engine: str, done: int, total: int) -> None:
+        """Move the progress bar of an engine. `done`, `total`: bytes of weights."""
         if engine not in self._tasks:
             self._tasks[engine] = self._progress.add_task(f"{engine}: weights", total=total)
         self._progress.update(self._tasks[engine], completed=done, total=total)
@@ -55,13 +56,13 @@ class Console:
         )
 
     def panel(self, lines: list[str], copyable: str | None = None) -> None:
-        """A box, and under it, unbroken, a command to copy."""
+        """Print a box, and under it, unbroken, a command to copy."""
         self.console.print(Panel.fit("\n".join(lines), title="Tandem", border_style="green"))
         if copyable is not None:
             self.console.print(copyable, markup=False, soft_wrap=True)
 
     def url(self, url: str) -> None:
-        """Alone on stdout, for whoever started the command as a child and waits for it; a person has the panel."""
+        """Print the URL alone on stdout, for a program that started the command; a person has the panel."""
         if not sys.stdout.isatty():
             print(url, flush=True)
 

@@ -1,0 +1,66 @@
+"""Flags: how their text is read, and checks that name the flag that is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+from cyclopts import Parameter, Token
+
+from tandem.errors import ConfigError
+from tandem.wire.messages import Address
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Return the bytes that `1GiB`, `512MiB`, `2GB` or `1048576` mean. Raises ConfigError that names `flag`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(f"{flag} must be a size such as 1GiB, 512MiB or 2GB; got {text!r}")
+    power = " kmgt".index(match[2] or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def parse_address(text: str, flag: str) -> Address:
+    """Read `HOST:PORT` (an IPv6 host in brackets). Raises ConfigError that names `flag`."""
+    host, colon, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{flag} must be HOST:PORT with a port from 1 to 65535; got {text!r}")
+    return Address(host, int(port))
+
+
+def text_flag(parse: Callable[[str, str], object], flag: str) -> Parameter:
+    """Have the text of a flag read by `parse`, whose errors name the flag wherever the text came from."""
+
+    def convert(_: object, tokens: Sequence[Token]) -> Any:
+        return parse(tokens[0].value, flag)
+
+    return Parameter(converter=convert, n_tokens=1, accepts_keys=False, metavar="STR")
+
+
+def check_port(port: int) -> None:
+    if not 0 <= port < 65536:
+        raise ConfigError(f"a port is from 0 (any) to 65535; got {port}")
+
+
+def check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"{_flag(name)} must be greater than 0; got {value}")
+
+
+def check_counts(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{_flag(name)} must be at least 1; got {value}")
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """`choices` is a Literal; the command line has checked it already, Python callers have not."""
+    if value not in get_args(choices):
+        raise ConfigError(f"{_flag(name)} must be one of {', '.join(get_args(choices))}; got {value!r}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
