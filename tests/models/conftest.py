@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tandem.models.random_model import RandomModel, write_random_model
+from scripts.make_random_model import RandomModel, write_random_model
 
 Folder = Callable[..., Path]
 

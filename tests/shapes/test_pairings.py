@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from scripts.make_random_model import RandomModel, write_random_model
 
 import tandem
 from tandem.config import (
@@ -27,7 +28,6 @@ from tandem.config import (
 )
 from tandem.engine.start.launch import EngineProcesses
 from tandem.local_cluster import Progress, RouterProcess, start_engines, start_router, wait_ready
-from tandem.models.random_model import RandomModel, write_random_model
 from tandem.processes import ChildProcesses
 from tests.shapes.reference import greedy
 
