@@ -1,4 +1,4 @@
-"""One step's rows as tensors: which tokens are new, where their keys and values go, what they attend to."""
+"""The rows of one step as tensors: the new tokens, the slots of their keys and values, the blocks they attend to."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-class Row(NamedTuple):
-    """New tokens of one sequence; any tuple of the same three will do."""
+class ForwardRow(NamedTuple):
+    """New tokens of one sequence."""
 
     tokens: Sequence[int]
     start: int
@@ -53,7 +53,7 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """What every layer and every rank needs of one step. N tokens of R rows; made by `build_batch`."""
+    """One step for every layer and rank: N tokens of R rows. Made by `build_forward_batch`."""
 
     token_ids: Tensor
     """int64 [N]: decode rows first, the longest of them leading, then prefill rows in the order given."""
@@ -80,7 +80,7 @@ GROUP_SAVES = 1024
 
 
 def group_by_length(lengths: Sequence[int]) -> list[range]:
-    """Splits rows, longest first, where padding the rest to the longest of the group would waste much."""
+    """Split rows, longest first, where padding the rest to the longest of the group would waste much."""
     if not lengths:
         return []
     groups: list[range] = []
@@ -94,21 +94,16 @@ def group_by_length(lengths: Sequence[int]) -> list[range]:
     return groups
 
 
-def build_batch(
-    rows: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str, block_size: int
-) -> ForwardBatch:
-    """The tensors for `rows`, each of them tokens, start and block ids as in `Row`.
-
-    Raises `ValueError` for a row without tokens or with fewer blocks than it needs.
-    """
-    for tokens, start, blocks in rows:
-        if not tokens or len(blocks) * block_size < start + len(tokens):
+def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, block_size: int) -> ForwardBatch:
+    """Make the tensors for `rows`. Raises `ValueError` for a row without tokens or with fewer blocks than it needs."""
+    for row in rows:
+        if not row.tokens or len(row.block_ids) * block_size < row.start + len(row.tokens):
             raise ValueError(
-                f"a row needs tokens and a block for each; got {len(tokens)} tokens from position {start} on, "
-                f"{len(blocks)} blocks of {block_size}"
+                f"a row needs tokens and a block for each; got {len(row.tokens)} tokens from position {row.start} on, "
+                f"{len(row.block_ids)} blocks of {block_size}"
             )
-    order = sorted(range(len(rows)), key=lambda r: -rows[r][1] if len(rows[r][0]) == 1 else 1)
-    ordered = [Row(*rows[r]) for r in order]
+    order = sorted(range(len(rows)), key=lambda r: -rows[r].start if len(rows[r].tokens) == 1 else 1)
+    ordered = [rows[r] for r in order]
     slots = [
         (row.block_ids[position // block_size], position % block_size)
         for row in ordered
@@ -134,7 +129,7 @@ def build_batch(
     )
 
 
-def _decode_groups(rows: list[Row], device: torch.device | str, block_size: int) -> tuple[DecodeGroup, ...]:
+def _decode_groups(rows: list[ForwardRow], device: torch.device | str, block_size: int) -> tuple[DecodeGroup, ...]:
     lengths = [row.start + 1 for row in rows]
     groups = []
     for group in group_by_length(lengths):
@@ -157,8 +152,8 @@ def _decode_groups(rows: list[Row], device: torch.device | str, block_size: int)
     return tuple(groups)
 
 
-def _used(row: Row, block_size: int) -> list[int]:
-    """The blocks up to that of the row's last new token; a row may own more."""
+def _used(row: ForwardRow, block_size: int) -> list[int]:
+    """Return the blocks up to that of the row's last new token; a row may own more."""
     return list(row.block_ids[: -(-(row.start + len(row.tokens)) // block_size)])
 
 
