@@ -116,7 +116,7 @@ def test_no_weights_broken_weights_and_lost_files_are_told_apart(copy: Path) -> 
 
 
 def test_a_model_with_too_little_to_share_is_refused_before_anything_is_read(folder: Folder) -> None:
-    with pytest.raises(ModelError, match="tp 5 x pp 1"):
+    with pytest.raises(ModelError, match=r"4 attention heads.* tp 5"):
         load(folder("llama"), RankPosition(0, 5))
-    with pytest.raises(ModelError, match="tp 1 x pp 3"):
+    with pytest.raises(ModelError, match=r"2 layers.* pp 3"):
         load(folder("llama"), RankPosition(0, 1, 0, 3))

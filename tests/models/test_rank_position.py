@@ -2,16 +2,26 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tandem.errors import ModelError
-from tandem.models.model_config import ModelConfig, load_config
+from tandem.models.model_config import ModelConfig, parse_config
 from tandem.models.rank_position import RankPosition, check_split
-from tests.models.conftest import Folder
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
 
 
 @pytest.fixture
-def config(folder: Folder) -> ModelConfig:
-    return load_config(folder("qwen3"))
+def config() -> ModelConfig:
+    return parse_config(SMALL)
 
 
 def with_heads(config: ModelConfig, num_heads: int, num_kv_heads: int) -> ModelConfig:
@@ -39,10 +49,19 @@ def test_ranks_beyond_the_kv_heads_hold_copies_and_share_the_query_heads(config:
     assert [head for rank in ranks for head in rank.query_heads(config)] == list(range(6))
 
 
-@pytest.mark.parametrize("position", [RankPosition(0, 5), RankPosition(4, 5)])
-def test_more_ranks_than_query_heads_are_refused(config: ModelConfig, position: RankPosition) -> None:
-    with pytest.raises(ModelError, match="tp 5"):
-        position.query_heads(with_heads(config, 4, 2))
+@given(num_kv_heads=st.integers(1, 6), group=st.integers(1, 6), num_layers=st.integers(1, 6), data=st.data())
+def test_what_passes_the_check_leaves_every_rank_with_heads_and_layers(
+    num_kv_heads: int, group: int, num_layers: int, data: st.DataObject
+) -> None:
+    config = with_heads(parse_config(SMALL), num_kv_heads * group, num_kv_heads)
+    config = msgspec.structs.replace(config, num_layers=num_layers)
+    tp, pp = data.draw(st.integers(1, config.num_heads)), data.draw(st.integers(1, num_layers))
+    check_split(config, tp, pp)
+    ranks = [RankPosition(tp_rank, tp, pp_rank, pp) for pp_rank in range(pp) for tp_rank in range(tp)]
+    assert [head for rank in ranks[:tp] for head in rank.query_heads(config)] == list(range(config.num_heads))
+    for rank in ranks:
+        assert rank.query_heads(config)
+        assert rank.kv_shard(config).layers.size
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,14 @@ def load_decoder(
         ModelError: the folder, a file or a tensor is missing, unreadable or of another shape than configured.
     """
     decoder = Decoder(load_config(path), position, collectives, dtype, device)
-    slices = list(decoder.weight_slices())
-    total = sum(weight.target.nbytes for weight in slices)
+    weights = list(decoder.weight_slices())
+    total = sum(weight.target.nbytes for weight in weights)
     done = 0
-    with Checkpoint(path) as checkpoint:
-        checkpoint.check(slices)
-        for weight in slices:
-            checkpoint.read(weight)
+    with ExitStack() as stack:
+        files = _open_tensors(path, stack)
+        _check(path, files, weights)
+        for weight in weights:
+            weight.target.copy_(files[weight.name].get_slice(weight.name)[weight.part or (slice(None),)])
             done += weight.target.nbytes
             if on_progress is not None:
                 on_progress(done, total)
@@ -84,39 +85,25 @@ def _index(path: Path) -> dict[str, str]:
         raise ModelError(f"{path} is not an index of safetensors files: {error}") from error
 
 
-class Checkpoint:
-    """The tensors of a folder by name, read through memory maps. A context manager."""
+def _open_tensors(path: str | Path, stack: ExitStack) -> dict[str, Any]:
+    """Open all files, through memory maps, until `stack` closes; return the file of each tensor by its name."""
+    files: dict[str, Any] = {}
+    for file in weight_files(path):
+        try:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+        files.update(dict.fromkeys(opened.keys(), opened))
+    return files
 
-    def __init__(self, path: str | Path) -> None:
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        for file in weight_files(path):
-            try:
-                opened = self._stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                self._stack.close()
-                raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-        self.path = path
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def check(self, slices: list[WeightSlice]) -> None:
-        """Raise `ModelError` unless every tensor is there in the shape that the configuration asks for."""
-        for weight in slices:
-            if weight.name not in self._files:
-                raise ModelError(f"the weights in {self.path} have no tensor {weight.name}")
-            got = tuple(self._files[weight.name].get_slice(weight.name).get_shape())
-            if got != weight.shape:
-                raise ModelError(
-                    f"{weight.name} in {self.path} has shape {list(got)}; by config.json it is {list(weight.shape)}"
-                )
-
-    def read(self, weight: WeightSlice) -> None:
-        """Copy the rank's part of the tensor to its target."""
-        source = self._files[weight.name].get_slice(weight.name)
-        weight.target.copy_(source[weight.part or (slice(None),)])
+def _check(path: str | Path, files: dict[str, Any], weights: list[WeightSlice]) -> None:
+    """Raise `ModelError` unless every tensor is there in the shape that the configuration asks for."""
+    for weight in weights:
+        if weight.name not in files:
+            raise ModelError(f"the weights in {path} have no tensor {weight.name}")
+        got = tuple(files[weight.name].get_slice(weight.name).get_shape())
+        if got != weight.shape:
+            raise ModelError(
+                f"{weight.name} in {path} has shape {list(got)}; by config.json it is {list(weight.shape)}"
+            )

@@ -1,17 +1,15 @@
 """The position of a rank in an engine, and the layers and heads that follow from it.
 
 `tandem.kv.shard` decides which layers and heads a rank holds, for the model and for the layout of its KV memory alike,
-so that the two cannot disagree. This module asks it and turns its refusals into `ModelError`.
+so that the two cannot disagree. What passes `check_split` it never refuses.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tandem.errors import ModelError
-from tandem.kv.layout import LayoutError, Shard
+from tandem.kv.layout import Shard
 from tandem.kv.shard import query_heads, shard
 from tandem.models.model_config import ModelConfig
 
@@ -34,42 +32,25 @@ class RankPosition:
         return self.pp_rank == self.pp_size - 1
 
     def kv_shard(self, config: ModelConfig) -> Shard:
-        """Return the layers and KV heads that this rank holds. Raises `ModelError`."""
-        with self._refusals():
-            return shard(
-                config.num_layers,
-                config.num_kv_heads,
-                tp=self.tp_size,
-                pp=self.pp_size,
-                tp_rank=self.tp_rank,
-                pp_rank=self.pp_rank,
-            )
+        """Return the layers and KV heads that this rank holds."""
+        return shard(
+            config.num_layers,
+            config.num_kv_heads,
+            tp=self.tp_size,
+            pp=self.pp_size,
+            tp_rank=self.tp_rank,
+            pp_rank=self.pp_rank,
+        )
 
     def query_heads(self, config: ModelConfig) -> range:
-        """Return the query heads that this rank computes: each attends to a KV head held here. Raises `ModelError`."""
-        with self._refusals():
-            # Of all ranks, so that all refuse a split that leaves one of them without a head.
-            spans = [
-                query_heads(config.num_heads, config.num_kv_heads, tp=self.tp_size, tp_rank=rank)
-                for rank in range(self.tp_size)
-            ]
-        return spans[self.tp_rank].indices
+        """Return the query heads that this rank computes: each attends to a KV head held here."""
+        return query_heads(config.num_heads, config.num_kv_heads, tp=self.tp_size, tp_rank=self.tp_rank).indices
 
     def tp_slice(self, total: int) -> range:
         """Return this rank's share of `total` indices that can be split anywhere, as even as it can be."""
         each, more = divmod(total, self.tp_size)
         start = self.tp_rank * each + min(self.tp_rank, more)
         return range(start, start + each + (self.tp_rank < more))
-
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except LayoutError as error:
-            raise ModelError(
-                f"the model cannot be split over tp {self.tp_size} x pp {self.pp_size}: "
-                f"{error.field}: expected {error.expected}, got {error.got}"
-            ) from error
 
 
 def check_split(config: ModelConfig, tp: int, pp: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tandem.models.collectives import Collectives
 from tandem.models.model_config import ModelConfig
-from tandem.models.rank_position import RankPosition
+from tandem.models.rank_position import RankPosition, check_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class RankSlice:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        check_split(config, position.tp_size, position.pp_size)
         self.config = config
         self.position = position
         self.collectives = collectives

@@ -70,15 +70,9 @@ class SchedulerState:
     def fail(self, request: Request, error: RequestError, now: float) -> None:
         self.totals.requests_failed += 1
         self.end(request)
+        stats = request.stats(now)
         self.events.append(
-            Failed(
-                request.request_id,
-                error.code,
-                str(error),
-                param=error.param,
-                retry_after=error.retry_after,
-                stats=request.stats(now),
-            )
+            Failed(request.request_id, error.code, str(error), error.param, error.retry_after, stats=stats)
         )
 
     def end(self, request: Request) -> None:
