@@ -181,7 +181,7 @@ def test_a_stage_refuses_the_memory_of_other_layers_heads_or_another_dtype(folde
         ),
     ]
     for other in others:
-        with pytest.raises(ValueError, match="kv must be"):
+        with pytest.raises(ValueError, match="the KV cache must hold"):
             decoder.forward(batch, other)
 
 

@@ -15,7 +15,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.loader import INDEX, load_decoder, weight_files
 from tandem.models.model_config import load_config
 from tandem.models.rank_position import RankPosition
-from tandem.models.rank_slice import WeightSlice
+from tandem.models.rank_slice import RankSlice, WeightSlice
 from tests.models.conftest import Folder
 from tests.models.harness import Engine, random_tokens
 
@@ -78,7 +78,8 @@ def test_ranks_read_together_every_element_once(folder: Folder) -> None:
 
 
 def weight_slices(path: Path, position: RankPosition) -> list[WeightSlice]:
-    return list(Decoder(load_config(path), position, SoloCollectives(), torch.float32, "cpu").weight_slices())
+    rank = RankSlice(load_config(path), position, SoloCollectives(), torch.float32, torch.device("cpu"))
+    return list(Decoder(rank).weight_slices())
 
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:

@@ -75,9 +75,7 @@ class PagedAttention:
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     def plan(self, batch: ForwardBatch, cache: PagedKvCache) -> AttentionPlan:
-        longest = max((row.length for row in batch.prefill), default=0)
-        if longest:
-            self._mask.reserve(longest)
+        self._mask.reserve(max((row.length for row in batch.prefill), default=0))
         return AttentionPlan(
             slots=cache.slot_index(batch.slot_blocks, batch.slot_offsets),
             decode=tuple(self._plan_decode(group, cache) for group in batch.decode),

@@ -28,11 +28,9 @@ class Collectives(Protocol):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; may be in place."""
-        ...
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor | None:
         """Return the tensors of all ranks, equal in shape, joined along `dim` by rank, on rank 0; None on others."""
-        ...
 
 
 class SoloCollectives:

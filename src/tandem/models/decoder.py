@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from tandem.models.attention import PagedAttention
-from tandem.models.collectives import Collectives
 from tandem.models.forward_batch import ForwardBatch
 from tandem.models.kv_cache import PagedKvCache
 from tandem.models.layers import rms_norm, rotate, swiglu
-from tandem.models.model_config import ModelConfig
-from tandem.models.rank_position import RankPosition
 from tandem.models.rank_slice import RankSlice, WeightSlice
 from tandem.models.rope import RotaryTable
 from tandem.models.tensor_parallel import (
@@ -31,25 +28,20 @@ class Decoder:
     Weights are empty until `tandem.models.loader` fills them; `load_decoder` returns a loaded one.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        position: RankPosition,
-        collectives: Collectives,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        rank = self._rank = RankSlice(config, position, collectives, dtype, torch.device(device))
+    def __init__(self, rank: RankSlice) -> None:
+        self._rank = rank
+        config, position = rank.config, rank.position
         self.config = config
-        self._shard = position.kv_shard(config)
         tied = config.tie_word_embeddings
         needs_embedding = position.is_first_stage or (position.is_last_stage and tied)
         self._embedding = VocabParallelEmbedding(rank) if needs_embedding else None
         self._layers = [_Layer(rank, index) for index in rank.layers]
         self._norm = rank.tensor(config.hidden_size) if position.is_last_stage else None
         self._head = VocabParallelHead(rank, self._embedding if tied else None) if position.is_last_stage else None
-        self._attention = PagedAttention(len(rank.query_heads), len(rank.kv_heads), config.head_dim, dtype, rank.device)
-        self._rotary = RotaryTable(config.rope, config.head_dim, dtype, rank.device)
+        self._attention = PagedAttention(
+            len(rank.query_heads), len(rank.kv_heads), config.head_dim, rank.dtype, rank.device
+        )
+        self._rotary = RotaryTable(config.rope, config.head_dim, rank.dtype, rank.device)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: PagedKvCache, hidden: Tensor | None = None) -> Tensor:
@@ -62,10 +54,9 @@ class Decoder:
         Returns:
             [N, hidden_size] for the next stage or for `logits`; equal on all tensor-parallel ranks.
         """
-        if cache.layout.shard != self._shard or cache.kv.dtype != self._rank.dtype:
-            raise ValueError(
-                f"kv must be {self._rank.dtype} and hold {self._shard}; got {cache.kv.dtype} and {cache.layout.shard}"
-            )
+        held, expected = (cache.layout.shard, cache.kv.dtype), (self._rank.kv_shard, self._rank.dtype)
+        if held != expected:
+            raise ValueError(f"the KV cache must hold {expected}; got {held}")
         if hidden is None:
             if self._embedding is None:
                 raise ValueError("hidden states of the stage before are needed on every stage but the first")

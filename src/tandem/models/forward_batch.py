@@ -18,7 +18,11 @@ class ForwardRow(NamedTuple):
     start: int
     """Position of the first new token; the keys and values of all before it are in the blocks."""
     block_ids: Sequence[int]
-    """Blocks of the sequence in its order; they cover `start + len(tokens)` positions or more."""
+    """Blocks of the sequence in its order; they cover `end` positions or more."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +101,15 @@ def group_by_length(lengths: Sequence[int]) -> list[range]:
 def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, block_size: int) -> ForwardBatch:
     """Make the tensors for `rows`. Raises `ValueError` for a row without tokens or with fewer blocks than it needs."""
     for row in rows:
-        if not row.tokens or len(row.block_ids) * block_size < row.start + len(row.tokens):
+        if not row.tokens or len(row.block_ids) * block_size < row.end:
             raise ValueError(
                 f"a row needs tokens and a block for each; got {len(row.tokens)} tokens from position {row.start} on, "
                 f"{len(row.block_ids)} blocks of {block_size}"
             )
     order = sorted(range(len(rows)), key=lambda r: -rows[r].start if len(rows[r].tokens) == 1 else 1)
     ordered = [rows[r] for r in order]
-    slots = [
-        (row.block_ids[position // block_size], position % block_size)
-        for row in ordered
-        for position in range(row.start, row.start + len(row.tokens))
-    ]
+    positions = _integers([position for row in ordered for position in range(row.start, row.end)], device)
+    slot_blocks = [row.block_ids[position // block_size] for row in ordered for position in range(row.start, row.end)]
     stops = list(accumulate(len(row.tokens) for row in ordered))
     last_tokens = [0] * len(rows)
     for r, stop in zip(order, stops, strict=True):
@@ -116,11 +117,11 @@ def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, 
     single = sum(len(row.tokens) == 1 for row in ordered)
     return ForwardBatch(
         token_ids=_integers([token for row in ordered for token in row.tokens], device),
-        positions=_integers([p for row in ordered for p in range(row.start, row.start + len(row.tokens))], device),
-        slot_blocks=_integers([block for block, _ in slots], device),
-        slot_offsets=_integers([offset for _, offset in slots], device),
+        positions=positions,
+        slot_blocks=_integers(slot_blocks, device),
+        slot_offsets=positions % block_size,
         last_tokens=_integers(last_tokens, device),
-        end=max(row.start + len(row.tokens) for row in ordered),
+        end=max(row.end for row in ordered),
         decode=_decode_groups(ordered[:single], device, block_size),
         prefill=tuple(
             PrefillRow(stop - len(row.tokens), stop, row.start, _integers(_used(row, block_size), device))
@@ -130,7 +131,7 @@ def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, 
 
 
 def _decode_groups(rows: list[ForwardRow], device: torch.device | str, block_size: int) -> tuple[DecodeGroup, ...]:
-    lengths = [row.start + 1 for row in rows]
+    lengths = [row.end for row in rows]
     groups = []
     for group in group_by_length(lengths):
         longest, shortest = lengths[group.start], lengths[group.stop - 1]
@@ -154,7 +155,7 @@ def _decode_groups(rows: list[ForwardRow], device: torch.device | str, block_siz
 
 def _used(row: ForwardRow, block_size: int) -> list[int]:
     """Return the blocks up to that of the row's last new token; a row may own more."""
-    return list(row.block_ids[: -(-(row.start + len(row.tokens)) // block_size)])
+    return list(row.block_ids[: -(-row.end // block_size)])
 
 
 def _integers(values: object, device: torch.device | str) -> Tensor:

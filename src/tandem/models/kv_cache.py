@@ -35,7 +35,7 @@ class PagedKvCache:
     """
 
     def __init__(self, kv: Tensor, layout: KvLayout) -> None:
-        """`kv` is contiguous, of `layout.shape`, and holds finite numbers, such as zeros. Raises `ValueError`."""
+        """Make the views of `kv`, contiguous and of `layout.shape`. Raises `ValueError` if it is of another shape."""
         if tuple(kv.shape) != layout.shape or kv.dtype.itemsize != layout.itemsize:
             raise ValueError(f"kv must be {layout.shape} of {layout.itemsize} bytes; got {tuple(kv.shape)} {kv.dtype}")
         self.kv = kv

@@ -16,7 +16,7 @@ from tandem.models.collectives import Collectives
 from tandem.models.decoder import Decoder
 from tandem.models.model_config import load_config
 from tandem.models.rank_position import RankPosition
-from tandem.models.rank_slice import WeightSlice
+from tandem.models.rank_slice import RankSlice, WeightSlice
 
 INDEX = "model.safetensors.index.json"
 
@@ -37,7 +37,7 @@ def load_decoder(
     Raises:
         ModelError: the folder, a file or a tensor is missing, unreadable or of another shape than configured.
     """
-    decoder = Decoder(load_config(path), position, collectives, dtype, device)
+    decoder = Decoder(RankSlice(load_config(path), position, collectives, dtype, torch.device(device)))
     weights = list(decoder.weight_slices())
     total = sum(weight.target.nbytes for weight in weights)
     done = 0

@@ -42,9 +42,9 @@ class RankSlice:
         self.collectives = collectives
         self.dtype = dtype
         self.device = device
-        kv = position.kv_shard(config)
-        self.layers = kv.layers.indices
-        self.kv_heads = kv.heads.indices
+        self.kv_shard = position.kv_shard(config)
+        self.layers = self.kv_shard.layers.indices
+        self.kv_heads = self.kv_shard.heads.indices
         self.query_heads = position.query_heads(config)
         self.intermediate = position.tp_slice(config.intermediate_size)
         # Equal on all ranks, so that logits can be gathered; the last ranks may hold rows that do not exist.
