@@ -35,9 +35,11 @@ class PagedKvCache:
     """
 
     def __init__(self, kv: Tensor, layout: KvLayout) -> None:
-        """Make the views of `kv`, contiguous and of `layout.shape`. Raises `ValueError` if it is of another shape."""
+        """Make the views of `kv`, contiguous and of `layout.shape`. Raises `ValueError` if they cannot be made."""
         if tuple(kv.shape) != layout.shape or kv.dtype.itemsize != layout.itemsize:
             raise ValueError(f"kv must be {layout.shape} of {layout.itemsize} bytes; got {tuple(kv.shape)} {kv.dtype}")
+        if layout.dimensions[-2].axis is not Axis.TOKEN:
+            raise ValueError("the tokens of a head block must lie together: attention gathers it as one row")
         self.kv = kv
         self.layout = layout
         self.block_size = layout.block_size
