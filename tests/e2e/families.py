@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scripts.make_random_model import RandomModel, write_random_model
+
 import tandem
-from tandem.models.random_model import RandomModel, write_random_model
 
 DEMO_MODEL = Path(tandem.__file__).parent / "demo_model"
 VOCAB = 260

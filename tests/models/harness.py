@@ -10,16 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem.models.forward_batch import build_batch
-from tandem.models.kv_size import kv_shape
+from tandem.models.collectives import Collectives, SoloCollectives
+from tandem.models.decoder import Decoder
+from tandem.models.forward_batch import ForwardBatch, ForwardRow, build_forward_batch
+from tandem.models.kv_cache import PagedKvCache, kv_layout
 from tandem.models.loader import load_decoder
 from tandem.models.model_config import load_config
-from tandem.models.parallel import Collectives, RankPosition, SoloCollectives
+from tandem.models.rank_position import RankPosition
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 256
 
 Rows = Sequence[tuple[list[int], int, list[int]]]
+"""Tokens, start and block ids of each row."""
 
 
 class ThreadGroup:
@@ -40,9 +43,6 @@ class ThreadCollectives:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         total = torch.stack(self._exchange(tensor)).sum(0)
         return tensor.copy_(total)
-
-    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
-        return torch.cat(self._exchange(tensor), dim)
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor | None:
         parts = self._exchange(tensor)
@@ -69,35 +69,30 @@ class Engine:
     ) -> None:
         self.block_size = block_size
         config = load_config(path)
-        self._stages = []
+        self.stages: list[list[tuple[Decoder, PagedKvCache]]] = []
         for pp_rank in range(pp):
             group = ThreadGroup(tp)
-            ranks = []
+            self.stages.append([])
             for tp_rank in range(tp):
-                shard = RankPosition(tp_rank, tp, pp_rank, pp)
-                solo: Collectives = SoloCollectives()
-                decoder = load_decoder(path, shard, group.rank(tp_rank) if tp > 1 else solo, dtype, "cpu")
+                position = RankPosition(tp_rank, tp, pp_rank, pp)
+                collectives: Collectives = group.rank(tp_rank) if tp > 1 else SoloCollectives()
+                decoder = load_decoder(path, position, collectives, dtype, "cpu")
+                layout = kv_layout(config, position, NUM_BLOCKS, block_size, dtype)
                 # What a block held before must never matter, be it NaN.
-                kv = torch.full(kv_shape(config, shard, NUM_BLOCKS, block_size), float("nan"), dtype=dtype)
-                ranks.append((decoder, kv))
-            self._stages.append(ranks)
-        self.kv = [kv for ranks in self._stages for _, kv in ranks]
+                kv = torch.full(layout.shape, float("nan"), dtype=dtype)
+                self.stages[-1].append((decoder, PagedKvCache(kv, layout)))
+        self.kv = [cache.kv for ranks in self.stages for _, cache in ranks]
 
     def step(self, rows: Rows, last_only: bool = True) -> Tensor:
         """float32 [R, vocab] of the last tokens in the order of `rows`, or [N, vocab] of all, one row only."""
-        batch = build_batch(rows, "cpu", self.block_size)
+        batch = build_forward_batch([ForwardRow(*row) for row in rows], "cpu", self.block_size)
         tokens = batch.last_tokens if last_only else torch.arange(batch.num_tokens)
         hidden: Tensor | None = None
-        for ranks in self._stages:
-            is_last = ranks is self._stages[-1]
-
-            def run(rank, is_last=is_last, hidden=hidden):
-                decoder, kv = rank
-                out = decoder.forward(batch, kv, hidden)
-                return out, decoder.logits(out, tokens) if is_last else None
-
+        for ranks in self.stages:
+            logits_of = tokens if ranks is self.stages[-1] else None
             with ThreadPoolExecutor(len(ranks)) as pool:
-                results = list(pool.map(run, ranks))
+                running = [pool.submit(_run, *rank, batch, hidden, logits_of) for rank in ranks]
+            results = [one.result() for one in running]
             hidden = results[0][0]
         logits = results[0][1]
         assert logits is not None
@@ -121,11 +116,19 @@ class Engine:
         return tokens[len(prompt) :]
 
 
+def _run(
+    decoder: Decoder, cache: PagedKvCache, batch: ForwardBatch, hidden: Tensor | None, logits_of: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    out = decoder.forward(batch, cache, hidden)
+    return out, None if logits_of is None else decoder.logits(out, logits_of)
+
+
 def shuffled_blocks(rows: int) -> list[list[int]]:
     """Disjoint lists of blocks in no order, for as many rows."""
-    order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(rows)).tolist()
+    order: list[int] = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(rows)).tolist()
     return [order[row::rows] for row in range(rows)]
 
 
 def random_tokens(count: int, vocab: int = 101, seed: int = 0) -> list[int]:
-    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens: list[int] = torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return tokens

@@ -2,22 +2,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from tandem.models.forward_batch import build_batch
-from tandem.models.kv_size import kv_shape
-from tandem.models.parallel import RankPosition
-from tests.models.harness import BLOCK_SIZE, NUM_BLOCKS, Engine, random_tokens, shuffled_blocks
+from tandem.kv.layout import Span
+from tandem.models.forward_batch import ForwardRow, build_forward_batch
+from tandem.models.kv_cache import PagedKvCache
+from tests.models.conftest import Folder, ReferenceGreedy, ReferenceLogits
+from tests.models.harness import BLOCK_SIZE, Engine, random_tokens, shuffled_blocks
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-EXACT = dict(atol=1e-4, rtol=1e-4)
+EXACT: dict[str, Any] = dict(atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_greedy_tokens_are_those_of_transformers(folder, reference_logits, reference_greedy, family, tied):
+def test_logits_and_greedy_tokens_are_those_of_transformers(
+    folder: Folder, reference_logits: ReferenceLogits, reference_greedy: ReferenceGreedy, family: str, tied: bool
+) -> None:
     path = folder(family, tied=tied)
     prompt = random_tokens(150)
     engine = Engine(path)
@@ -26,7 +32,9 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(folder, reference_lo
 
 
 @pytest.mark.parametrize("rope", ["llama3", "linear"])
-def test_stretched_positions_are_those_of_transformers(folder, reference_logits, tmp_path, rope):
+def test_stretched_positions_are_those_of_transformers(
+    folder: Folder, reference_logits: ReferenceLogits, tmp_path: Path, rope: str
+) -> None:
     scaling = {
         "llama3": {
             "rope_type": "llama3",
@@ -42,7 +50,7 @@ def test_stretched_positions_are_those_of_transformers(folder, reference_logits,
     torch.testing.assert_close(Engine(path).logits(prompt), reference_logits(path, prompt), **EXACT)
 
 
-def test_biases_of_attention_and_mlp_are_those_of_transformers(tmp_path):
+def test_biases_of_attention_and_mlp_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -55,7 +63,7 @@ def test_biases_of_attention_and_mlp_are_those_of_transformers(tmp_path):
         attention_bias=True,
         mlp_bias=True,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).train(False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -69,7 +77,7 @@ def test_biases_of_attention_and_mlp_are_those_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 17, 64, 70])
-def test_a_prompt_in_chunks_gives_what_it_gives_in_one(folder, chunk):
+def test_a_prompt_in_chunks_gives_what_it_gives_in_one(folder: Folder, chunk: int) -> None:
     path = folder("qwen3")
     prompt = random_tokens(150)
     whole, chunked = Engine(path), Engine(path)
@@ -78,7 +86,7 @@ def test_a_prompt_in_chunks_gives_what_it_gives_in_one(folder, chunk):
     torch.testing.assert_close(chunked.kv[0][written], whole.kv[0][written], **EXACT)
 
 
-def test_rows_of_every_kind_in_one_step_give_what_each_gives_alone(folder):
+def test_rows_of_every_kind_in_one_step_give_what_each_gives_alone(folder: Folder) -> None:
     path = folder("qwen2")
     engine, alone = Engine(path), Engine(path)
     prompts = [random_tokens(n, seed=n) for n in (90, 9, 41, 3, 1, 66, 5)]
@@ -94,7 +102,7 @@ def test_rows_of_every_kind_in_one_step_give_what_each_gives_alone(folder):
         torch.testing.assert_close(logits, alone.logits(prompt)[-1], **EXACT)
 
 
-def test_what_a_block_held_before_does_not_matter_to_rows_decoded_together(folder):
+def test_what_a_block_held_before_does_not_matter_to_rows_decoded_together(folder: Folder) -> None:
     engine = Engine(folder("llama"))
     blocks = shuffled_blocks(3)
     prompts = [random_tokens(n, seed=n) for n in (30, 10, 2)]
@@ -107,7 +115,9 @@ def test_what_a_block_held_before_does_not_matter_to_rows_decoded_together(folde
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_half_precision_stays_near_float32(folder, reference_logits, family, dtype):
+def test_half_precision_stays_near_float32(
+    folder: Folder, reference_logits: ReferenceLogits, family: str, dtype: torch.dtype
+) -> None:
     path = folder(family)
     prompt = random_tokens(120)
     logits = Engine(path, dtype=dtype).logits(prompt)
@@ -116,7 +126,7 @@ def test_half_precision_stays_near_float32(folder, reference_logits, family, dty
     assert (logits - expected).abs().max() < (0.15 if dtype == torch.bfloat16 else 0.03)
 
 
-def test_many_long_rows_in_bfloat16_decode_as_they_do_alone(folder, reference_logits):
+def test_many_long_rows_in_bfloat16_decode_as_they_do_alone(folder: Folder, reference_logits: ReferenceLogits) -> None:
     path = folder("qwen3")
     engine = Engine(path, dtype=torch.bfloat16, block_size=16)
     blocks = shuffled_blocks(4)
@@ -128,7 +138,7 @@ def test_many_long_rows_in_bfloat16_decode_as_they_do_alone(folder, reference_lo
         assert (logits - reference_logits(path, prompt)[-1]).abs().max() < 0.15
 
 
-def test_packed_weights_give_what_plain_ones_give(folder, reference_logits):
+def test_packed_weights_give_what_plain_ones_give(folder: Folder, reference_logits: ReferenceLogits) -> None:
     path = folder("qwen3", hidden=512, intermediate=1024, dtype="bfloat16")
     prompt = random_tokens(40)
     for dtype, bound in ((torch.bfloat16, 0.2), (torch.float32, 1e-4)):
@@ -138,7 +148,7 @@ def test_packed_weights_give_what_plain_ones_give(folder, reference_logits):
 
 @pytest.mark.parametrize("tp", [2, 3, 4])
 @pytest.mark.parametrize("heads", [(6, 6), (4, 2), (12, 3)])
-def test_tensor_parallel_ranks_give_what_one_gives(folder, heads, tp):
+def test_tensor_parallel_ranks_give_what_one_gives(folder: Folder, heads: tuple[int, int], tp: int) -> None:
     path = folder("qwen3", heads=heads[0], kv_heads=heads[1], tied=heads == (4, 2))
     prompt = random_tokens(40)
     expected = Engine(path).logits(prompt)
@@ -147,7 +157,7 @@ def test_tensor_parallel_ranks_give_what_one_gives(folder, heads, tp):
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (1, 3), (2, 2)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_pipeline_stages_of_uneven_size_give_what_one_gives(folder, tp, pp, tied):
+def test_pipeline_stages_of_uneven_size_give_what_one_gives(folder: Folder, tp: int, pp: int, tied: bool) -> None:
     path = folder("llama", layers=5, tied=tied)
     prompt = random_tokens(40)
     expected = Engine(path).logits(prompt)
@@ -156,17 +166,26 @@ def test_pipeline_stages_of_uneven_size_give_what_one_gives(folder, tp, pp, tied
     assert sorted({kv.shape[2] for kv in split.kv}) == ([2, 3] if pp == 2 else [1, 2])
 
 
-def test_a_stage_refuses_memory_of_another_shape_or_dtype(folder):
-    engine = Engine(folder("llama"))
-    decoder, kv = engine._stages[0][0]
-    batch = build_batch([([1], 0, [0])], "cpu", BLOCK_SIZE)
-    assert kv_shape(decoder.config, RankPosition(), NUM_BLOCKS, BLOCK_SIZE) == tuple(kv.shape)
-    for other in (kv[:, :1].contiguous(), kv.half(), kv[0]):
-        with pytest.raises(ValueError, match="kv must be"):
+def test_a_stage_refuses_the_memory_of_other_layers_heads_or_another_dtype(folder: Folder) -> None:
+    decoder, cache = Engine(folder("llama"), dtype=torch.float16).stages[0][0]
+    batch = build_forward_batch([ForwardRow([1], 0, [0])], "cpu", BLOCK_SIZE)
+    shard = cache.layout.shard
+    others = [
+        PagedKvCache(cache.kv.bfloat16(), cache.layout),
+        *(
+            PagedKvCache(cache.kv, msgspec.structs.replace(cache.layout, shard=other))
+            for other in (
+                msgspec.structs.replace(shard, num_layers=3, layers=Span(1, 3)),
+                msgspec.structs.replace(shard, num_kv_heads=4, heads=Span(2, 4)),
+            )
+        ),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="the KV cache must hold"):
             decoder.forward(batch, other)
 
 
-def _changed_config(source, target, **changes):
+def _changed_config(source: Path, target: Path, **changes: object) -> Path:
     shutil.copytree(source, target, dirs_exist_ok=True)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, **changes}))

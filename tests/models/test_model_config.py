@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from tandem.errors import ModelError
 from tandem.models.model_config import RopeConfig, load_config, parse_config
 
-BASE = {
+BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -16,10 +18,10 @@ BASE = {
     "num_attention_heads": 4,
     "vocab_size": 100,
 }
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3: dict[str, Any] = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def test_what_the_file_leaves_out_is_what_transformers_assumes():
+def test_what_the_file_leaves_out_is_what_transformers_assumes() -> None:
     from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     sizes = {k: v for k, v in BASE.items() if k != "architectures"}
@@ -30,7 +32,7 @@ def test_what_the_file_leaves_out_is_what_transformers_assumes():
         (Qwen3Config, "Qwen3ForCausalLM"),
     ):
         heads = {"num_key_value_heads": 2} if name.startswith("Qwen") else {"num_attention_heads": 8}
-        theirs = kind(**{**sizes, **heads})
+        theirs: Any = kind(**{**sizes, **heads})
         ours = parse_config({**BASE, **heads, "architectures": [name]})
         head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         assert ours.head_dim == head_dim
@@ -42,7 +44,7 @@ def test_what_the_file_leaves_out_is_what_transformers_assumes():
         assert ours.sliding_window == getattr(theirs, "sliding_window", None)
 
 
-def test_old_and_new_keys_say_the_same():
+def test_old_and_new_keys_say_the_same() -> None:
     old = {
         **BASE,
         "rope_theta": 5e5,
@@ -88,12 +90,12 @@ def test_old_and_new_keys_say_the_same():
         ({"torch_dtype": "float8"}, "got 'float8'"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_words(changes, message):
+def test_what_cannot_be_served_is_refused_in_words(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         parse_config({**BASE, **changes})
 
 
-def test_a_sliding_window_is_served_up_to_its_length():
+def test_a_sliding_window_is_served_up_to_its_length() -> None:
     config = parse_config({**BASE, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2})
     assert config.max_context == 4096
     config.check_max_model_len(4096)
@@ -101,7 +103,7 @@ def test_a_sliding_window_is_served_up_to_its_length():
         config.check_max_model_len(5000)
 
 
-def test_a_window_that_is_null_or_switched_off_does_not_count():
+def test_a_window_that_is_null_or_switched_off_does_not_count() -> None:
     mistral = {**BASE, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, "sliding_window": None}
     qwen = {**BASE, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 16, "use_sliding_window": False}
     assert parse_config(mistral).sliding_window is None
@@ -109,25 +111,25 @@ def test_a_window_that_is_null_or_switched_off_does_not_count():
     assert parse_config({**qwen, "use_sliding_window": True}).sliding_window == 16
 
 
-def test_a_context_beyond_the_positions_is_refused():
+def test_a_context_beyond_the_positions_is_refused() -> None:
     config = parse_config({**BASE, "max_position_embeddings": 128})
     with pytest.raises(ModelError, match="128 positions; got --max-model-len 129, use at most 128"):
         config.check_max_model_len(129)
 
 
-def test_an_unknown_dtype_is_refused():
+def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ModelError, match="auto, bfloat16, float16, float32; got int8"):
         parse_config(BASE).torch_dtype("int8")
 
 
-def test_the_ids_that_end_a_generation_come_from_both_files(tmp_path):
+def test_the_ids_that_end_a_generation_come_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**BASE, "eos_token_id": 2}))
     assert load_config(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 9]}))
     assert load_config(tmp_path).eos_token_ids == (7, 2, 9)
 
 
-def test_a_folder_without_a_readable_config_is_refused(tmp_path):
+def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model folder"):
         load_config(tmp_path / "absent")
     with pytest.raises(ModelError, match=r"no config\.json"):

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from scripts.make_random_model import RandomModel, write_random_model
 
-from tandem.models.random_model import RandomModel, write_random_model
 from tandem.wire.keys import new_key_file
 from tests.netns.lab import why_not
 

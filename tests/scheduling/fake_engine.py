@@ -13,9 +13,11 @@ from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
 from tandem.scheduling.batch import Batch, Row, SampleAt, Sampled, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Finished, PrefillEnded, PullEnded, TokenOut
+from tandem.scheduling.request import RequestState
 from tandem.scheduling.scheduler import Scheduler
 from tandem.wire.messages import Address, Failed, Generate, Local, Prefill, PullKv
 from tandem.wire.sampling import SamplingParams
+from tests.scheduling.invariants import check_scheduler
 
 VOCABULARY = 5
 EOS = 0
@@ -55,7 +57,7 @@ def reference(tokens: list[int], prompt_len: int, params: SamplingParams, max_mo
 
 
 def pull(first_token: bool = True) -> PullKv:
-    return PullKv("prefill-engine", "life", Address("127.0.0.1", 1), "remote", first_token)
+    return PullKv("prefill-engine", "incarnation", Address("127.0.0.1", 1), "remote", first_token)
 
 
 def generate(
@@ -82,7 +84,7 @@ class Record:
     chunks: list[ChunkComputed] = field(default_factory=list)
     prefill_ended: list[PrefillEnded] = field(default_factory=list)
     pull_ended: list[PullEnded] = field(default_factory=list)
-    pull_ready: BlocksAllocated | None = None
+    allocated: BlocksAllocated | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -149,9 +151,9 @@ class FakeEngine:
 
     def deliver(self, request_id: str, first_token: bool) -> None:
         """The peer's KV has come, completely."""
-        ready = self.reads.pop(request_id)
+        allocated = self.reads.pop(request_id)
         message = self.records[request_id].message
-        self.write(ready, digests(message.token_ids))
+        self.write(allocated, digests(message.token_ids))
         token = self.first_output(request_id) if first_token else None
         if token is not None:
             self.records[request_id].outputs[len(message.token_ids) - message.prompt_len] = token
@@ -170,8 +172,8 @@ class FakeEngine:
 
     def scribble(self, request_id: str) -> None:
         """Bytes of a read that is in progress come in: nobody may mind."""
-        ready = self.reads[request_id]
-        self.write(ready, [GARBAGE] * ready.num_tokens)
+        allocated = self.reads[request_id]
+        self.write(allocated, [GARBAGE] * allocated.num_tokens)
 
     def end_read(self, request_id: str) -> None:
         del self.reads[request_id]
@@ -195,7 +197,7 @@ class FakeEngine:
                 self.apply()
             for request_id in list(self.reads):
                 request = self.scheduler.get(request_id)
-                if request is not None and request.state.value == "waiting_for_kv":
+                if request is not None and request.state is RequestState.WAITING_FOR_KV:
                     kv = self.records[request_id].message.kv
                     self.deliver(request_id, first_token=isinstance(kv, PullKv) and kv.first_token)
                 else:
@@ -226,9 +228,9 @@ class FakeEngine:
             return Sampled(-1, None, "the logits are not numbers")
         return Sampled(next_token(digest, row.sample.stop_ids))
 
-    def write(self, ready: BlocksAllocated, values: list[int]) -> None:
-        for place in range(ready.num_cached_tokens, ready.num_tokens):
-            block = ready.block_ids[place // self.pool.block_size]
+    def write(self, allocated: BlocksAllocated, values: list[int]) -> None:
+        for place in range(allocated.num_cached_tokens, allocated.num_tokens):
+            block = allocated.block_ids[place // self.pool.block_size]
             self.memory[block][place % self.pool.block_size] = values[place]
 
     def first_output(self, request_id: str) -> int:
@@ -282,13 +284,13 @@ class FakeEngine:
                     if event.block_ids:
                         self.leases[event.request_id] = event
                 case BlocksAllocated():
-                    record.pull_ready = event
+                    record.allocated = event
                     self.reads[event.request_id] = event
                 case PullEnded():
                     record.pull_ended.append(event)
                     if not event.quarantined:
                         self.reads.pop(event.request_id, None)
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
     def check_chunk(self, record: Record, event: ChunkComputed) -> None:
         """Chunks join up, and what they announce can be read."""

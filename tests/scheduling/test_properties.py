@@ -8,9 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tandem.errors import InvalidRequest, Overloaded
 from tandem.scheduling.events import Finished
+from tandem.scheduling.request import RequestState
 from tandem.wire.messages import Generate, Local, Prefill, PullKv
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.fake_engine import FakeEngine, pull, reference
+from tests.scheduling.invariants import check_scheduler
 
 MAX_MODEL_LEN = 30
 
@@ -130,7 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def waiting_for_kv(self) -> list[str]:
         found = ((request_id, self.engine.scheduler.get(request_id)) for request_id in self.engine.reads)
-        return [request_id for request_id, request in found if request and request.state.value == "waiting_for_kv"]
+        return [request_id for request_id, request in found if request and request.state is RequestState.WAITING_FOR_KV]
 
     def orphaned_reads(self) -> list[str]:
         waiting = self.waiting_for_kv()
@@ -140,11 +142,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def limits_hold(self) -> None:
         if not hasattr(self, "engine"):
             return
-        self.engine.scheduler.check()
+        check_scheduler(self.engine.scheduler)
         counts, limits = self.engine.scheduler.counts(), self.engine.limits
         assert counts.running <= limits.max_num_seqs
         assert counts.waiting_for_kv <= limits.max_num_seqs
-        assert len(self.engine.batches) == self.engine.scheduler.in_flight <= self.engine.scheduler.pipeline_depth
+        assert len(self.engine.batches) == len(self.engine.scheduler.in_flight) <= self.engine.scheduler.pipeline_depth
         usage = self.engine.scheduler.kv_usage()
         assert usage.free + usage.cached + usage.leased + usage.in_use == usage.blocks
         for request_id in self.engine.leases:

@@ -11,6 +11,7 @@ from tandem.scheduling.events import ChunkComputed, Finished, PrefillEnded, Toke
 from tandem.wire.messages import Failed, Generate, Local, Prefill
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.fake_engine import EOS, FakeEngine, Record, generate, pull, reference
+from tests.scheduling.invariants import check_scheduler
 
 PROMPT = [1, 2, 3, 4, 1, 2, 3]
 
@@ -255,7 +256,7 @@ def test_a_deadline_ends_a_request_wherever_it_is() -> None:
     engine.now = 5.0
     engine.expire()
     assert [failure(record).code for record in records[:3]] == ["timed_out"] * 3
-    assert "waiting for kv" in failure(records[2]).message
+    assert "waiting for KV" in failure(records[2]).message
     engine.run_until_done()
     assert records[3].tokens == expected(records[3])
 
@@ -333,15 +334,15 @@ def test_a_running_request_waits_for_leased_blocks_without_losing_its_own() -> N
     assert engine.scheduler.totals.preemptions == 0
 
 
-def test_who_holds_kv_but_no_seat_gives_way_to_who_has_one() -> None:
+def test_a_request_with_kv_but_no_running_slot_gives_its_blocks_to_one_that_runs() -> None:
     engine = FakeEngine(num_blocks=6, block_size=2, max_num_seqs=1)
     early = engine.add(generate("early", [1] * 5, pull(), max_tokens=4))
-    seated = engine.add(generate("seated", [2] * 3, max_tokens=6))
+    running = engine.add(generate("running", [2] * 3, max_tokens=6))
     engine.step()
     engine.deliver("early", first_token=True)
     engine.run_until_done()
     assert early.tokens == expected(early)
-    assert seated.tokens == expected(seated)
+    assert running.tokens == expected(running)
 
 
 # --- Prefill ---
@@ -430,9 +431,9 @@ def test_a_pull_gets_blocks_for_its_prompt_and_one_token_more() -> None:
     engine = FakeEngine()
     record = engine.add(generate("r", [1, 2, 3, 4] * 2, pull()))
     assert engine.schedule() is None
-    assert record.pull_ready is not None
-    assert len(record.pull_ready.block_ids) == 3
-    assert (record.pull_ready.num_cached_tokens, record.pull_ready.num_tokens) == (0, 8)
+    assert record.allocated is not None
+    assert len(record.allocated.block_ids) == 3
+    assert (record.allocated.num_cached_tokens, record.allocated.num_tokens) == (0, 8)
     assert engine.scheduler.counts().waiting_for_kv == 1
 
 
@@ -476,7 +477,7 @@ def test_pulled_blocks_serve_as_a_prefix_and_only_what_misses_is_pulled() -> Non
     same = engine.add(generate("c", tokens, pull()))
     alone = engine.add(generate("d", tokens, pull(first_token=False)))
     engine.schedule()
-    assert [record.pull_ready and record.pull_ready.num_cached_tokens for record in (longer, same, alone)] == [8, 8, 4]
+    assert [record.allocated and record.allocated.num_cached_tokens for record in (longer, same, alone)] == [8, 8, 4]
     engine.deliver("c", first_token=True)
     engine.run_until_done()
     assert same.tokens == expected(same)
@@ -564,10 +565,10 @@ def test_messages_about_requests_that_are_gone_change_nothing() -> None:
         engine.scheduler.kv_failed(request_id, "late", 0.0, reading=True)
         engine.scheduler.read_ended(request_id)
     assert engine.scheduler.drain() == []
-    engine.scheduler.check()
+    check_scheduler(engine.scheduler)
 
 
-def test_slow_peers_take_no_seat_from_local_requests() -> None:
+def test_slow_peers_take_no_running_slot_from_local_requests() -> None:
     engine = FakeEngine(max_num_seqs=2)
     for name in "abc":
         engine.add(generate(name, [1, 2, 3], pull()))
@@ -578,7 +579,7 @@ def test_slow_peers_take_no_seat_from_local_requests() -> None:
     assert local.terminal
 
 
-def test_seats_are_given_in_the_order_of_arrival() -> None:
+def test_running_slots_are_given_in_the_order_of_arrival() -> None:
     engine = FakeEngine(max_num_seqs=1)
     engine.add(generate("a", [1], max_tokens=2))
     engine.add(generate("pulled", [1, 2], pull(), max_tokens=2))
@@ -588,7 +589,7 @@ def test_seats_are_given_in_the_order_of_arrival() -> None:
     assert [rows(engine)[0][0] for _ in range(3)] == ["a", "pulled", "local"]
 
 
-def test_who_has_its_kv_does_not_stand_behind_an_earlier_arrival_that_waits_for_blocks() -> None:
+def test_a_request_with_its_kv_does_not_stand_behind_an_earlier_arrival_that_waits_for_blocks() -> None:
     engine = FakeEngine(num_blocks=6, block_size=2, max_num_seqs=1)
     engine.add(generate("running", [1] * 2, max_tokens=1))
     large = engine.add(generate("large", [3] * 11, max_tokens=1))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripts.make_random_model import RandomModel, write_random_model
 
-from tandem.models.random_model import RandomModel, write_random_model
 from tests.shapes.fleet import Fleet, Shape
 from tests.shapes.reference import greedy
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts.make_random_model import RandomModel, write_random_model
 
 import tandem
 from tandem.config import (
@@ -31,7 +32,6 @@ from tandem.console import Console
 from tandem.engine.start.launch import EngineProcesses
 from tandem.local_cluster import RouterProcess, start_engines, start_router, wait_ready
 from tandem.model_folder import ModelFolder
-from tandem.models.random_model import RandomModel, write_random_model
 from tandem.processes import ChildProcesses
 from tests.shapes.reference import greedy
 

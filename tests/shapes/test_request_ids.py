@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripts.make_random_model import RandomModel, write_random_model
 
 from tandem.errors import RequestError
 from tandem.ids import new_request_id
-from tandem.models.random_model import RandomModel, write_random_model
 from tandem.wire.messages import Generate, Prefill, Tokens
 from tandem.wire.sampling import SamplingParams
 from tests.shapes.fleet import Fleet, Shape

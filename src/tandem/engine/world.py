@@ -12,7 +12,8 @@ from torch import distributed as dist
 from torch._C import _distributed_c10d as stores
 
 from tandem.config import ParallelSection
-from tandem.models.parallel import Collectives, RankPosition, SoloCollectives, TorchCollectives, with_other_ranks
+from tandem.models.collectives import Collectives, SoloCollectives, TorchCollectives, with_other_ranks
+from tandem.models.rank_position import RankPosition
 from tandem.wire.addresses import interface_of
 
 SMALL = 4096
@@ -23,7 +24,7 @@ class SoloWorld:
 
     rank = 0
     size = 1
-    shard = RankPosition()
+    position = RankPosition()
     collectives: Collectives = SoloCollectives()
 
     def all_gather(self, data: bytes) -> list[bytes]:
@@ -52,7 +53,7 @@ class TorchWorld:
     ) -> None:
         self.rank = rank
         self.size = parallel.world_size
-        self.shard = RankPosition(rank % parallel.tp, parallel.tp, rank // parallel.tp, parallel.pp)
+        self.position = RankPosition(rank % parallel.tp, parallel.tp, rank // parallel.tp, parallel.pp)
         self._device = device
         self._sending: tuple[Any, Tensor] | None = None
         interface = interface_of(host)
@@ -70,7 +71,7 @@ class TorchWorld:
         ]
         self._pipe = dist.new_group(backend=backend, timeout=wait) if backend == "nccl" else None
         self.collectives: Collectives = (
-            TorchCollectives(groups[self.shard.pp_rank]) if parallel.tp > 1 else SoloCollectives()
+            TorchCollectives(groups[self.position.pp_rank]) if parallel.tp > 1 else SoloCollectives()
         )
 
     def all_gather(self, data: bytes) -> list[bytes]:
@@ -96,15 +97,15 @@ class TorchWorld:
         with with_other_ranks():
             if self._sending is not None:
                 self._sending[0].wait()
-            self._sending = (dist.isend(hidden, self.rank + self.shard.tp_size, group=self._pipe), hidden)
+            self._sending = (dist.isend(hidden, self.rank + self.position.tp_size, group=self._pipe), hidden)
 
     def receive_from_last_stage(self, tokens: int, width: int, dtype: torch.dtype) -> Tensor | None:
         """Hidden states [tokens, width] of the stage before; None on the first stage."""
-        if self.shard.is_first_stage:
+        if self.position.is_first_stage:
             return None
         hidden = torch.empty(tokens, width, dtype=dtype, device=self._device)
         with with_other_ranks():
-            dist.recv(hidden, self.rank - self.shard.tp_size, group=self._pipe)
+            dist.recv(hidden, self.rank - self.position.tp_size, group=self._pipe)
         return hidden
 
     def close(self) -> None:

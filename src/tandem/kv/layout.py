@@ -134,6 +134,11 @@ class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.size(Axis.DIM)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the axes, outermost first."""
+        return tuple(d.size for d in self.dimensions)
+
+    @property
     def nbytes(self) -> int:
         """Bytes from the first to the last that the layout can address, gaps included."""
         return sum((d.size - 1) * d.stride for d in self.dimensions) + self.itemsize

@@ -1,11 +1,10 @@
-"""Attention over paged keys and values.
+"""Attention over a paged KV cache (PagedAttention; Kwon et al., SOSP 2023).
 
-The memory of a rank is one contiguous tensor `kv` [blocks, kv heads, layers, 2, block size, head dim], so a
-*page*, the keys or values of one block, head and layer, is a run of `block size * head dim` elements. A decode
-row copies its pages together and attends to the copy; a prompt's first chunk attends to its keys and values as
-they come. What depends on the step and not on the layer (indices, masks) is computed once, in `plan`.
+A decode row gathers its head blocks (`tandem.models.kv_cache`) into one copy and attends to that; a prompt's first
+chunk attends to its keys and values as they come. What depends on the step and not on the layer (indices, masks) is
+computed once, in `plan`.
 
-The same path serves every device. torch's `varlen_attn` with a block table would spare the copy on CUDA; which page
+The same path serves every device. torch's `varlen_attn` with a block table would spare the copy on CUDA; which block
 sizes and strides its kernels take has not been tried.
 """
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.models.forward_batch import DecodeGroup, ForwardBatch, PrefillRow
+from tandem.models.kv_cache import PagedKvCache
 
 # Queries of a chunk attended to at a time. CPU kernels compute what a causal mask hides, so short tiles save up
 # to half of the work there; on a GPU a tile only bounds the size of the mask.
@@ -28,56 +28,33 @@ GPU_TILE = 1024
 SPLIT_FROM = 1024
 
 
-class PagedKvCache:
-    """Views of the KV memory, one per layer, in which a block and head have the same index for every layer."""
-
-    def __init__(self, kv: Tensor) -> None:
-        _, heads, layers, _, block_size, head_dim = kv.shape
-        self.kv = kv
-        self.block_size = block_size
-        vectors, pages = kv.view(-1, head_dim), kv.view(-1, block_size * head_dim)
-        self.vectors = [vectors[2 * layer * block_size :] for layer in range(layers)]
-        self.pages = [pages[2 * layer :] for layer in range(layers)]
-        self.pages_per_block = heads * layers * 2
-        key_pages = torch.arange(heads, device=kv.device) * (layers * 2)
-        self.page_offsets = torch.stack((key_pages, key_pages + 1))  # [2, heads]
-
-    def page_index(self, blocks: Tensor) -> Tensor:
-        """[rows, blocks of a row] -> the pages [2, rows, heads, blocks of a row], flat."""
-        return (blocks[None, :, None, :] * self.pages_per_block + self.page_offsets[:, None, :, None]).flatten()
-
-    def vector_index(self, blocks: Tensor, offsets: Tensor) -> Tensor:
-        """[N] and [N] -> where the keys and then the values of a token go: [N, 2 * heads]."""
-        pages = blocks[:, None] * self.pages_per_block + self.page_offsets.flatten()
-        return pages * self.block_size + offsets[:, None]
-
-
 @dataclass(frozen=True, slots=True)
 class _DecodePlan:
     group: DecodeGroup
-    pages: Tensor
+    head_blocks: Tensor
     width: int
-    """Gathered positions of a row to attend to: as many as the longest row has, or all."""
+    """Gathered positions of a row to attend to: those of the longest row, or all."""
     splits: bool
     mask: Tensor | None
     """[rows, 1, 1, width], additive; None where all rows see all of it."""
     unused: Tensor | None
-    """Gathered vectors that the row has not written. They are zeroed: whatever lies there, be it NaN, times a
+    """Gathered slots that the row has not written. They are zeroed: whatever lies there, be it NaN, times a
     probability of zero has to be zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PrefillPlan:
     row: PrefillRow
-    pages: Tensor | None
+    head_blocks: Tensor | None
     """None for a chunk without context."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """One step's indices and masks, the same for every layer of a stage."""
+    """The indices and masks of one step, the same for every layer of a stage."""
 
-    vectors: Tensor
+    slots: Tensor
+    """int64 [N, 2 * KV heads]: the slots that take the new keys and values."""
     decode: tuple[_DecodePlan, ...]
     prefill: tuple[_PrefillPlan, ...]
 
@@ -97,39 +74,38 @@ class PagedAttention:
         self._mask = _CausalMask(CPU_TILE if self._on_cpu else GPU_TILE, dtype, device)
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
-    def plan(self, batch: ForwardBatch, kv: PagedKvCache) -> AttentionPlan:
-        longest = max((row.length for row in batch.prefill), default=0)
-        if longest:
-            self._mask.reserve(longest)
+    def plan(self, batch: ForwardBatch, cache: PagedKvCache) -> AttentionPlan:
+        self._mask.reserve(max((row.length for row in batch.prefill), default=0))
         return AttentionPlan(
-            vectors=kv.vector_index(batch.slot_blocks, batch.slot_offsets),
-            decode=tuple(self._plan_decode(group, kv) for group in batch.decode),
+            slots=cache.slot_index(batch.slot_blocks, batch.slot_offsets),
+            decode=tuple(self._plan_decode(group, cache) for group in batch.decode),
             prefill=tuple(
-                _PrefillPlan(row, kv.page_index(row.blocks[None]) if row.start else None) for row in batch.prefill
+                _PrefillPlan(row, cache.head_block_index(row.blocks[None]) if row.start else None)
+                for row in batch.prefill
             ),
         )
 
-    def _plan_decode(self, group: DecodeGroup, kv: PagedKvCache) -> _DecodePlan:
-        pages = kv.page_index(group.blocks)
-        gathered = group.blocks.shape[1] * kv.block_size
+    def _plan_decode(self, group: DecodeGroup, cache: PagedKvCache) -> _DecodePlan:
+        head_blocks = cache.head_block_index(group.blocks)
+        gathered = group.blocks.shape[1] * cache.block_size
         splits = self._splits and group.blocks.shape[0] * gathered >= SPLIT_FROM
         # The plain products would copy keys that are cut short.
         width = gathered if splits else group.longest
         if group.is_even and group.longest == width:
-            return _DecodePlan(group, pages, width, splits, mask=None, unused=None)
-        places = torch.arange(gathered, device=pages.device)
+            return _DecodePlan(group, head_blocks, width, splits, mask=None, unused=None)
+        positions = torch.arange(gathered, device=head_blocks.device)
         lengths = group.lengths[:, None]
-        hidden = places >= lengths  # [rows, gathered]
+        hidden = positions >= lengths  # [rows, gathered]
         # Short rows are filled up with their first block: their own numbers, unless that is the last one too.
-        in_last = places // kv.block_size == (lengths - 1) // kv.block_size
-        unused = hidden & (in_last | (lengths < kv.block_size))
+        in_last = positions // cache.block_size == (lengths - 1) // cache.block_size
+        unused = hidden & (in_last | (lengths < cache.block_size))
         unused = unused[None, :, None, :].expand(2, -1, self.num_kv_heads, -1).flatten().nonzero().squeeze(1)
-        mask = torch.zeros(hidden.shape, dtype=self._mask.dtype, device=pages.device)
+        mask = torch.zeros(hidden.shape, dtype=self._mask.dtype, device=head_blocks.device)
         mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :width]
-        return _DecodePlan(group, pages, width, splits, mask, unused)
+        return _DecodePlan(group, head_blocks, width, splits, mask, unused)
 
-    def __call__(self, qkv: Tensor, plan: AttentionPlan, kv: PagedKvCache, layer: int) -> Tensor:
-        """Stores the new keys and values, then attends.
+    def __call__(self, qkv: Tensor, plan: AttentionPlan, cache: PagedKvCache, layer: int) -> Tensor:
+        """Store the new keys and values, then attend.
 
         Args:
             qkv: [N, num_heads + 2 * num_kv_heads, head_dim]; queries and keys are rotated already.
@@ -138,16 +114,16 @@ class PagedAttention:
         Returns:
             [N, num_heads * head_dim].
         """
-        kv.vectors[layer].index_put_((plan.vectors,), qkv[:, self.num_heads :])
-        parts = [self._decode(qkv, decode, kv.pages[layer]) for decode in plan.decode]
+        cache.slots[layer].index_put_((plan.slots,), qkv[:, self.num_heads :])
+        parts = [self._decode(qkv, decode, cache.head_blocks[layer]) for decode in plan.decode]
         for prefill in plan.prefill:
-            parts += self._prefill(qkv, prefill, kv.pages[layer])
+            parts += self._prefill(qkv, prefill, cache.head_blocks[layer])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode(self, qkv: Tensor, plan: _DecodePlan, pages: Tensor) -> Tensor:
+    def _decode(self, qkv: Tensor, plan: _DecodePlan, head_blocks: Tensor) -> Tensor:
         group = plan.group
         rows, heads = group.stop - group.first, self.num_kv_heads
-        gathered = self._gather(pages, plan.pages).view(-1, self.head_dim)
+        gathered = self._gather(head_blocks, plan.head_blocks).view(-1, self.head_dim)
         if plan.unused is not None:
             gathered.index_fill_(0, plan.unused, 0.0)
         keys, values = gathered.view(2, rows, heads, -1, self.head_dim)[..., : plan.width, :]
@@ -158,22 +134,22 @@ class PagedAttention:
             out = scaled_dot_product_attention(queries, keys, values, attn_mask=plan.mask, scale=self._scale)
         return out.reshape(rows, -1)
 
-    def _gather(self, pages: Tensor, index: Tensor) -> Tensor:
-        """Copies pages together, into memory that the next call takes again: the kernel would have to map and
+    def _gather(self, head_blocks: Tensor, index: Tensor) -> Tensor:
+        """Copy head blocks together, into memory that the next call takes again: the kernel would have to map and
         clear fresh memory each time."""
-        shape = (index.shape[0], pages.shape[1])
+        shape = (index.shape[0], head_blocks.shape[1])
         if self._gathered.numel() < shape[0] * shape[1]:
-            self._gathered = pages.new_empty(shape[0] * shape[1])
+            self._gathered = head_blocks.new_empty(shape[0] * shape[1])
         out = self._gathered[: shape[0] * shape[1]].view(shape)
-        return torch.index_select(pages, 0, index, out=out)
+        return torch.index_select(head_blocks, 0, index, out=out)
 
-    def _prefill(self, qkv: Tensor, plan: _PrefillPlan, pages: Tensor) -> list[Tensor]:
+    def _prefill(self, qkv: Tensor, plan: _PrefillPlan, head_blocks: Tensor) -> list[Tensor]:
         row, heads = plan.row, self.num_kv_heads
-        if plan.pages is None:
+        if plan.head_blocks is None:
             new = qkv[row.first : row.stop, self.num_heads :].transpose(0, 1)  # [2 * heads, n, head_dim]
             keys, values = new[None, :heads], new[None, heads:]
         else:
-            gathered = self._gather(pages, plan.pages).view(2, 1, heads, -1, self.head_dim)
+            gathered = self._gather(head_blocks, plan.head_blocks).view(2, 1, heads, -1, self.head_dim)
             keys, values = gathered[0], gathered[1]
         if not self._on_cpu:
             keys, values = (t.repeat_interleave(self.num_heads // heads, 1) for t in (keys, values))
@@ -202,7 +178,7 @@ class _CausalMask:
         self._matrix = torch.empty(tile, 0, dtype=dtype, device=device)
 
     def reserve(self, keys: int) -> None:
-        """Prepares for sequences of up to `keys` positions."""
+        """Prepare for sequences of up to `keys` positions."""
         width = self._matrix.shape[1]
         if keys + self.tile <= width:
             return
@@ -217,7 +193,7 @@ class _CausalMask:
 
 
 def _attend_split(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention by bfloat16 products with scores as exact as float32 ones.
+    """Attend by bfloat16 products with scores as exact as float32 ones.
 
     The first product rounds the scores to bfloat16; the second adds up the same products in float32 again, starting
     from minus the rounded scores, and so returns what the rounding lost.

@@ -1,4 +1,4 @@
-"""A digest that tells whether one engine can use the keys and values of another."""
+"""The fingerprint of a model: equal where one engine can use the keys and values of another."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WHOLE_UP_TO = 64 << 20
 SAMPLES = 64
 SAMPLE_BYTES = 64 << 10
 
-# What does not change the keys and values: where generation ends, what the compute dtype defaults to, and how
-# long a context the configuration allows.
+# These do not change the keys and values: the end of generation, the default of the compute dtype, and the longest
+# context that the configuration allows.
 _IRRELEVANT = frozenset({"eos_token_ids", "dtype", "max_positions"})
 
 
 def fingerprint(path: str | Path, config: ModelConfig | None = None) -> str:
-    """Hex SHA-256 over what decides the keys and values that a model computes: its architecture and weights.
+    """Return a hex SHA-256 over what decides the keys and values that a model computes: its architecture and weights.
 
     Weights of up to 64 MiB count whole, of larger ones each file's header and 64 samples of 64 KiB spread evenly
     over the file. The dtype of the computation, tensor and pipeline parallelism and block size do not count; how

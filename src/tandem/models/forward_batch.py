@@ -1,4 +1,4 @@
-"""One step's rows as tensors: which tokens are new, where their keys and values go, what they attend to."""
+"""The rows of one step as tensors: the new tokens, the slots of their keys and values, the blocks they attend to."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 
-class Row(NamedTuple):
-    """New tokens of one sequence; any tuple of the same three will do."""
+class ForwardRow(NamedTuple):
+    """New tokens of one sequence."""
 
     tokens: Sequence[int]
     start: int
     """Position of the first new token; the keys and values of all before it are in the blocks."""
     block_ids: Sequence[int]
-    """Blocks of the sequence in its order; they cover `start + len(tokens)` positions or more."""
+    """Blocks of the sequence in its order; they cover `end` positions or more."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """What every layer and every rank needs of one step. N tokens of R rows; made by `build_batch`."""
+    """One step for every layer and rank: N tokens of R rows. Made by `build_forward_batch`."""
 
     token_ids: Tensor
     """int64 [N]: decode rows first, the longest of them leading, then prefill rows in the order given."""
@@ -80,7 +84,7 @@ GROUP_SAVES = 1024
 
 
 def group_by_length(lengths: Sequence[int]) -> list[range]:
-    """Splits rows, longest first, where padding the rest to the longest of the group would waste much."""
+    """Split rows, longest first, where padding the rest to the longest of the group would waste much."""
     if not lengths:
         return []
     groups: list[range] = []
@@ -94,26 +98,18 @@ def group_by_length(lengths: Sequence[int]) -> list[range]:
     return groups
 
 
-def build_batch(
-    rows: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str, block_size: int
-) -> ForwardBatch:
-    """The tensors for `rows`, each of them tokens, start and block ids as in `Row`.
-
-    Raises `ValueError` for a row without tokens or with fewer blocks than it needs.
-    """
-    for tokens, start, blocks in rows:
-        if not tokens or len(blocks) * block_size < start + len(tokens):
+def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, block_size: int) -> ForwardBatch:
+    """Make the tensors for `rows`. Raises `ValueError` for a row without tokens or with fewer blocks than it needs."""
+    for row in rows:
+        if not row.tokens or len(row.block_ids) * block_size < row.end:
             raise ValueError(
-                f"a row needs tokens and a block for each; got {len(tokens)} tokens from position {start} on, "
-                f"{len(blocks)} blocks of {block_size}"
+                f"a row needs tokens and a block for each; got {len(row.tokens)} tokens from position {row.start} on, "
+                f"{len(row.block_ids)} blocks of {block_size}"
             )
-    order = sorted(range(len(rows)), key=lambda r: -rows[r][1] if len(rows[r][0]) == 1 else 1)
-    ordered = [Row(*rows[r]) for r in order]
-    slots = [
-        (row.block_ids[position // block_size], position % block_size)
-        for row in ordered
-        for position in range(row.start, row.start + len(row.tokens))
-    ]
+    order = sorted(range(len(rows)), key=lambda r: -rows[r].start if len(rows[r].tokens) == 1 else 1)
+    ordered = [rows[r] for r in order]
+    positions = _integers([position for row in ordered for position in range(row.start, row.end)], device)
+    slot_blocks = [row.block_ids[position // block_size] for row in ordered for position in range(row.start, row.end)]
     stops = list(accumulate(len(row.tokens) for row in ordered))
     last_tokens = [0] * len(rows)
     for r, stop in zip(order, stops, strict=True):
@@ -121,11 +117,11 @@ def build_batch(
     single = sum(len(row.tokens) == 1 for row in ordered)
     return ForwardBatch(
         token_ids=_integers([token for row in ordered for token in row.tokens], device),
-        positions=_integers([p for row in ordered for p in range(row.start, row.start + len(row.tokens))], device),
-        slot_blocks=_integers([block for block, _ in slots], device),
-        slot_offsets=_integers([offset for _, offset in slots], device),
+        positions=positions,
+        slot_blocks=_integers(slot_blocks, device),
+        slot_offsets=positions % block_size,
         last_tokens=_integers(last_tokens, device),
-        end=max(row.start + len(row.tokens) for row in ordered),
+        end=max(row.end for row in ordered),
         decode=_decode_groups(ordered[:single], device, block_size),
         prefill=tuple(
             PrefillRow(stop - len(row.tokens), stop, row.start, _integers(_used(row, block_size), device))
@@ -134,8 +130,8 @@ def build_batch(
     )
 
 
-def _decode_groups(rows: list[Row], device: torch.device | str, block_size: int) -> tuple[DecodeGroup, ...]:
-    lengths = [row.start + 1 for row in rows]
+def _decode_groups(rows: list[ForwardRow], device: torch.device | str, block_size: int) -> tuple[DecodeGroup, ...]:
+    lengths = [row.end for row in rows]
     groups = []
     for group in group_by_length(lengths):
         longest, shortest = lengths[group.start], lengths[group.stop - 1]
@@ -157,9 +153,9 @@ def _decode_groups(rows: list[Row], device: torch.device | str, block_size: int)
     return tuple(groups)
 
 
-def _used(row: Row, block_size: int) -> list[int]:
-    """The blocks up to that of the row's last new token; a row may own more."""
-    return list(row.block_ids[: -(-(row.start + len(row.tokens)) // block_size)])
+def _used(row: ForwardRow, block_size: int) -> list[int]:
+    """Return the blocks up to that of the row's last new token; a row may own more."""
+    return list(row.block_ids[: -(-row.end // block_size)])
 
 
 def _integers(values: object, device: torch.device | str) -> Tensor:

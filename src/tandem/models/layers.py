@@ -1,4 +1,4 @@
-"""The small parts of a decoder layer."""
+"""The parts of a decoder layer that are not split over ranks; for those see `tandem.models.tensor_parallel`."""
 
 from __future__ import annotations
 
@@ -11,38 +11,28 @@ PACK_FROM = {torch.bfloat16: 1 << 16, torch.float32: 1 << 18}
 
 
 class Linear:
-    """`x @ weight.T + bias`; the weight may be packed for the CPU's matrix kernels."""
+    """`x @ weight.T + bias`: [..., num_inputs] -> [..., num_outputs]."""
 
-    def __init__(self, num_outputs: int, num_inputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight: Tensor | None = torch.empty(num_outputs, num_inputs, dtype=dtype, device=device)
-        self.bias: Tensor | None = torch.empty(num_outputs, dtype=dtype, device=device) if bias else None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
         self._packed: Tensor | None = None
 
-    @classmethod
-    def of(cls, weight: Tensor) -> Linear:
-        """With a weight that is also used elsewhere."""
-        linear = cls(0, 0, False, weight.dtype, weight.device)
-        linear.weight = weight
-        return linear
-
     def pack(self) -> None:
-        """Brings the weight, once loaded, into oneDNN's blocked order and lets go of the plain one.
+        """Bring the weight, once loaded, into oneDNN's blocked order, and let go of the plain one.
 
         At one row, where the weights' way from memory is what costs, this takes a half to a third of the time.
         Does nothing on other devices, for small weights, and for dtypes that this CPU does not compute in.
         """
-        weight = self.weight
-        if weight is None or not _can_pack(weight):
-            return
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self.weight = None
+        if _can_pack(self.weight):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.weight = self.weight.new_empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., num_inputs] -> [..., num_outputs]."""
-        if self.weight is not None:
+        if self._packed is None:
             return F.linear(x, self.weight, self.bias)
-        packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return packed
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return product
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -54,7 +44,7 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Root mean square norm over the last dimension, computed in float32 whatever the dtype of `x`
+    """Divide by the root mean square over the last dimension, in float32 for any dtype of `x`
     (Zhang and Sennrich, 2019)."""
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
@@ -66,7 +56,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> None:
-    """Rotary embedding of `x` [N, heads, head_dim] into `out`, which may be `x`; see `RotaryTable`."""
+    """Rotate `x` [N, heads, head_dim] by its positions into `out`, which may be `x`; see `RotaryTable`."""
     rotated = x.roll(x.shape[-1] // 2, -1)
     torch.mul(x, cos, out=out)
     out.addcmul_(rotated, signed_sin)

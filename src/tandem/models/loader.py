@@ -1,9 +1,9 @@
-"""Weights from a folder of safetensors files; each rank reads its own part of each tensor only."""
+"""Loads weights from a folder of safetensors files; each rank reads only its own part of each tensor."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tandem.errors import ModelError
+from tandem.models.collectives import Collectives
 from tandem.models.decoder import Decoder
 from tandem.models.model_config import load_config
-from tandem.models.parallel import Collectives, RankPosition
-from tandem.models.rank_slice import WeightSlice
+from tandem.models.rank_position import RankPosition
+from tandem.models.rank_slice import RankSlice, WeightSlice
 
 INDEX = "model.safetensors.index.json"
 
 
 def load_decoder(
     path: str | Path,
-    shard: RankPosition,
+    position: RankPosition,
     collectives: Collectives,
     dtype: torch.dtype,
     device: torch.device | str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The part of the model in the folder `path` that one rank computes, ready to run.
+    """Load the part of the model in the folder `path` that one rank computes, ready to run.
 
     Args:
         on_progress: called with the bytes read so far and in all, in the dtype of the computation.
@@ -36,15 +37,16 @@ def load_decoder(
     Raises:
         ModelError: the folder, a file or a tensor is missing, unreadable or of another shape than configured.
     """
-    decoder = Decoder(load_config(path), shard, collectives, dtype, device)
-    pieces = list(decoder.pieces())
-    total = sum(piece.target.nbytes for piece in pieces)
+    decoder = Decoder(RankSlice(load_config(path), position, collectives, dtype, torch.device(device)))
+    weights = list(decoder.weight_slices())
+    total = sum(weight.target.nbytes for weight in weights)
     done = 0
-    with Checkpoint(path) as checkpoint:
-        checkpoint.check(pieces)
-        for piece in pieces:
-            checkpoint.read(piece)
-            done += piece.target.nbytes
+    with ExitStack() as stack:
+        files = _open_tensors(path, stack)
+        _check(path, files, weights)
+        for weight in weights:
+            weight.target.copy_(files[weight.name].get_slice(weight.name)[weight.part or (slice(None),)])
+            done += weight.target.nbytes
             if on_progress is not None:
                 on_progress(done, total)
     decoder.pack()
@@ -52,7 +54,7 @@ def load_decoder(
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a model folder, by name. Raises `ModelError`.
+    """List the safetensors files of a model folder by name. Raises `ModelError`.
 
     Where there is an index it decides; other safetensors files that lie beside it do not count.
     """
@@ -83,42 +85,25 @@ def _index(path: Path) -> dict[str, str]:
         raise ModelError(f"{path} is not an index of safetensors files: {error}") from error
 
 
-class Checkpoint:
-    """The tensors of a folder by name, read through memory maps. A context manager."""
+def _open_tensors(path: str | Path, stack: ExitStack) -> dict[str, Any]:
+    """Open all files, through memory maps, until `stack` closes; return the file of each tensor by its name."""
+    files: dict[str, Any] = {}
+    for file in weight_files(path):
+        try:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+        files.update(dict.fromkeys(opened.keys(), opened))
+    return files
 
-    def __init__(self, path: str | Path) -> None:
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        for file in weight_files(path):
-            try:
-                opened = self._stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                self._stack.close()
-                raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-        self.path = path
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def names(self) -> Iterator[str]:
-        yield from self._files
-
-    def check(self, pieces: list[WeightSlice]) -> None:
-        """Raises `ModelError` unless every tensor is there in the shape that the configuration asks for."""
-        for piece in pieces:
-            if piece.name not in self._files:
-                raise ModelError(f"the weights in {self.path} have no tensor {piece.name}")
-            got = tuple(self._files[piece.name].get_slice(piece.name).get_shape())
-            if got != piece.shape:
-                raise ModelError(
-                    f"{piece.name} in {self.path} has shape {list(got)}; by config.json it is {list(piece.shape)}"
-                )
-
-    def read(self, piece: WeightSlice) -> None:
-        """Copies the piece's part of the tensor to its target."""
-        source = self._files[piece.name].get_slice(piece.name)
-        piece.target.copy_(source[piece.part or (slice(None),)])
+def _check(path: str | Path, files: dict[str, Any], weights: list[WeightSlice]) -> None:
+    """Raise `ModelError` unless every tensor is there in the shape that the configuration asks for."""
+    for weight in weights:
+        if weight.name not in files:
+            raise ModelError(f"the weights in {path} have no tensor {weight.name}")
+        got = tuple(files[weight.name].get_slice(weight.name).get_shape())
+        if got != weight.shape:
+            raise ModelError(
+                f"{weight.name} in {path} has shape {list(got)}; by config.json it is {list(weight.shape)}"
+            )

@@ -1,4 +1,4 @@
-"""What a model is, read from the `config.json` of a Hugging Face folder and checked.
+"""The configuration of a model, read from the `config.json` of a Hugging Face folder and checked.
 
 Both spellings are understood: that of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of
 transformers 5 (`rope_parameters`, `dtype`).
@@ -20,8 +20,8 @@ RopeType = Literal["default", "linear", "llama3"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class _Family(NamedTuple):
-    """What the configuration class of an architecture assumes where `config.json` is silent."""
+class _Architecture(NamedTuple):
+    """The defaults of an architecture's configuration class, for what `config.json` leaves out."""
 
     max_positions: int
     num_kv_heads: int | None = None
@@ -29,17 +29,19 @@ class _Family(NamedTuple):
     sliding_window: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
-    takes_attention_bias: bool = False
-    takes_mlp_bias: bool = False
+    may_bias_attention: bool = False
+    may_bias_mlp: bool = False
     window_is_optional: bool = False
     """The window counts only with `use_sliding_window`."""
 
 
-FAMILIES: dict[str, _Family] = {
-    "LlamaForCausalLM": _Family(2048, takes_attention_bias=True, takes_mlp_bias=True),
-    "MistralForCausalLM": _Family(131072, num_kv_heads=8, sliding_window=4096),
-    "Qwen2ForCausalLM": _Family(32768, qkv_bias=True, window_is_optional=True),
-    "Qwen3ForCausalLM": _Family(32768, head_dim=128, qk_norm=True, takes_attention_bias=True, window_is_optional=True),
+ARCHITECTURES: dict[str, _Architecture] = {
+    "LlamaForCausalLM": _Architecture(2048, may_bias_attention=True, may_bias_mlp=True),
+    "MistralForCausalLM": _Architecture(131072, num_kv_heads=8, sliding_window=4096),
+    "Qwen2ForCausalLM": _Architecture(32768, qkv_bias=True, window_is_optional=True),
+    "Qwen3ForCausalLM": _Architecture(
+        32768, head_dim=128, qk_norm=True, may_bias_attention=True, window_is_optional=True
+    ),
 }
 
 
@@ -82,14 +84,14 @@ class ModelConfig(msgspec.Struct, frozen=True):
 
     @property
     def max_context(self) -> int:
-        """The longest context that is computed as the model means it. Attention here is always full, and a
-        sliding window makes no difference up to its own length."""
+        """The longest context that this model serves. Attention here is always full, which equals a sliding window
+        up to the length of that window."""
         if self.sliding_window is None:
             return self.max_positions
         return min(self.max_positions, self.sliding_window)
 
     def check_max_model_len(self, max_model_len: int) -> None:
-        """Raises `ModelError` for a context longer than the model, or full attention over it, can serve."""
+        """Raise `ModelError` for a context longer than the model, or full attention over it, can serve."""
         if self.sliding_window is not None and max_model_len > self.sliding_window:
             raise ModelError(
                 f"the model attends within a sliding window of {self.sliding_window} tokens, which is served only "
@@ -102,7 +104,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
             )
 
     def torch_dtype(self, name: str = "auto") -> torch.dtype:
-        """The dtype called `name`; for `auto` the model's own. Raises `ModelError`."""
+        """Return the dtype called `name`; for `auto` the model's own. Raises `ModelError`."""
         wanted = self.dtype if name == "auto" else name
         if wanted not in DTYPES:
             raise ModelError(f"the dtype must be auto, {', '.join(DTYPES)}; got {wanted}")
@@ -110,49 +112,46 @@ class ModelConfig(msgspec.Struct, frozen=True):
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The configuration in the folder `path`. Raises `ModelError`."""
+    """Load the configuration in the folder `path`. Raises `ModelError`."""
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"no model folder at {folder}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"no config.json in {folder}; a Hugging Face model folder was expected")
     generation = folder / "generation_config.json"
-    return parse_config(
-        _read_json(folder / "config.json"),
-        _read_json(generation) if generation.is_file() else {},
-    )
+    return parse_config(_read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else {})
 
 
 def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The configuration from the contents of `config.json` and `generation_config.json`.
+    """Parse the contents of `config.json` and `generation_config.json`.
 
     Raises `ModelError` for what is missing, malformed or not supported.
     """
-    architecture, family = _family(raw)
+    name, defaults = _architecture(raw)
     keys = _Keys(raw)
     _refuse_unsupported(raw)
     num_heads = keys.integer("num_attention_heads")
     hidden_size = keys.integer("hidden_size")
-    max_positions = keys.integer("max_position_embeddings", family.max_positions)
-    attention_bias = family.takes_attention_bias and keys.flag("attention_bias")
+    max_positions = keys.integer("max_position_embeddings", defaults.max_positions)
+    attention_bias = defaults.may_bias_attention and keys.flag("attention_bias")
     config = ModelConfig(
-        architecture=architecture,
+        architecture=name,
         vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=keys.integer("intermediate_size"),
         num_layers=keys.integer("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=keys.integer("num_key_value_heads", family.num_kv_heads or num_heads),
-        head_dim=_head_dim(keys, family, hidden_size, num_heads),
+        num_kv_heads=keys.integer("num_key_value_heads", defaults.num_kv_heads or num_heads),
+        head_dim=_head_dim(keys, defaults, hidden_size, num_heads),
         max_positions=max_positions,
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
         rope=_rope(raw, max_positions),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
-        qkv_bias=family.qkv_bias or attention_bias,
+        qkv_bias=defaults.qkv_bias or attention_bias,
         output_bias=attention_bias,
-        mlp_bias=family.takes_mlp_bias and keys.flag("mlp_bias"),
-        qk_norm=family.qk_norm,
-        sliding_window=_sliding_window(keys, family),
+        mlp_bias=defaults.may_bias_mlp and keys.flag("mlp_bias"),
+        qk_norm=defaults.qk_norm,
+        sliding_window=_sliding_window(keys, defaults),
         dtype=_dtype(raw),
         eos_token_ids=_eos_token_ids(raw, generation or {}),
     )
@@ -193,8 +192,8 @@ class _Keys:
     def has(self, key: str) -> bool:
         return self._raw.get(key) is not None
 
-    def says(self, key: str) -> bool:
-        """Whether the key is there at all, null included."""
+    def contains(self, key: str) -> bool:
+        """Return whether the key is there at all, null included."""
         return key in self._raw
 
     def _get(self, key: str, default: object) -> object:
@@ -215,13 +214,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not a JSON object: {error}") from error
 
 
-def _family(raw: Mapping[str, Any]) -> tuple[str, _Family]:
+def _architecture(raw: Mapping[str, Any]) -> tuple[str, _Architecture]:
     named = raw.get("architectures") or []
-    for architecture in named:
-        if architecture in FAMILIES:
-            return architecture, FAMILIES[architecture]
+    for name in named:
+        if name in ARCHITECTURES:
+            return name, ARCHITECTURES[name]
     got = ", ".join(map(str, named)) or f"none (model_type {raw.get('model_type')!r})"
-    raise ModelError(f"the architecture must be one of {', '.join(FAMILIES)}; config.json names {got}")
+    raise ModelError(f"the architecture must be one of {', '.join(ARCHITECTURES)}; config.json names {got}")
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
@@ -233,9 +232,9 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise ModelError(f"config.json: hidden_act must be silu; got {activation!r}")
 
 
-def _head_dim(keys: _Keys, family: _Family, hidden_size: int, num_heads: int) -> int:
-    if keys.has("head_dim") or (family.head_dim and not keys.says("head_dim")):
-        return keys.integer("head_dim", family.head_dim)
+def _head_dim(keys: _Keys, defaults: _Architecture, hidden_size: int, num_heads: int) -> int:
+    if keys.has("head_dim") or (defaults.head_dim and not keys.contains("head_dim")):
+        return keys.integer("head_dim", defaults.head_dim)
     if hidden_size % num_heads:
         raise ModelError(
             f"config.json: without head_dim, hidden_size must be a multiple of num_attention_heads; "
@@ -267,13 +266,12 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
     raise ModelError(f"config.json: the rope type must be default, linear or llama3; got {kind!r}")
 
 
-def _sliding_window(keys: _Keys, family: _Family) -> int | None:
-    if family.window_is_optional and not keys.flag("use_sliding_window"):
-        return None
-    if not family.window_is_optional and family.sliding_window is None:
+def _sliding_window(keys: _Keys, defaults: _Architecture) -> int | None:
+    has_window = defaults.sliding_window is not None
+    if not (keys.flag("use_sliding_window") if defaults.window_is_optional else has_window):
         return None
     # Mistral's configuration class has a window unless the file says null.
-    default = None if keys.says("sliding_window") else family.sliding_window
+    default = None if keys.contains("sliding_window") else defaults.sliding_window
     return keys.integer("sliding_window", default) if keys.has("sliding_window") or default else None
 
 
@@ -285,7 +283,7 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a generation. Chat models list more of them in `generation_config.json`."""
+    """Return the ids that end a generation. Chat models list more of them in `generation_config.json`."""
     ids: list[int] = []
     for source in (generation, raw):
         value = source.get("eos_token_id")

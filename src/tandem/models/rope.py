@@ -11,7 +11,7 @@ from tandem.models.model_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """float32 [head_dim / 2], on the CPU."""
+    """Return float32 [head_dim / 2], on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies: Tensor = 1.0 / (rope.theta**exponents)
     if rope.type == "linear":
@@ -22,7 +22,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
-    """Long waves are slowed by the factor, short ones kept, those between blended (Llama 3.1)."""
+    """Slow long waves by the factor, keep short ones and blend those between (Llama 3.1)."""
     wavelengths = 2 * math.pi / frequencies
     context = rope.original_max_positions
     slowed = frequencies / rope.factor
@@ -33,7 +33,7 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 
 class RotaryTable:
-    """Cosines and signed sines of every position so far needed; grows by doubling.
+    """Cosines and signed sines of every position needed so far; grows by doubling.
 
     With `rotated = cat(x[half:], x[:half])` the embedding is `x * cos + rotated * signed_sin`, where the first
     half of `signed_sin` carries the minus of the usual `rotate_half`.
@@ -46,7 +46,7 @@ class RotaryTable:
         self._cos = self._sin = torch.empty(0, 1, head_dim, dtype=dtype, device=device)
 
     def at(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine, each [N, 1, head_dim], of `positions` [N], all of them below `end`."""
+        """Return cosine and signed sine, each [N, 1, head_dim], of `positions` [N], all of them below `end`."""
         if end > self._cos.shape[0]:
             self._grow(max(256, 1 << (end - 1).bit_length()))
         return self._cos[positions], self._sin[positions]
@@ -54,8 +54,8 @@ class RotaryTable:
     def _grow(self, length: int) -> None:
         angles = torch.arange(length).float()[:, None] * self._frequencies[None, :]  # [length, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
-        self._cos = self._place(torch.cat((cos, cos), dim=-1))
-        self._sin = self._place(torch.cat((-sin, sin), dim=-1))
+        self._cos = self._convert(torch.cat((cos, cos), dim=-1))
+        self._sin = self._convert(torch.cat((-sin, sin), dim=-1))
 
-    def _place(self, table: Tensor) -> Tensor:
+    def _convert(self, table: Tensor) -> Tensor:
         return table.unsqueeze(1).to(self._device, self._dtype)

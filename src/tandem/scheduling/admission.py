@@ -1,4 +1,4 @@
-"""What an engine takes on: its limits, and the check of a new request against them."""
+"""Admission: the limits of an engine, and the check of a new request against them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tandem.wire.messages import Generate, PullKv
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """
+    """Limits of an engine, each at least 1. Raises ConfigError otherwise.
+
     Attributes:
         max_num_seqs: most rows in a batch.
         max_batched_tokens: most tokens in a batch.
@@ -37,7 +38,7 @@ class Limits:
 def new_request(
     message: Generate, limits: Limits, pool: BlockPool, eos_ids: frozenset[int], order: int, now: float
 ) -> Request:
-    """The request that a message asks for. Raises InvalidRequest where it cannot end well on this engine."""
+    """Make the request that a message asks for. Raises InvalidRequest where it cannot end well on this engine."""
     _check(message, limits, pool)
     sampling = message.sampling
     tokens = list(message.token_ids)

@@ -1,4 +1,4 @@
-"""What the scheduler hands to the runner, and what comes back. Goes over the wire to the other ranks as it is."""
+"""The batch that the scheduler hands to the runner, and its result. Both also go over the wire to the other ranks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """A chosen token; `logprobs` if they were asked for. `error`: why this one row could not be sampled."""
+    """A chosen token, and its `logprobs` if asked for; or the `error` that left this one row without a token."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None

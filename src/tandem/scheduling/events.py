@@ -1,8 +1,8 @@
-"""What the scheduler tells its caller. `Scheduler.drain()` returns them in the order in which they happened.
+"""The scheduler's events for its caller. `Scheduler.drain()` returns them in the order in which they happened.
 
 A request that was not aborted gets exactly one terminal event: `Finished` or `wire.messages.Failed`. Besides,
-every Prefill request gets exactly one `PrefillEnded`, aborted or not, and every PullKv request either becomes ready
-(`Scheduler.kv_arrived`), or the caller itself gives its KV up (`kv_failed`), or it gets one `PullEnded`.
+every Prefill request gets exactly one `PrefillEnded`, aborted or not, and every PullKv request either gets its KV
+(`Scheduler.kv_arrived`), or the caller itself gives that up (`kv_failed`), or it gets one `PullEnded`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ class TokenOut(msgspec.Struct, frozen=True):
     Attributes:
         index: its place in the request's output, counted from the client's prompt (0: first token).
         finish_reason: set on the last token of the whole request; `Finished` follows at once.
-        stop_token_id: with "stop", the token that ended the request, which is `token_id` itself.
     """
 
     request_id: str
@@ -30,7 +29,11 @@ class TokenOut(msgspec.Struct, frozen=True):
     token_id: int
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The token that ended the request, if one did."""
+        return self.token_id if self.finish_reason == "stop" else None
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -53,8 +56,8 @@ class ChunkComputed(msgspec.Struct, frozen=True):
         first_block: place of the first of `block_ids` in the request's block table.
         block_ids: the blocks that this chunk finished or touched, in order; in the first event of a request also
             those that the prefix cache had.
-        num_tokens: how many tokens, from the start of the request, have their KV in place.
-        final: nothing more comes.
+        num_tokens: number of tokens, from the start of the request, that have their KV in place.
+        final: the last chunk.
         token: with `final`, the sampled token; None if it could not be sampled.
     """
 
@@ -67,7 +70,7 @@ class ChunkComputed(msgspec.Struct, frozen=True):
 
 
 class PrefillEnded(msgspec.Struct, frozen=True):
-    """A Prefill request left the scheduler, in whatever way; its blocks are the caller's now.
+    """A Prefill request left the scheduler for any reason; its blocks are the caller's now.
 
     The caller puts them into its lease table and gives them back with `BlockPool.unlease`. If not `ok`, nobody will
     get this KV any more, but whoever claimed it may be reading: the blocks stay until those leases have ended.
@@ -87,7 +90,7 @@ class BlocksAllocated(msgspec.Struct, frozen=True):
 
     Attributes:
         block_ids: the block table, for the whole prompt and one more token.
-        num_cached_tokens: so many tokens of the prompt have their KV in place already (whole blocks, or all of it).
+        num_cached_tokens: tokens of the prompt that have their KV in place already (whole blocks, or all of it).
         num_tokens: length of the prompt, so tokens [num_cached_tokens, num_tokens) are wanted; none is possible.
     """
 

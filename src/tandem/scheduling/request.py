@@ -1,4 +1,4 @@
-"""One request, as the scheduler sees it."""
+"""A request in the scheduler."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tandem.wire.sampling import SamplingParams
 
 class RequestState(enum.Enum):
     WAITING = "waiting"  # no blocks
-    WAITING_FOR_KV = "waiting_for_kv"  # a PullKv request: has its blocks, which are being filled
-    WAITING_FOR_SLOT = "ready"  # a PullKv request: has its KV, waits for a seat
+    WAITING_FOR_KV = "waiting for KV"  # a PullKv request: has its blocks, which are being filled
+    WAITING_FOR_SLOT = "waiting for a running slot"  # a PullKv request that has its KV
     RUNNING = "running"
     FINISHED = "finished"  # blocks go back as soon as no batch with it is in flight
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Mutable; there is one object per request and the scheduler alone changes it.
+    """A request and its progress. Mutable; the scheduler alone changes it.
 
     Attributes:
         tokens: prompt and output so far; only ever appended to.
-        prompt_len: how many of them are the client's prompt.
+        prompt_len: number of those that are the client's prompt.
         max_len: the request ends when `tokens` is this long.
         stop_tokens: ids that end it.
         order: place in the order of arrival.
@@ -36,7 +36,7 @@ class Request:
         block_ids: block table; covers at least `num_computed` tokens. Rows share the list: it grows in place and is
             replaced, never emptied, when the blocks go.
         num_published: full blocks that were offered to the prefix cache.
-        num_announced: tokens of a Prefill request that ChunkComputed events have told of.
+        num_announced: tokens of a Prefill request that ChunkComputed events have announced.
         num_cached: tokens that the prefix cache had when it was admitted last.
         prefilled: a Prefill request whose whole prompt is computed and whose token is sampled.
         inflight: batches in flight that have a row of it.
@@ -74,47 +74,35 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """How many tokens are to be computed before the next one can be sampled; 0 while that is in flight."""
+        """Number of tokens to compute before the next one can be sampled; 0 while that step is in flight."""
         return len(self.tokens) - self.num_computed
 
     def row(self, start: int, count: int) -> Row:
-        """`count` tokens from `start` as a row of a batch; a token is sampled after the last one known."""
+        """Return `count` tokens from `start` as a row of a batch; a token is sampled after the last one known."""
         end = start + count
-        if end < len(self.tokens):
-            return Row(self.request_id, self.tokens[start:end], start, self.block_ids)
-        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, self._sample_at())
+        sample = self._sample_at() if end == len(self.tokens) else None
+        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample)
 
     def _sample_at(self) -> SampleAt:
-        params = self.sampling
-        output_len = len(self.tokens) - self.prompt_len
-        return SampleAt(
-            params,
-            len(self.tokens),
-            output_len,
-            (self.tokens, self.prompt_len) if params.uses_history else None,
-            sorted(self.stop_tokens) if output_len < params.min_tokens else [],
-        )
+        params, output_len = self.sampling, self.output_len
+        history = (self.tokens, self.prompt_len) if params.uses_history else None
+        stop_ids = sorted(self.stop_tokens) if output_len < params.min_tokens else []
+        return SampleAt(params, len(self.tokens), output_len, history, stop_ids)
 
     def finish_reason(self) -> FinishReason | None:
-        """Whether the last token, an output token, ends the request."""
+        """Return the reason if the last token, an output token, ends the request."""
         if self.tokens[-1] in self.stop_tokens and self.output_len > self.sampling.min_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.max_len else None
 
-    def recompute(self, reason: str) -> None:
-        """Start over without KV; tokens and output stay."""
-        self.num_computed = 0
-        self.recomputations += 1
-        self.recompute_reason = reason
-
     def stats(self, now: float) -> RequestStats:
-        """Times so far. `transfer_time` is how long it waited for its KV, from admission until all was there."""
+        """Return the times so far. `transfer_time` runs from admission until all KV had arrived."""
         admitted = self.admitted_at if self.admitted_at is not None else now
-        first, ready = self.first_token_at, self.kv_arrived_at
+        first, arrived = self.first_token_at, self.kv_arrived_at
         return RequestStats(
             queue_time=max(0.0, admitted - self.arrived_at),
-            prefill_time=max(0.0, first - admitted) if first is not None and ready is None else 0.0,
-            transfer_time=max(0.0, ready - admitted) if ready is not None else 0.0,
+            prefill_time=max(0.0, first - admitted) if first is not None and arrived is None else 0.0,
+            transfer_time=max(0.0, arrived - admitted) if arrived is not None else 0.0,
             prefix_tokens=self.prefix_tokens,
             recomputations=self.recomputations,
             recompute_reason=self.recompute_reason,

@@ -1,4 +1,4 @@
-"""Requests in one state, in the order of their arrival."""
+"""A queue of the requests in one state, in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _order(request: Request) -> int:
 
 
 class RequestQueue:
-    """A sorted list: who comes back after a preemption stands where its arrival puts it, not at the end."""
+    """A sorted list: a request that returns after a preemption takes the place of its arrival, not the last one."""
 
     __slots__ = ("_requests",)
 
@@ -24,7 +24,7 @@ class RequestQueue:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        """Over those that are in it now; the lane may change meanwhile."""
+        """Iterate over the requests that are queued now; the queue may change meanwhile."""
         return iter(self._requests.copy())
 
     def __reversed__(self) -> Iterator[Request]:
@@ -38,7 +38,7 @@ class RequestQueue:
         insort(self._requests, request, key=_order)
 
     def remove(self, request: Request) -> None:
-        place = bisect_left(self._requests, request.order, key=_order)
-        if place == len(self._requests) or self._requests[place] is not request:
-            raise ValueError(f"request {request.request_id} is not in this lane")
-        del self._requests[place]
+        index = bisect_left(self._requests, request.order, key=_order)
+        if index == len(self._requests) or self._requests[index] is not request:
+            raise ValueError(f"request {request.request_id} is not in this queue")
+        del self._requests[index]

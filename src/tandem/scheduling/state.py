@@ -1,4 +1,4 @@
-"""Where every request stands, and the ways out."""
+"""The state of all requests of an engine, and the transitions that end one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tandem.scheduling.admission import Limits
 from tandem.scheduling.events import Event, Finished, FinishReason, PrefillEnded, PullEnded
 from tandem.scheduling.request import Request, RequestState
 from tandem.scheduling.request_queue import RequestQueue
-from tandem.wire.messages import Failed, Local, Prefill, PullKv
+from tandem.wire.messages import Failed, Prefill, PullKv
 
 
 @dataclass(slots=True)
@@ -23,30 +23,30 @@ class Totals:
     output_tokens: int = 0
     prefix_tokens: int = 0
     preemptions: int = 0
-    kv_failures: int = 0
     steps: int = 0
 
 
 class SchedulerState:
-    """The scheduler's state: each living request is in `requests` and in the one lane of its state.
+    """All requests that have not ended: each is in `requests` and in the one queue of its state.
 
     Attributes:
-        local: WAITING, to be computed here (Local and Prefill).
-        pulls: WAITING, to be read from a peer.
-        loading: WAITING_FOR_KV.
-        ready: WAITING_FOR_SLOT.
+        waiting_local: WAITING, to be computed here (Local and Prefill).
+        waiting_pull: WAITING, to get its KV from a peer (PullKv).
+        waiting_for_kv: WAITING_FOR_KV.
+        waiting_for_slot: WAITING_FOR_SLOT.
         running: RUNNING.
         quarantined: blocks by request whose reads go on although the request no longer wants them.
+        events: what happened since the caller took them last.
     """
 
     def __init__(self, limits: Limits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
         self.requests: dict[str, Request] = {}
-        self.local = RequestQueue()
-        self.pulls = RequestQueue()
-        self.loading = RequestQueue()
-        self.ready = RequestQueue()
+        self.waiting_local = RequestQueue()
+        self.waiting_pull = RequestQueue()
+        self.waiting_for_kv = RequestQueue()
+        self.waiting_for_slot = RequestQueue()
         self.running = RequestQueue()
         self.quarantined: dict[str, list[int]] = {}
         self.events: list[Event] = []
@@ -54,47 +54,39 @@ class SchedulerState:
 
     def enter(self, request: Request, state: RequestState) -> None:
         request.state = state
-        self._lane(request).add(request)
+        self._queue(request).add(request)
+
+    def leave_queue(self, request: Request) -> None:
+        self._queue(request).remove(request)
 
     def move(self, request: Request, state: RequestState) -> None:
-        self._lane(request).remove(request)
+        self.leave_queue(request)
         self.enter(request, state)
 
     def finish(self, request: Request, reason: FinishReason | None, now: float) -> None:
-        self._end(request)
+        self.end(request)
         self.events.append(Finished(request.request_id, reason, request.stats(now)))
 
     def fail(self, request: Request, error: RequestError, now: float) -> None:
         self.totals.requests_failed += 1
-        self._end(request)
+        self.end(request)
+        stats = request.stats(now)
         self.events.append(
-            Failed(
-                request.request_id,
-                error.code,
-                str(error),
-                param=error.param,
-                retry_after=error.retry_after,
-                stats=request.stats(now),
-            )
+            Failed(request.request_id, error.code, str(error), error.param, error.retry_after, stats=stats)
         )
 
-    def drop(self, request: Request) -> None:
-        """End a request that nobody wants to hear of."""
-        self._end(request)
+    def end(self, request: Request) -> None:
+        """Forget a request. Its blocks go once no batch with it is in flight."""
+        self.leave_queue(request)
+        del self.requests[request.request_id]
+        if isinstance(request.kv, PullKv) and request.state in (RequestState.WAITING, RequestState.WAITING_FOR_KV):
+            self.events.append(PullEnded(request.request_id, self.quarantine_reads(request)))
+        request.state = RequestState.FINISHED
+        if not request.inflight:
+            self.release_blocks(request)
 
-    def preempt(self, request: Request) -> None:
-        """Take the blocks from a running or ready request that has no batch in flight; it computes them again."""
-        self.totals.preemptions += 1
-        self._wait_again(request, "preempted: the engine ran out of KV blocks")
-
-    def give_up_pull(self, request: Request, reason: str, reading: bool) -> None:
-        """Let a PullKv request that has no KV yet compute it here."""
-        self.totals.kv_failures += 1
-        self._leave_pull_blocks(request, reading)
-        self._wait_again(request, reason)
-
-    def give_back(self, request: Request) -> None:
-        """Part with the blocks of a finished request; no batch with it is in flight."""
+    def release_blocks(self, request: Request) -> None:
+        """Part with the blocks of a finished request: those of a Prefill request become leased, others free."""
         blocks, request.block_ids = request.block_ids, []
         if isinstance(request.kv, Prefill):
             self.pool.lease(blocks)
@@ -102,8 +94,20 @@ class SchedulerState:
         else:
             self.pool.free(blocks)
 
+    def quarantine_reads(self, request: Request) -> bool:
+        """Quarantine the blocks that reads may be writing into; return whether there were any."""
+        first = request.num_cached // self.pool.block_size
+        last = self.pool.blocks_for(len(request.tokens))
+        reads = request.block_ids[first:last]
+        if not reads:
+            return False
+        self.pool.quarantine(reads)
+        self.quarantined[request.request_id] = reads
+        request.block_ids = request.block_ids[:first] + request.block_ids[last:]
+        return True
+
     def too_big(self, request: Request, num_tokens: int) -> InvalidRequest | None:
-        """Why a request can never have KV for so many tokens, if it cannot."""
+        """Return the error of a request that needs KV for `num_tokens` tokens, if this engine can never hold that."""
         needed = self.pool.blocks_for(num_tokens)
         if needed <= self.pool.num_blocks:
             return None
@@ -114,45 +118,15 @@ class SchedulerState:
             param="max_tokens",
         )
 
-    def _lane(self, request: Request) -> RequestQueue:
+    def _queue(self, request: Request) -> RequestQueue:
         match request.state:
             case RequestState.WAITING:
-                return self.pulls if isinstance(request.kv, PullKv) else self.local
+                return self.waiting_pull if isinstance(request.kv, PullKv) else self.waiting_local
             case RequestState.WAITING_FOR_KV:
-                return self.loading
+                return self.waiting_for_kv
             case RequestState.WAITING_FOR_SLOT:
-                return self.ready
+                return self.waiting_for_slot
             case RequestState.RUNNING:
                 return self.running
             case RequestState.FINISHED:
                 raise ValueError(f"request {request.request_id} has finished")
-
-    def _wait_again(self, request: Request, reason: str) -> None:
-        self._lane(request).remove(request)
-        blocks, request.block_ids = request.block_ids, []
-        self.pool.free(blocks)
-        request.recompute(reason)
-        request.kv = Local()
-        self.enter(request, RequestState.WAITING)
-
-    def _end(self, request: Request) -> None:
-        self._lane(request).remove(request)
-        del self.requests[request.request_id]
-        if isinstance(request.kv, PullKv) and request.state in (RequestState.WAITING, RequestState.WAITING_FOR_KV):
-            quarantined = self._leave_pull_blocks(request, reading=True)
-            self.events.append(PullEnded(request.request_id, quarantined))
-        request.state = RequestState.FINISHED
-        if not request.inflight:
-            self.give_back(request)
-
-    def _leave_pull_blocks(self, request: Request, reading: bool) -> bool:
-        """Take the blocks that reads may be writing into out of the block table; whether there were any."""
-        first = request.num_cached // self.pool.block_size
-        last = self.pool.blocks_for(len(request.tokens))
-        reads = request.block_ids[first:last] if reading else []
-        if not reads:
-            return False
-        self.pool.quarantine(reads)
-        self.quarantined[request.request_id] = reads
-        request.block_ids = request.block_ids[:first] + request.block_ids[last:]
-        return True

@@ -21,6 +21,7 @@ from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pulls import Pull as Transfer
 from tandem.wire.messages import Address, Failed, Generate, KvTransferParams, Local, Prefill, PullKv, Tokens
 from tandem.wire.sampling import SamplingParams
+from tests.scheduling.invariants import check_scheduler
 
 PUBLISHED = KvTransferParams(do_remote_prefill=True, remote_engine_id="p0", remote_incarnation="life", tp_size=2)
 SOURCE = PullKv("p0", "life", Address("127.0.0.1", 1), "remote")
@@ -123,7 +124,7 @@ class Rig:
         self.mailbox.close()
         for request_id in {item.request_id for _, item in self.board.outputs}:
             assert [ends(item) for item in self.of(request_id)].count(True) <= 1, "a request has ended twice"
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
 
 def ends(item: Tokens | Failed) -> bool:

@@ -16,7 +16,7 @@ from tandem.engine.step.runner import pick_device
 from tandem.ids import new_identity
 from tandem.models.fingerprint import fingerprint
 from tandem.models.model_config import ModelConfig, load_config
-from tandem.models.parallel import check_split
+from tandem.models.rank_position import check_split
 from tandem.transfer.handshake import PROTOCOL, RankDescriptor
 from tandem.transfer.identity import RankRecord
 from tandem.transfer.transports.registry import connector_name

@@ -19,12 +19,11 @@ from tandem.engine.start.place import RankPlace
 from tandem.engine.start.rank import Published, Rank
 from tandem.engine.start.rendezvous import StartFailureWatch, meet, open_store
 from tandem.engine.step.pipeline import Follower, follower_socket
-from tandem.engine.step.runner import KvMemory, Runner, kv_blocks, kv_layout
+from tandem.engine.step.runner import KvMemory, Runner, kv_blocks
 from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import EngineFailed, StartError, TandemError
 from tandem.kv.layout import KvLayout
-from tandem.models.decoder import Decoder
-from tandem.models.kv_size import kv_block_bytes, kv_shape
+from tandem.models.kv_cache import kv_layout
 from tandem.models.loader import load_decoder
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.identity import Agreement, RankRecord, agree
@@ -94,13 +93,18 @@ class _Life:
             raise
         log.info("engine %s: rank %d of %d agreed", agreement.identity, world.rank, world.size)
         decoder = load_decoder(
-            self.rank.place.model.path, world.shard, world.collectives, self.rank.dtype, self.rank.device, on_progress
+            self.rank.place.model.path,
+            world.position,
+            world.collectives,
+            self.rank.dtype,
+            self.rank.device,
+            on_progress,
         )
-        memory, layout = self._allocate(world, decoder)
-        runner = Runner(decoder, memory.tensor, self.rank.config.cache.block_size, world)
+        memory = self._allocate(world)
+        runner = Runner(decoder, memory, world)
         leading = Leading(self.rank, agreement, self._end_process) if world.rank == 0 else None
         transport = Moving(self.rank, agreement.identity, memory, self._end_process)
-        published = self._exchange(world, agreement, layout, transport.endpoint(), leading)
+        published = self._exchange(world, agreement, memory.layout, transport.endpoint(), leading)
         transport.connect(published)
         if leading is None:
             self._end_start()
@@ -146,14 +150,13 @@ class _Life:
         except RuntimeError as error:
             raise StartError(f"the ranks met but could not connect: {str(error).splitlines()[0]}") from None
 
-    def _allocate(self, world: SoloWorld | TorchWorld, decoder: Decoder) -> tuple[KvMemory, KvLayout]:
-        """KV memory with as many blocks as the rank with the least room has."""
-        size = self.rank.config.cache.block_size
-        block_bytes = kv_block_bytes(self.rank.model, world.shard, size, self.rank.dtype)
-        own = kv_blocks(block_bytes, self.rank.config.cache.kv_memory, self.rank.device)
+    def _allocate(self, world: SoloWorld | TorchWorld) -> KvMemory:
+        """Allocate KV memory with as many blocks as the rank with the least room has."""
+        model, dtype, cache = self.rank.model, self.rank.dtype, self.rank.config.cache
+        block_bytes = kv_layout(model, world.position, 1, cache.block_size, dtype).nbytes
+        own = kv_blocks(block_bytes, cache.kv_memory, self.rank.device)
         blocks = min(int.from_bytes(data, "little") for data in world.all_gather(own.to_bytes(8, "little")))
-        memory = KvMemory(kv_shape(self.rank.model, world.shard, blocks, size), self.rank.dtype, self.rank.device)
-        return memory, kv_layout(decoder, blocks, size)
+        return KvMemory(kv_layout(model, world.position, blocks, cache.block_size, dtype), dtype, self.rank.device)
 
     def _exchange(
         self,

@@ -1,4 +1,4 @@
-"""Computes a batch on one rank: model, KV memory, sampler."""
+"""One rank's part of a step: the model on its KV memory, then the sampler."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from tandem.engine.step.sampler import sample
 from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import ConfigError
-from tandem.kv.layout import BLOCK_MAJOR, KvLayout, packed
+from tandem.kv.layout import KvLayout
 from tandem.models.decoder import Decoder
-from tandem.models.forward_batch import build_batch
-from tandem.models.model_config import ModelConfig
+from tandem.models.forward_batch import ForwardRow, build_forward_batch
+from tandem.models.kv_cache import PagedKvCache
 from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.transfer.transports.base import Region
 
@@ -22,31 +22,29 @@ CUDA_KV_SHARE = 0.85
 
 
 class KvMemory:
-    """One allocation for all KV blocks of a rank: kv[block][kv_head][layer][k/v][token][dim].
+    """One allocation for all KV blocks of a rank, in `layout`.
 
     Zeroed: attention multiplies what lies beyond a sequence's end by zero, which must not be a NaN.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: KvLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
         if device.type == "cpu":
-            elements = 1
-            for size in shape:
-                elements *= size
-            # Anonymous pages: zero without being touched, so a large pool costs no time to start.
-            self._pages = mmap.mmap(-1, elements * dtype.itemsize)
-            self.tensor: Tensor = torch.frombuffer(self._pages, dtype=dtype).view(shape)
+            # Anonymous memory: zero without being touched, so a large pool costs no time to start.
+            self._memory = mmap.mmap(-1, layout.nbytes)
+            self.tensor: Tensor = torch.frombuffer(self._memory, dtype=dtype).view(layout.shape)
         else:
-            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+            self.tensor = torch.zeros(layout.shape, dtype=dtype, device=device)
 
     @property
     def region(self) -> Region:
         tensor = self.tensor
         device = -1 if tensor.device.type == "cpu" else (tensor.device.index or 0)
-        return Region(tensor.data_ptr(), tensor.numel() * tensor.element_size(), device)
+        return Region(tensor.data_ptr(), tensor.nbytes, device)
 
 
 def kv_blocks(block_bytes: int, kv_memory: int | None, device: torch.device) -> int:
-    """How many blocks this rank has room for. Raises ConfigError if not even one."""
+    """Return the number of blocks that this rank has room for. Raises ConfigError if not even one."""
     if kv_memory is None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         kv_memory = int(free * CUDA_KV_SHARE)
@@ -56,42 +54,25 @@ def kv_blocks(block_bytes: int, kv_memory: int | None, device: torch.device) -> 
     return memory // block_bytes
 
 
-def kv_layout(decoder: Decoder, blocks: int, block_size: int) -> KvLayout:
-    config = decoder.config
-    return packed(
-        BLOCK_MAJOR,
-        decoder.shard.kv_shard(config.num_layers, config.num_kv_heads),
-        blocks=blocks,
-        block_size=block_size,
-        head_dim=config.head_dim,
-        itemsize=decoder.stage.dtype.itemsize,
-    )
-
-
 class Runner:
-    """One rank's part of every batch.
+    """Computes one rank's part of every batch."""
 
-    Args:
-        kv: tensor [blocks, kv heads held, layers held, 2, block size, head_dim].
-    """
-
-    def __init__(self, decoder: Decoder, kv: Tensor, block_size: int, world: SoloWorld | TorchWorld) -> None:
+    def __init__(self, decoder: Decoder, memory: KvMemory, world: SoloWorld | TorchWorld) -> None:
         self._decoder = decoder
-        self._kv = kv
-        self._block_size = block_size
+        self._cache = PagedKvCache(memory.tensor, memory.layout)
+        self._dtype, self._device = memory.tensor.dtype, memory.tensor.device
         self._world = world
-        self._config: ModelConfig = decoder.config
-        self.samples = world.shard.is_last_stage and world.shard.tp_rank == 0
+        self._samples = world.position.is_last_stage and world.position.tp_rank == 0
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult | None:
-        """Compute this rank's part; the result on the one rank that samples."""
-        shard = self._world.shard
-        rows = [(row.tokens, row.start, row.block_ids) for row in batch.rows]
-        forward = build_batch(rows, self._kv.device, self._block_size)
-        hidden = self._world.receive_from_last_stage(forward.num_tokens, self._config.hidden_size, self._kv.dtype)
-        hidden = self._decoder.forward(forward, self._kv, hidden)
-        if not shard.is_last_stage:
+        """Compute this rank's part; return the result on the one rank that samples."""
+        rows = [ForwardRow(row.tokens, row.start, row.block_ids) for row in batch.rows]
+        forward = build_forward_batch(rows, self._device, self._cache.block_size)
+        width = self._decoder.config.hidden_size
+        hidden = self._world.receive_from_last_stage(forward.num_tokens, width, self._dtype)
+        hidden = self._decoder.forward(forward, self._cache, hidden)
+        if not self._world.position.is_last_stage:
             self._world.send_to_next_stage(hidden)
             return None
         return self._sample(batch, hidden, forward.last_tokens)
@@ -103,16 +84,16 @@ class Runner:
             picked = last_tokens if len(wanted) == len(batch.rows) else last_tokens[wanted]
             logits = self._decoder.logits(hidden, picked)
             if logits is not None:
-                places = [row.sample for row in batch.rows if row.sample is not None]
-                for index, token in zip(wanted, sample(logits, places), strict=True):
+                requested = [row.sample for row in batch.rows if row.sample is not None]
+                for index, token in zip(wanted, sample(logits, requested), strict=True):
                     sampled[index] = token
-        elif self._kv.device.type == "cuda":
-            torch.cuda.synchronize(self._kv.device)  # a chunk is announced for others to read: it must be written
-        return StepResult(batch.batch_id, sampled) if self.samples else None
+        elif self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a chunk is announced for others to read: it must be written
+        return StepResult(batch.batch_id, sampled) if self._samples else None
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """The device of a rank. Raises ConfigError."""
+    """Return the device of a rank. Raises ConfigError."""
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
         raise ConfigError("--device cuda, but torch finds no CUDA device here; use --device cpu or mend the driver")

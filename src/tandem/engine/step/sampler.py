@@ -1,4 +1,4 @@
-"""Choosing tokens from logits.
+"""Chooses tokens from logits.
 
 Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
 penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
@@ -22,7 +22,7 @@ from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
 _GREEDY = 1e-5  # temperatures below count as 0
-_CANDIDATES = 128  # top_p mostly ends within so many of the most likely tokens
+_CANDIDATES = 128  # top_p mostly ends within this number of most likely tokens
 _RUN = 128  # tokens
 
 
@@ -31,7 +31,7 @@ def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
 
     Args:
         logits: [rows, vocabulary], float32, any device; not changed. -inf is fine, NaN and +inf are not.
-        rows: how each token is to be chosen.
+        rows: the sampling of each token.
 
     Returns:
         One `Sampled` per row; a row that cannot be sampled has an `error`, and the others do not notice.
@@ -46,12 +46,12 @@ def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
         for row, peak in enumerate(peaks.tolist())
         if not math.isfinite(peak)
     }
-    shaped = [row for row, at in enumerate(rows) if row not in errors and not _takes_largest(at)]
-    if shaped:
-        tokens, failures = _choose(logits[shaped], [rows[row] for row in shaped])
-        for row, token in zip(shaped, tokens, strict=True):
+    adjusted = [row for row, at in enumerate(rows) if row not in errors and not _is_greedy(at)]
+    if adjusted:
+        tokens, failures = _choose(logits[adjusted], [rows[row] for row in adjusted])
+        for row, token in zip(adjusted, tokens, strict=True):
             chosen[row] = token
-        errors |= {shaped[place]: error for place, error in failures.items()}
+        errors |= {adjusted[index]: error for index, error in failures.items()}
     wanted = {row: at.params.logprobs for row, at in enumerate(rows) if at.params.logprobs is not None}
     logprobs = _logprobs(logits, chosen, {row: top for row, top in wanted.items() if row not in errors})
     return [
@@ -61,22 +61,21 @@ def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits that depends on nothing but its arguments (both in [0, 2**64))."""
+    """Return a number in [0, 1) with 53 random bits that depend only on the arguments (both in [0, 2**64))."""
     digest = blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _takes_largest(at: SampleAt) -> bool:
+def _is_greedy(at: SampleAt) -> bool:
     params = at.params
     return params.temperature < _GREEDY and at.history is None and not at.stop_ids and not params.logit_bias
 
 
 def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, str]]:
-    """Tokens for rows with finite peaks, and why some have none. Writes over the logits."""
+    """Return tokens for rows with finite peaks, and errors of rows that have none. Writes over the logits."""
     errors: dict[int, str] = {}
     for row, at in enumerate(rows):
-        plain = at.history is None and not at.stop_ids and not at.params.logit_bias
-        if not plain and (error := _shape(logits[row], at)) is not None:
+        if (error := _adjust(logits[row], at)) is not None:
             errors[row] = error
     peaks, largest = logits.max(dim=-1)
     chosen: list[int] = largest.tolist()
@@ -95,8 +94,8 @@ def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, 
 # --- before the temperature ----------------------------------------------------------------------------------------
 
 
-def _shape(logits: Tensor, at: SampleAt) -> str | None:
-    """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns why that cannot be done, if it cannot."""
+def _adjust(logits: Tensor, at: SampleAt) -> str | None:
+    """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns an error if that cannot be done."""
     params, vocabulary = at.params, logits.shape[-1]
     banned = [token for token in at.stop_ids if token < vocabulary]
     if banned:
@@ -112,7 +111,7 @@ def _shape(logits: Tensor, at: SampleAt) -> str | None:
 
 
 def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_len: int) -> None:
-    """Repetition counts prompt and output (Keskar et al. 2019, CTRL), presence and frequency the output (OpenAI)."""
+    """Apply penalties: repetition to prompt and output (Keskar et al. 2019, CTRL), others to the output (OpenAI)."""
     history = torch.tensor(tokens, dtype=torch.long, device=logits.device)
     vocabulary = logits.shape[-1]
     if params.repetition_penalty != 1.0:
@@ -128,7 +127,7 @@ def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_
 
 
 def _draw(scores: Tensor, rows: list[SampleAt]) -> list[int]:
-    """One token per row; `scores` [rows, vocabulary] are logits less the row's largest and are written over."""
+    """Draw one token per row; `scores` [rows, vocabulary] are logits less the row's largest and are written over."""
     params = [at.params for at in rows]
     scores /= scores.new_tensor([p.temperature for p in params]).unsqueeze(-1)
     if any(p.min_p > 0.0 for p in params):
@@ -143,7 +142,7 @@ def _draw(scores: Tensor, rows: list[SampleAt]) -> list[int]:
 
 
 def _invert(weights: Tensor, numbers: list[float]) -> list[int]:
-    """Where each row's cumulative weights [rows, vocabulary] first exceed that share (in [0, 1)) of their total.
+    """Return where each row's cumulative weights [rows, vocabulary] first exceed a share (in [0, 1)) of their total.
 
     In two steps, first to a run of tokens and then within it: a running sum over the whole vocabulary in double
     precision is what is slow, and single precision would favour the tokens with the larger ids.
@@ -160,17 +159,17 @@ def _invert(weights: Tensor, numbers: list[float]) -> list[int]:
 
 
 def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
-    """Where running sums [rows, n] first exceed targets [rows, 1]; that is always a place where they grow."""
+    """Return where running sums [rows, n] first exceed targets [rows, 1]; they always grow at that index."""
     # Rounding may lift a target to the total, which nothing exceeds; the number just below it is somebody's.
     below_total = torch.nextafter(cumulative[:, -1:], torch.zeros_like(targets))
     return torch.searchsorted(cumulative, torch.minimum(targets, below_total).clamp(min=0.0), right=True)
 
 
 def _keep_most_likely(scores: Tensor, params: list[SamplingParams], width: int = _CANDIDATES) -> Tensor:
-    """`top_k`, then `top_p` of what that left; of equally likely tokens those with the smaller ids are kept.
+    """Apply `top_k`, then `top_p` to what that left; of equally likely tokens those with the smaller ids are kept.
 
     Args:
-        width: how many of the most likely tokens are looked at; more, if that proves to be too few.
+        width: number of the most likely tokens to look at; more, if that proves to be too few.
     """
     vocabulary = scores.shape[-1]
     at_most = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=scores.device)
@@ -189,7 +188,7 @@ def _keep_most_likely(scores: Tensor, params: list[SamplingParams], width: int =
 
 
 def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """How many of each row's most likely tokens `top_k` and `top_p` keep (Holtzman et al. 2019).
+    """Count each row's most likely tokens that `top_k` and `top_p` keep (Holtzman et al. 2019).
 
     Args:
         ranked: [rows, width], the largest scores, largest first; `width` is at least every `top_k`.
@@ -199,8 +198,8 @@ def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[Sampl
         Counts in [1, width], and whether `width` was enough to tell; [rows] each.
     """
     width, vocabulary = ranked.shape[-1], scores.shape[-1]
-    place = torch.arange(width, device=scores.device)
-    mass = ranked.exp().double().masked_fill(place >= at_most.unsqueeze(-1), 0.0)
+    rank = torch.arange(width, device=scores.device)
+    mass = ranked.exp().double().masked_fill(rank >= at_most.unsqueeze(-1), 0.0)
     cumulative = mass.cumsum(dim=-1)
     total = torch.where(at_most < vocabulary, cumulative[:, -1], scores.exp().sum(dim=-1, dtype=torch.float64))
     # A token is kept as long as those before it do not reach top_p; the first one always is.
@@ -215,7 +214,7 @@ def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[Sampl
 
 
 def _logprobs(logits: Tensor, chosen: list[int], wanted: dict[int, int]) -> dict[int, TokenLogprobs]:
-    """By row, for the rows in `wanted`, which says how many of the most likely tokens to tell."""
+    """Return log-probabilities by row for the rows in `wanted`, with that number of most likely tokens each."""
     if not wanted:
         return {}
     rows = list(wanted)
@@ -225,6 +224,6 @@ def _logprobs(logits: Tensor, chosen: list[int], wanted: dict[int, int]) -> dict
     best = values.topk(min(max(wanted.values()), values.shape[-1]), dim=-1)
     ids, best_values = best.indices.tolist(), best.values.tolist()
     return {
-        row: TokenLogprobs(own[place], list(zip(ids[place], best_values[place], strict=True))[: wanted[row]])
-        for place, row in enumerate(rows)
+        row: TokenLogprobs(own[index], list(zip(ids[index], best_values[index], strict=True))[: wanted[row]])
+        for index, row in enumerate(rows)
     }

@@ -8,10 +8,10 @@ from pathlib import Path
 from tandem.models.loader import weight_files
 from tandem.models.model_config import load_config
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_random_model.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "make_random_model.py"
 
 
-def test_the_script_writes_a_folder_of_the_shape_asked_for(tmp_path):
+def test_the_script_writes_a_folder_of_the_requested_shape(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
