@@ -397,8 +397,6 @@ class Pulls:
             self._actions.append(PullArrived(pull))
 
     def _fail(self, pull: Pull, reason: str) -> None:
-        if pull.ended is not None:
-            return
         reason = clip(reason)
         self.failures += 1
         log.warning("request %s: its KV does not come from %s: %s", pull.request_id, pull.source_engine, reason)
