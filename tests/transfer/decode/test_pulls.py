@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tandem.transfer.decode import pulls as module
+from tandem.transfer.decode import sessions as module
 from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Claimed, KvComputed, Release, Renewed, Welcome
 from tests.transfer.engines import ENVELOPE

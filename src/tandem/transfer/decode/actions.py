@@ -1,4 +1,4 @@
-"""What `Pulls` wants done, in order."""
+"""Actions that the pure core of the decode side asks of its shell."""
 
 from __future__ import annotations
 

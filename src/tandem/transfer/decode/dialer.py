@@ -14,16 +14,7 @@ import zmq.asyncio
 from tandem.errors import ConfigError
 from tandem.ids import EngineIdentity
 from tandem.kv.layout import KvLayout
-from tandem.transfer.decode.actions import (
-    Action,
-    Connect,
-    Disconnect,
-    Order,
-    PullArrived,
-    PullFailed,
-    PullQuiet,
-    Send,
-)
+from tandem.transfer.decode.actions import Action, Connect, Disconnect, Order, PullArrived, PullFailed, PullQuiet, Send
 from tandem.transfer.decode.pull import Pull
 from tandem.transfer.decode.pulls import Pulls
 from tandem.transfer.thread.leader_side import TransferThreads

@@ -10,7 +10,7 @@ from tandem.wire.peer_messages import KvComputed
 
 @dataclass(slots=True, eq=False)
 class Pull:
-    """What a request has to read, and what it has read.
+    """One request's reads: those to make, and those made.
 
     Chunks are announced by the prefill engine (`announced`), destination blocks are given by the scheduler
     (`allocated`); either may come first. What both allow is read at once (`next_read`).
@@ -111,12 +111,12 @@ class Pull:
 
     @property
     def reading(self) -> bool:
-        """Whether bytes may still arrive in its destination blocks."""
+        """Return whether bytes may still arrive in its destination blocks."""
         return bool(self.jobs)
 
     @property
     def arrived(self) -> bool:
-        """Whether everything is here; reads in progress and a prompt still being computed speak against it."""
+        """Return whether everything is here: the whole prompt is computed, and no read is in progress."""
         return (
             self.final
             and self.destination_blocks is not None

@@ -15,21 +15,12 @@ from zlib import crc32
 from tandem.errors import PeerLost, PeerRefused, TransferError, WireError
 from tandem.ids import EngineIdentity
 from tandem.kv.layout import KvLayout
-from tandem.transfer.decode.actions import (
-    Action,
-    Connect,
-    Disconnect,
-    Order,
-    PullArrived,
-    PullFailed,
-    PullQuiet,
-    Send,
-)
+from tandem.transfer.decode.actions import Action, Order, PullArrived, PullFailed, PullQuiet, Send
 from tandem.transfer.decode.pull import Pull
 from tandem.transfer.decode.session import Session, SessionState, Target
+from tandem.transfer.decode.sessions import Sessions
 from tandem.transfer.handshake import peers_needed
 from tandem.transfer.thread.thread_messages import (
-    ClosePeer,
     FromTransferThread,
     OpenPeer,
     PeerOpened,
@@ -37,11 +28,10 @@ from tandem.transfer.thread.thread_messages import (
     ReadOrder,
     ReadQuiet,
 )
-from tandem.wire.messages import MAX_PEERS, Introduce, PeerInfo, PullKv, clip
+from tandem.wire.messages import Introduce, PeerInfo, PullKv, clip
 from tandem.wire.peer_messages import (
     Claimed,
     Envelope,
-    Hello,
     KvComputed,
     KvGone,
     Refused,
@@ -52,18 +42,6 @@ from tandem.wire.peer_messages import (
 )
 
 log = logging.getLogger(__name__)
-
-MAX_FOREIGN_SESSIONS = 64
-"""With engines that clients named."""
-
-MAX_INTRODUCED_SESSIONS = MAX_PEERS - MAX_FOREIGN_SESSIONS
-"""With engines that a router named; all of them and the foreign ones fit into a heartbeat."""
-
-RETRY_SECONDS = 2.0
-"""A session that ended is tried again after this long, when somebody asks for it."""
-
-FOREIGN_MEMORY_SECONDS = 60.0
-"""How long a foreign session that ended is shown."""
 
 
 class Pulls:
@@ -80,13 +58,11 @@ class Pulls:
         self._identity = identity
         self._envelope = envelope
         self._layouts = layouts
-        self._sessions: dict[int, Session] = {}
-        self._by_target: dict[Target, Session] = {}
         self._pulls: dict[str, Pull] = {}
         self._jobs: dict[int, Pull] = {}
-        self._session_numbers = itertools.count(1)
         self._job_numbers = itertools.count(1)
         self._actions: list[Action] = []
+        self._sessions = Sessions(identity, envelope, self._actions)
         self.failures = 0
 
     def __len__(self) -> int:
@@ -95,24 +71,19 @@ class Pulls:
 
     def drain(self) -> list[Action]:
         """Return what is to be done since the last call, in order."""
-        actions, self._actions = self._actions, []
+        actions = self._actions.copy()
+        self._actions.clear()
         return actions
 
     @property
     def peers(self) -> list[PeerInfo]:
-        return [session.info for session in list(self._sessions.values())]
+        return self._sessions.peers
 
     # --- what the engine asks ------------------------------------------------------------------------------------
 
     def introduce(self, message: Introduce, now: float) -> None:
         """Shake hands early; forget sessions with engines that have left."""
-        present = {peer.identity.incarnation for peer in message.peers}
-        for peer in message.peers:
-            self._session(Target(peer.identity.engine_id, peer.identity.incarnation, peer.address), True, now)
-        for session in list(self._sessions.values()):
-            incarnation = session.incarnation or session.target.incarnation
-            if session.introduced and incarnation not in present and not session.pulls:
-                self._forget(session)
+        self._sessions.introduce(message, now)
 
     def knows(self, request_id: str) -> bool:
         """Return whether the request's KV is awaited, or still being read."""
@@ -124,7 +95,7 @@ class Pulls:
         pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token, prompt, early)
         self._pulls[request_id] = pull
         target = Target(source.engine_id, source.incarnation, source.address)
-        session = self._session(target, not source.foreign, now)
+        session = self._sessions.open(target, not source.foreign, now)
         if isinstance(session, str):
             self._fail(pull, session)
         elif session.ended_at is not None:
@@ -157,8 +128,8 @@ class Pulls:
 
     def received(self, number: int, message: ToDecode, now: float) -> None:
         """The prefill engine of a session has sent a message."""
-        session = self._sessions.get(number)
-        if session is None or session.ended_at is not None:
+        session = self._sessions.live(number)
+        if session is None:
             return
         try:
             if session.descriptor is None:
@@ -172,13 +143,13 @@ class Pulls:
 
     def unreadable(self, number: int, error: Exception, now: float) -> None:
         """A message could not be read or handled. Only a welcome is missed; and our own errors are not passed over."""
-        session = self._sessions.get(number)
+        session = self._sessions.live(number)
         if session is not None and (session.descriptor is None or not isinstance(error, WireError)):
             self.connection_failed(number, error, now)
 
     def connection_failed(self, number: int, error: Exception, now: float) -> None:
         """The session cannot go on: no connection can be made, or what came by it makes no sense."""
-        session = self._sessions.get(number)
+        session = self._sessions.live(number)
         if session is not None:
             self._end_session(session, TransferError(f"{session.target}: {error}"), now)
 
@@ -244,7 +215,7 @@ class Pulls:
                     self._settle(pull)
 
     def _opened(self, report: PeerOpened, now: float) -> None:
-        session = self._sessions.get(report.session)
+        session = self._sessions.live(report.session)
         if session is None or session.state is not SessionState.CONNECTING:
             return
         if report.error is not None:
@@ -254,9 +225,8 @@ class Pulls:
         if session.connecting:
             return
         session.ready(now)
-        log.info(
-            "session %d with %s is ready after %.0f ms", session.number, session.target, 1e3 * (now - session.began)
-        )
+        milliseconds = 1000 * (now - session.began)
+        log.info("session %d with %s is ready after %.0f ms", session.number, session.target, milliseconds)
         for pull in session.pulls.values():
             self._send(session, session.claim(pull, now))
 
@@ -267,7 +237,7 @@ class Pulls:
         pull.count(report.job, report.bytes, report.descriptors, report.seconds)
         if not report.may_still_write:
             self._rank_is_quiet(pull, report.job, report.rank)
-        session = self._sessions.get(pull.session)
+        session = self._sessions.live(pull.session)
         if report.peer_lost and session is not None:  # and all its pulls with it; a new session connects again
             self._end_session(session, PeerLost(report.error or "a read failed"), now)
         if pull.ended is not None:
@@ -289,8 +259,8 @@ class Pulls:
 
     def tick(self, number: int, now: float) -> None:
         """Time has passed for a session: give up what is overdue, claim again, renew."""
-        session = self._sessions.get(number)
-        if session is None or session.ended_at is not None:
+        session = self._sessions.live(number)
+        if session is None:
             return
         overdue = session.overdue(now)
         if overdue is not None:
@@ -307,76 +277,24 @@ class Pulls:
             self._send(session, renewal)
 
     def forget_ended(self, now: float) -> None:
-        """Forget foreign sessions that ended a while ago; nobody else says that they are gone."""
-        for session in list(self._sessions.values()):
-            ended_at = session.ended_at
-            if not session.introduced and ended_at is not None and now - ended_at > FOREIGN_MEMORY_SECONDS:
-                self._forget(session)
+        """Forget foreign sessions that ended a while ago."""
+        self._sessions.forget_ended(now)
 
-    # --- sessions ------------------------------------------------------------------------------------------------
-
-    def _session(self, target: Target, introduced: bool, now: float) -> Session | str:
-        """Return the session with an engine, a new one if the last was lost a while ago; or why there can be none."""
-        session = self._by_target.get(target)
-        lost_before = None
-        if session is not None:
-            if not session.worth_retrying(now, RETRY_SECONDS):
-                session.introduced |= introduced
-                session.used_at = now
-                return session
-            lost_before = session.error if session.state is SessionState.LOST else None
-            introduced |= session.introduced
-            self._forget(session)
-        problem = self._make_room(introduced)
-        if problem is not None:
-            return problem
-        session = Session(next(self._session_numbers), target, introduced, now, lost_before, used_at=now)
-        self._sessions[session.number] = self._by_target[target] = session
-        self._actions.append(Connect(session.number, target.address))
-        self._send(session, Hello(self._envelope, self._identity, target.engine_id, target.incarnation))
-        return session
-
-    def _make_room(self, introduced: bool) -> str | None:
-        """Forget a session if there are too many of this kind. Returns why that is not possible.
-
-        Clients can name any number of engines: a foreign session that nobody uses gives way even while it is open.
-        """
-        limit = MAX_INTRODUCED_SESSIONS if introduced else MAX_FOREIGN_SESSIONS
-        alike = [session for session in self._sessions.values() if session.introduced == introduced]
-        if len(alike) < limit:
-            return None
-        unused = [s for s in alike if not s.pulls and (s.ended_at is not None or not introduced)]
-        if not unused:
-            kind = "prefill engines" if introduced else "prefill engines that clients named are in use"
-            return f"more than {limit} {kind}"
-        self._forget(min(unused, key=lambda s: (s.ended_at is None, s.used_at)))
-        return None
+    # --- pulls and sessions --------------------------------------------------------------------------------------
 
     def _end_session(self, session: Session, error: TransferError, now: float) -> None:
-        if session.ended_at is not None:
-            return
-        session.end(error, now)
+        pulls = session.end(error, now)
         log.warning("session %d with %s: %s: %s", session.number, session.target, session.state.value, error)
-        for pull in list(session.pulls.values()):
+        for pull in pulls:
             self._fail(pull, str(error))
-        self._shut(session)
-
-    def _forget(self, session: Session) -> None:
-        del self._sessions[session.number], self._by_target[session.target]
-        if session.ended_at is None:
-            self._shut(session)
-
-    def _shut(self, session: Session) -> None:
-        self._actions += [Disconnect(session.number), Order(ClosePeer(session.number))]
+        self._sessions.shut(session)
 
     def _send(self, session: Session, message: ToPrefill) -> None:
         self._actions.append(Send(session.number, message))
 
-    # --- pulls ---------------------------------------------------------------------------------------------------
-
     def _advance(self, pull: Pull) -> None:
         """Read what can be read now; tell the engine when everything is here."""
-        session = self._sessions.get(pull.session)
+        session = self._sessions.live(pull.session)
         if session is None or session.descriptor is None:
             return
         block_size = session.descriptor.block_size
@@ -410,7 +328,7 @@ class Pulls:
 
     def _release(self, pull: Pull) -> None:
         """The prefill engine need not keep its blocks for us any more."""
-        session = self._sessions.get(pull.session)
+        session = self._sessions.live(pull.session)
         release = session.remove(pull) if session is not None else None
         if session is not None and release is not None:
             self._send(session, release)

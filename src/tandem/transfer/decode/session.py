@@ -13,10 +13,10 @@ from tandem.wire.messages import Address, PeerInfo, Refusal, clip
 from tandem.wire.peer_messages import Claim, Claimed, Envelope, Release, Renew, Welcome
 
 HELLO_SECONDS = 10.0
-"""How long a prefill engine may take to answer a Hello."""
+"""A prefill engine may take this long to answer a Hello."""
 
 CONNECT_SECONDS = 60.0
-"""How long our ranks may take after that to connect to its ranks."""
+"""Our ranks may take this long after that to connect to its ranks."""
 
 KEEPALIVE = 1 << 40
 """Sequence number of a renewal that renews nothing: it only asks whether the peer is there."""
@@ -127,10 +127,13 @@ class Session:
         self.heard_at = now
         self.handshake_time = now - self.began
 
-    def end(self, error: TransferError, now: float) -> None:
+    def end(self, error: TransferError, now: float) -> list[Pull]:
+        """Refused, or lost. Returns the pulls that end with it."""
         self.state = SessionState.REFUSED if isinstance(error, PeerRefused) else SessionState.LOST
         self.error = error
         self.ended_at = now
+        pulls, self.pulls = list(self.pulls.values()), {}
+        return pulls
 
     def overdue(self, now: float) -> str | None:
         """Return why it must be given up by now; None if it need not."""
