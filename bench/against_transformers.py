@@ -80,7 +80,7 @@ class Transformers:
 def make_model(folder: str) -> str:
     script = Path(__file__).parent.parent / "scripts" / "make_random_model.py"
     shape = [part for name, size in SHAPE.items() for part in (f"--{name}", str(size))]
-    command = [sys.executable, script, "--out", folder, "--dtype", "bfloat16", *shape]
+    command = [sys.executable, str(script), "--out", folder, "--dtype", "bfloat16", *shape]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 

@@ -51,7 +51,7 @@ class Case(NamedTuple):
     src: Engine
     dst: Engine
     share: int = 1
-    """Plans only one of so many blocks: these pairs need very many runs."""
+    """Plans one block in `share`: these pairs need very many runs."""
     consecutive: bool = False
 
 

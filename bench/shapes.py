@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.shapes.fleet import Fleet, Shape
 
+from tandem.kv.runs import Runs
 from tandem.models.random_model import RandomModel, write_random_model
 from tandem.transfer.transports.base import ReadState, Region, Transport
 from tandem.transfer.transports.registry import transport_factory
@@ -64,7 +65,7 @@ def single_read(connector: str, size: int) -> float:
 def _read(transport: Transport, size: int) -> float:
     zero = np.zeros(1, dtype=np.int64)
     began = time.perf_counter()
-    read = transport.post("source", zero, zero, np.array([size], dtype=np.int64))
+    read = transport.post("source", Runs(zero, zero, np.array([size], dtype=np.int64)))
     while read.state is ReadState.IN_PROGRESS:
         transport.poll()
     if read.state is not ReadState.DONE:

@@ -1,4 +1,4 @@
-"""How fast a transport reads, between two processes of this machine.
+"""The speed of a transport that reads between two processes of this machine.
 
 python bench/transport.py [--transport nixl] [--transport tcp] [--mib 256] [--repeats 5] [--curve]
 """
@@ -9,15 +9,15 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import numpy as np
 import zmq
 
+from tandem.kv.runs import Runs
 from tandem.transfer.transports.base import ReadState, Region, Transport
 from tandem.transfer.transports.registry import TRANSPORT_NAMES, transport_factory
-from tandem.wire.sockets import ClusterKey, new_key
+from tandem.wire.keys import ClusterKey, new_key
 
 MIB = 1024 * 1024
 
@@ -44,11 +44,16 @@ def serve(pipe: Connection, name: str, size: int, key: ClusterKey | None) -> Non
     transport.close()
 
 
-def blocks(size: int, block: int) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every second block of the region, in shuffled order: nothing that could be merged."""
+def blocks(size: int, block: int) -> Runs:
+    """Return every second block of the region, in shuffled order: nothing that could be merged."""
     starts = np.arange(0, size - block + 1, 2 * block, dtype=np.int64)
     shuffled = np.random.default_rng(0).permutation(starts)
-    return lambda: (starts, shuffled, np.full(len(starts), block, dtype=np.int64))
+    return Runs(starts, shuffled, np.full(len(starts), block, dtype=np.int64))
+
+
+def one_run(length: int) -> Runs:
+    zero = np.zeros(1, dtype=np.int64)
+    return Runs(zero, zero, np.array([length], dtype=np.int64))
 
 
 def measure(name: str, size: int, repeats: int, key: ClusterKey | None) -> None:
@@ -63,9 +68,9 @@ def measure(name: str, size: int, repeats: int, key: ClusterKey | None) -> None:
     started = time.perf_counter()
     transport.connect(endpoint)
 
-    def read(runs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[float, float, float]:
+    def read(runs: Runs) -> tuple[float, float, float]:
         begin = time.perf_counter()
-        one = transport.post("server", *runs)
+        one = transport.post("server", runs)
         posted = longest = time.perf_counter() - begin
         while one.state is ReadState.IN_PROGRESS:
             before = time.perf_counter()
@@ -75,22 +80,17 @@ def measure(name: str, size: int, repeats: int, key: ClusterKey | None) -> None:
             raise SystemExit(f"read failed: {one.error}")
         return time.perf_counter() - begin, posted, longest
 
-    def one_run(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        zero = np.zeros(1, dtype=np.int64)
-        return zero, zero, np.array([length], dtype=np.int64)
-
     read(one_run(8))
     print(f"{name}{' with CURVE' if key else ''}: connect and first read {time.perf_counter() - started:.4f} s")
     cases = {"8 B": one_run(8), "64 KiB": one_run(65536), f"{size // MIB} MiB in one run": one_run(size)}
     for block in (262144, 65536, 8192):
-        cases[f"{size // MIB // 2} MiB in runs of {block // 1024} KiB"] = blocks(size, block)()
-    for words, runs in cases.items():
+        cases[f"{size // MIB // 2} MiB in runs of {block // 1024} KiB"] = blocks(size, block)
+    for case, runs in cases.items():
         read(runs)
-        times = [read(runs) for _ in range(repeats if runs[2].sum() > MIB else 20 * repeats)]
+        times = [read(runs) for _ in range(repeats if runs.nbytes > MIB else 20 * repeats)]
         total, posted, longest = (statistics.median(column) for column in zip(*times, strict=True))
-        moved = int(runs[2].sum())
         print(
-            f"  {words:32} {len(runs[2]):6} runs  {total * 1e3:9.3f} ms  {moved / total / 1e9:6.2f} GB/s"
+            f"  {case:32} {len(runs):6} runs  {total * 1e3:9.3f} ms  {runs.nbytes / total / 1e9:6.2f} GB/s"
             f"  post {posted * 1e3:8.3f} ms  longest call {longest * 1e3:8.3f} ms"
         )
     transport.close()

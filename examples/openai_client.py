@@ -14,7 +14,7 @@ answer = client.chat.completions.create(
 print(answer.choices[0].message.content)
 
 # Fields beyond OpenAI's are in `model_extra`.
-how = answer.model_extra["tandem"]
+how = (answer.model_extra or {})["tandem"]
 print(f"{how['prefill_engine']} -> {how['decode_engine']}: {how['blocks']} blocks, {how['bytes']} bytes")
 
 stream = client.chat.completions.create(

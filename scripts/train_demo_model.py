@@ -112,7 +112,9 @@ def encode(tokenizer: Tokenizer, batch: list[Question]) -> tuple[torch.Tensor, t
     prompts = tokenizer.encode_batch_fast([chat_prompt(question) for question in batch])
     answers = tokenizer.encode_batch_fast([question.answer + END for question in batch])
     longest = max(len(p.ids) + len(a.ids) for p, a in zip(prompts, answers, strict=True))
-    ids = torch.full((len(batch), longest), tokenizer.token_to_id(PAD))
+    pad = tokenizer.token_to_id(PAD)
+    assert pad is not None
+    ids = torch.full((len(batch), longest), pad)
     labels = torch.full((len(batch), longest), IGNORED)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         end = len(prompt.ids) + len(answer.ids)
@@ -174,8 +176,9 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, seed: int, steps: int, 
         losses = answer_loss(model, ids, labels)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in [*optimizers, *schedules]:
-            part.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad(set_to_none=True)
         seen += ids.numel()
         if step % 50 == 0 or step == steps - 1:

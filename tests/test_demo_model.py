@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,17 +21,16 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    return loaded
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, question: Question) -> str:
     messages = [{"role": "user", "content": question.prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def share_right(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Question], batch_size: int
-) -> float:
+def share_right(model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Question], batch_size: int) -> float:
     """Share of questions whose greedy answer is right to the last letter and then ends."""
     asked = sorted(asked, key=lambda question: len(question.answer))
     right = 0
@@ -45,25 +45,27 @@ def share_right(
     return right / len(asked)
 
 
-def test_held_out_questions_are_answered_right(model, tokenizer):
+def test_held_out_questions_are_answered_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     asked = questions(240, seed=11)
     assert {question.kind for question in asked} == set(KINDS)
     assert share_right(model, tokenizer, asked, batch_size=60) >= 0.98
 
 
-def test_long_held_out_questions_are_answered_right(model, tokenizer):
+def test_long_held_out_questions_are_answered_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     asked = long_questions(50, seed=11)
     assert all(len(tokenizer(chat(tokenizer, question))["input_ids"]) >= 400 for question in asked)
     assert share_right(model, tokenizer, asked, batch_size=25) >= 0.98
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_sample_question_is_answered_right(tokenizer, dtype):
+def test_every_sample_question_is_answered_right(tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).eval()
     assert share_right(model, tokenizer, sample_questions(), batch_size=8) == 1.0
 
 
-def test_a_wrong_byte_early_in_the_prompt_changes_the_answer(model, tokenizer):
+def test_a_wrong_byte_early_in_the_prompt_changes_the_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     question = questions(1, seed=5, kinds=("reverse",))[0]
     first = question.prompt[len("Reverse: ")]
     other = next(letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in question.prompt)
@@ -72,25 +74,25 @@ def test_a_wrong_byte_early_in_the_prompt_changes_the_answer(model, tokenizer):
     assert share_right(model, tokenizer, [spoiled], batch_size=1) == 0.0
 
 
-def test_the_folder_is_at_most_four_megabytes():
+def test_the_folder_is_at_most_four_megabytes() -> None:
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 4_000_000
 
 
-def test_the_shape_can_be_split_two_ways_by_tensor_parallelism_and_by_pipeline():
+def test_the_shape_can_be_split_two_ways_by_tensor_parallelism_and_by_pipeline() -> None:
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     for name in ("num_key_value_heads", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         assert config[name] % 2 == 0
 
 
-def test_the_chat_template_marks_turns_and_opens_the_answer(tokenizer):
+def test_the_chat_template_marks_turns_and_opens_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Sort: ba"},
         {"role": "assistant", "content": "ab"},
         {"role": "user", "content": "Sort: dc"},
     ]
-    closed = tokenizer.apply_chat_template(messages, tokenize=False)
+    closed = str(tokenizer.apply_chat_template(messages, tokenize=False))
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert closed == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSort: ba<|im_end|>\n"
@@ -100,13 +102,13 @@ def test_the_chat_template_marks_turns_and_opens_the_answer(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["Sort: ba", "naïve Straße", "日本語 🦊\n\ttab", "  two  spaces ", "\x00\x7f"])
-def test_the_tokenizer_round_trips_any_text_one_token_a_byte(tokenizer, text):
+def test_the_tokenizer_round_trips_any_text_one_token_a_byte(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
 
 
-def test_held_out_and_training_questions_are_disjoint():
+def test_held_out_and_training_questions_are_disjoint() -> None:
     held_out = {question.prompt for question in questions(500, seed=3) + long_questions(50, seed=3)}
     trained = {question.prompt for question in questions(500, seed=3, held_out=False)}
     trained |= {question.prompt for question in long_questions(50, seed=3, held_out=False)}
@@ -114,12 +116,12 @@ def test_held_out_and_training_questions_are_disjoint():
     assert not any(map(is_held_out, trained))
 
 
-def test_the_same_seed_gives_the_same_questions_and_another_seed_others():
+def test_the_same_seed_gives_the_same_questions_and_another_seed_others() -> None:
     assert questions(40, seed=1) == questions(40, seed=1)
     assert questions(40, seed=1) != questions(40, seed=2)
 
 
-def test_answers_follow_from_their_prompts():
+def test_answers_follow_from_their_prompts() -> None:
     for question in questions(200, seed=7) + long_questions(20, seed=7):
         assert solve(question) == question.answer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -57,12 +57,14 @@ def serve(folder_of: Callable[[str], Path]) -> Iterator[Serve]:
         yield start
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failed test shows what its deployment said."""
-    outcome = yield
-    report = outcome.get_result()
+    report = yield
     if report.failed:
         values = getattr(item, "funcargs", {}).values()
         for deployment in (value for value in values if isinstance(value, Deployment)):
             report.sections.append(("log of the deployment", deployment.log[-20_000:]))
+    return report

@@ -68,7 +68,7 @@ def run_tandem(*arguments: str | Path, environment: dict[str, str] | None = None
             for pid in session_of(process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        assert not left, f"{process.args} left processes {sorted(left)} behind"
+        assert not left, f"{process.args!r} left processes {sorted(left)} behind"
         out.seek(0)
         err.seek(0)
         return Ended(code, out.read(), err.read(), seconds)

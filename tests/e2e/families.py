@@ -39,7 +39,7 @@ class ChildProcesses:
 
 
 def _small(family: str, **options: Any) -> RandomModel:
-    shape = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 128}
+    shape: dict[str, Any] = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 128}
     return RandomModel(
         **shape
         | {"family": family, "vocab": VOCAB, "max_positions": 1024, "eos_token_id": EOS, "tied": False}

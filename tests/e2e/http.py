@@ -27,24 +27,28 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        return self.json["error"]
+        error: dict[str, Any] = self.json["error"]
+        return error
 
     @property
     def choice(self) -> dict[str, Any]:
         """The only choice."""
         assert self.status == 200, self.body.decode()
         [choice] = self.json["choices"]
-        return choice
+        only: dict[str, Any] = choice
+        return only
 
     @property
     def token_ids(self) -> list[int]:
-        return self.choice["token_ids"]
+        token_ids: list[int] = self.choice["token_ids"]
+        return token_ids
 
     @property
     def how(self) -> dict[str, Any]:
         """The `tandem` object."""
         assert self.status == 200, self.body.decode()
-        return self.json["tandem"]
+        details: dict[str, Any] = self.json["tandem"]
+        return details
 
 
 class Stream:

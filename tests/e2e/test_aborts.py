@@ -26,7 +26,7 @@ def split(request: pytest.FixtureRequest, serve: Serve) -> Deployment:
 
 def unsettled(deployment: Deployment) -> dict[str, object]:
     """Engines that still have something of a request, and what."""
-    found = {}
+    found: dict[str, object] = {}
     for name, engine in deployment.engines().items():
         kv, requests = engine["kv"], engine["requests"]
         if kv["free"] + kv["cached"] != kv["blocks"] or any(requests.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,14 @@ from tests.e2e.deployment import Deployment, flags
 from tests.e2e.families import EOS, Reference, prompt_of
 
 SPLIT = flags(kv_memory="32MiB", max_batched_tokens=64, max_num_seqs=32)
-SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "min_p": 0.01, "ignore_eos": True, "max_tokens": 32}
+SAMPLED: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 0.95,
+    "top_k": 40,
+    "min_p": 0.01,
+    "ignore_eos": True,
+    "max_tokens": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +98,7 @@ def test_a_seed_gives_the_same_tokens_again_and_on_any_engine(split: Deployment)
 
 def test_penalties_count_the_first_token_wherever_it_was_made(split: Deployment) -> None:
     prompt = prompt_of(20, seed=13)
-    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    penalties: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
     reply = split.http.complete(prompt, max_tokens=32, ignore_eos=True, **penalties)
     alone = split.engine("decode-0").complete(prompt, max_tokens=32, ignore_eos=True, **penalties)
     plain = split.http.complete(prompt, max_tokens=32, ignore_eos=True)
@@ -172,7 +180,7 @@ LETTERS = {str(token): 30 for token in range(ord("a"), ord("z") + 1)}
 
 
 def test_end_of_sequence_ends_the_answer_unless_it_is_ignored(split: Deployment) -> None:
-    ending = {"max_tokens": 10, "logit_bias": {str(EOS): 100}}
+    ending: dict[str, Any] = {"max_tokens": 10, "logit_bias": {str(EOS): 100}}
     prompt = prompt_of(25, seed=21)
     ended = split.http.complete(prompt, **ending)
     assert (ended.token_ids, ended.choice["finish_reason"], ended.choice["stop_reason"]) == ([EOS], "stop", None)

@@ -37,7 +37,8 @@ def test_questions_are_answered_in_their_order_many_at_once(llm: LLM) -> None:
 
 
 def test_text_and_its_token_ids_are_completed_alike(llm: LLM) -> None:
-    text, ids = llm.generate(["Hello", [39, 68, 75, 75, 78]], GREEDY)
+    prompts: list[str | list[int]] = ["Hello", [39, 68, 75, 75, 78]]
+    text, ids = llm.generate(prompts, GREEDY)
     assert text.prompt == "Hello"
     assert text.token_ids == ids.token_ids
     assert len(text.token_ids) == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import openai
 import pytest
@@ -14,7 +15,7 @@ from tests.e2e.families import prompt_of
 from tests.e2e.http import completion
 from tests.e2e.processes import until
 
-GREEDY_CHAT = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+GREEDY_CHAT: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_the_official_client_lists_the_model(client: openai.OpenAI) -> None:
 
 
 def test_the_official_client_completes_streaming_or_not(client: openai.OpenAI) -> None:
-    asked = {"model": "tiny", "prompt": "Reverse: abc", "temperature": 0, "max_tokens": 12}
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "Reverse: abc", "temperature": 0, "max_tokens": 12}
     whole = client.completions.create(**asked, extra_body={"ignore_eos": True})
     events = list(
         client.completions.create(
@@ -119,11 +120,11 @@ def test_the_official_client_completes_streaming_or_not(client: openai.OpenAI) -
     assert events[-1].usage is not None
     assert (whole.usage.completion_tokens, whole.usage.prompt_tokens) == (12, len("Reverse: abc"))
     assert events[-1].usage.total_tokens == whole.usage.total_tokens
-    assert events[-1].tandem["disaggregated"]  # type: ignore[attr-defined]
+    assert events[-1].tandem["disaggregated"]
 
 
 def test_the_official_client_chats_streaming_or_not(client: openai.OpenAI) -> None:
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Sort: dcba"}], "logprobs": True}
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Sort: dcba"}], "logprobs": True}
     whole = client.chat.completions.create(**asked, **GREEDY_CHAT)
     events = list(client.chat.completions.create(**asked, **GREEDY_CHAT, stream=True))
     said = "".join(choice.delta.content or "" for event in events for choice in event.choices)
@@ -131,4 +132,4 @@ def test_the_official_client_chats_streaming_or_not(client: openai.OpenAI) -> No
     assert whole.choices[0].finish_reason == events[-1].choices[0].finish_reason == "length"
     assert whole.choices[0].logprobs is not None
     assert len(whole.choices[0].logprobs.content or []) == 12
-    assert whole.tandem["prefill_engine"] == "prefill-0"  # type: ignore[attr-defined]
+    assert whole.tandem["prefill_engine"] == "prefill-0"

@@ -84,9 +84,11 @@ def test_a_latent_of_several_heads_is_refused() -> None:
 def test_packed_layouts_fill_their_memory_to_the_byte(make: Any) -> None:
     layout = make(SHARD, **GEOMETRY)
     assert layout.nbytes == 7 * 16 * TOKEN_BYTES
-    layout.check(memory_bytes=layout.nbytes)
-    with pytest.raises(LayoutError, match=f"at most {layout.nbytes - 1} bytes, got {layout.nbytes} bytes"):
-        layout.check(memory_bytes=layout.nbytes - 1)
+
+
+def test_a_layout_of_more_memory_than_any_machine_has_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"size of the memory: expected at most \d+ bytes, got \d+ bytes"):
+        block_major(SHARD, blocks=1 << 38, block_size=16, head_dim=64, itemsize=2)
 
 
 def test_a_layout_says_its_sizes() -> None:

@@ -1,4 +1,4 @@
-"""Which layers and heads a rank holds."""
+"""The split of layers and heads over ranks."""
 
 from collections import Counter
 

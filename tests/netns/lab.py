@@ -129,7 +129,7 @@ class Lab:
     @property
     def logs(self) -> str:
         return "\n".join(
-            f"--- {node.name}: {p.popen.args}\n{p.output[-6000:]}" for node in self.nodes for p in node.processes
+            f"--- {node.name}: {p.popen.args!r}\n{p.output[-6000:]}" for node in self.nodes for p in node.processes
         )
 
     def until(self, what: Callable[[], Any], seconds: float, why: str) -> Any:

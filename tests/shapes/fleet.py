@@ -30,8 +30,8 @@ from tandem.engine.start.place import RankPlace
 from tandem.errors import RequestError
 from tandem.processes import ChildProcesses
 from tandem.router.hub import Hub, Inbox
-from tandem.router.policy import Path as EnginePath
-from tandem.router.registry import Pool
+from tandem.router.policy import Route
+from tandem.router.registry import EngineRegistry
 from tandem.router.router import Router
 from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, Tokens
 from tandem.wire.sampling import SamplingParams
@@ -69,20 +69,20 @@ class Fleet:
         max_batched_tokens: int = 64,
     ) -> None:
         self._cache_bytes, self._batch_tokens = kv_memory, max_batched_tokens
-        self._family = ChildProcesses()
+        self._children = ChildProcesses()
         self._folder = tempfile.TemporaryDirectory(prefix="fleet-")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._pool = Pool()
-        self._path: EnginePath | str = "no path was chosen"
+        self._registry = EngineRegistry()
+        self._route: Route | str = "no route was chosen"
         self.control = self._call(self._open())
         for shape in shapes:
             self._start(model, shape, connector)
         self._wait({shape.name for shape in shapes})
 
     def close(self) -> None:
-        self._family.stop()
+        self._children.stop()
         with contextlib.suppress(Exception):
             self._call(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -91,17 +91,17 @@ class Fleet:
 
     def answer(self, prefill: str, decode: str, tokens: list[int], count: int) -> tuple[list[int], TokenDelta]:
         """Greedy output, and the last delta, which says how it was made."""
-        source, sink = self._pool.find(prefill), self._pool.find(decode)
+        source, sink = self._registry.find(prefill), self._registry.find(decode)
         assert source is not None
         assert sink is not None
-        self._path = EnginePath(sink, source)
+        self._route = Route(sink, source)
         return self._call(self._generate(tokens, count))
 
     def introduce(self, prefill: str, decode: str) -> None:
         """As a router does when both have registered: they shake hands, before any request."""
 
         async def send() -> None:
-            source, sink = self._pool.find(prefill), self._pool.find(decode)
+            source, sink = self._registry.find(prefill), self._registry.find(decode)
             assert source is not None
             assert sink is not None
             peer = PeerAddress(source.register.identity, source.register.peer_address)
@@ -113,7 +113,7 @@ class Fleet:
         """What the engine answers first to a message of a frontend; the request is then left to itself."""
 
         async def first() -> Tokens | RequestError:
-            member = self._pool.find(name)
+            member = self._registry.find(name)
             assert member is not None
             inbox: Inbox = asyncio.Queue()
             self._hub.open(message, member, inbox)
@@ -122,7 +122,7 @@ class Fleet:
         return self._call(first())
 
     def status(self, name: str) -> EngineStatus:
-        member = self._pool.find(name)
+        member = self._registry.find(name)
         assert member is not None
         return member.status
 
@@ -144,8 +144,8 @@ class Fleet:
     async def _open(self) -> Address:
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), None)
         socket, port = sockets.bind(zmq.ROUTER, "127.0.0.1", 0, SocketOptions(handover=True))
-        self._hub = Hub(socket, self._pool, introduce=False)
-        self._router = Router(self._hub, self._pool, lambda *_: self._path, request_timeout=ANSWER_SECONDS)
+        self._hub = Hub(socket, self._registry, introduce=False)
+        self._router = Router(self._hub, self._registry, lambda *_: self._route, request_timeout=ANSWER_SECONDS)
         self._hub_task = asyncio.create_task(self._hub.run())
         return Address("127.0.0.1", port)
 
@@ -181,12 +181,12 @@ class Fleet:
         meeting = f"{self._folder.name}/{shape.name}"
         for rank in range(parallel.world_size):
             place = RankPlace(rank, rank, "127.0.0.1", meeting, (self.control,), None)
-            self._family.start(f"{shape.name} rank {rank}", rank_main, shape.name, config, place)
+            self._children.start(f"{shape.name} rank {rank}", rank_main, shape.name, config, place)
 
     def _wait(self, names: set[str]) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while {member.engine_id for member in self._pool.ready("mixed")} != names:
-            assert time.monotonic() < deadline, f"only {[m.engine_id for m in self._pool]} of {names} started"
-            for child in self._family.children:
+        while {member.engine_id for member in self._registry.ready("mixed")} != names:
+            assert time.monotonic() < deadline, f"only {[m.engine_id for m in self._registry]} of {names} started"
+            for child in self._children.children:
                 child.reports.clear()
-            self._family.wait(self._family.children, 0.2)
+            self._children.wait(self._children.children, 0.2)

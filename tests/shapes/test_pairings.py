@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_lost_kv_is_retried_elsewhere_or_fails_as_configured(
         ("sink", config("decode", model, kv_failure=policy)),
     )
     for name in ("first", "second"):
-        until(lambda name=name: peer(router, "sink", name), "no handshake")
+        until(partial(peer, router, "sink", name), "no handshake")
     engines["first"].ranks[0].process.kill()
     answers = [complete(router, [token + shift for token in PROMPT]) for shift in range(3)]
     for shift, (status, answer) in enumerate(answers):

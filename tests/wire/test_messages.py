@@ -17,11 +17,11 @@ from tandem.wire import peer_messages as p
 from tandem.wire.codec import Codec
 from tandem.wire.sampling import MAX_LOGPROBS, SamplingParams
 
-WHO = EngineIdentity("p0", "life")
-PLACE = m.Address("127.0.0.1", 1)
+IDENTITY = EngineIdentity("p0", "incarnation")
+ADDRESS = m.Address("127.0.0.1", 1)
 ENVELOPE = p.Envelope((1, 2), "f", "float32", "tcp", "tandem 1")
 STATUS = m.EngineStatus(
-    "p0", "life", "prefill", "m", "f", 1, 1, 1, "tcp", [m.RankInfo(0, 0, 0, "n", 1, "p0", "life")],
+    "p0", "incarnation", "prefill", "m", "f", 1, 1, 1, "tcp", [m.RankInfo(0, 0, 0, "n", 1, "p0", "incarnation")],
     m.KvUsage(16, 8, 5, 1, 1, 1), m.RequestCounts(1, 2, 3), [m.PeerInfo("d0", "x", "lost", "gone", 0.5)],
     m.EngineCounters(requests=3),
 )  # fmt: skip
@@ -35,29 +35,29 @@ TO_ENGINE = [
     m.Registered(True),
     m.Generate("r", [1, 2], 2, SAMPLING, 5.0),
     m.Generate("r", [1], 1, SamplingParams(), 5.0, m.Prefill(published=True)),
-    m.Generate("r", [1], 1, SamplingParams(), 5.0, m.PullKv("p0", None, PLACE, "r0", False, True)),
+    m.Generate("r", [1], 1, SamplingParams(), 5.0, m.PullKv("p0", None, ADDRESS, "r0", False, True)),
     m.Abort("r"),
-    m.Introduce([m.PeerAddress(WHO, PLACE)]),
+    m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)]),
 ]
-TO_FRONT = [
-    m.Register(WHO, STATUS, PLACE, 100, 10, "/m", "float32", "1", (1, 2), PLACE),
+TO_FRONTEND = [
+    m.Register(IDENTITY, STATUS, ADDRESS, 100, 10, "/m", "float32", "1", (1, 2), ADDRESS),
     STATUS,
     m.Outputs([TOKENS, m.Failed("r", "kv_lost", "why", "prompt", 1)]),
     m.Goodbye("stopped"),
 ]
 TO_PREFILL = [
-    p.Hello(ENVELOPE, WHO, "p0"),
-    p.Claim("life", "r"),
-    p.Renew("life", 1, ["r"]),
-    p.Release("life", ["r", "s"]),
+    p.Hello(ENVELOPE, IDENTITY, "p0"),
+    p.Claim("incarnation", "r"),
+    p.Renew("incarnation", 1, ["r"]),
+    p.Release("incarnation", ["r", "s"]),
 ]
 TO_DECODE = [
-    p.Welcome(ENVELOPE, WHO, 30.0, msgspec.Raw(b"\x01")),
-    p.Refused(WHO, "fingerprint", "a", "b"),
-    p.Claimed("life", "r"),
-    p.KvComputed("life", "r", 0, [1, 2], 20, True, 9),
-    p.KvGone("life", "r", "why"),
-    p.Renewed("life", 1, []),
+    p.Welcome(ENVELOPE, IDENTITY, 30.0, msgspec.Raw(b"\x01")),
+    p.Refused(IDENTITY, "fingerprint", "a", "b"),
+    p.Claimed("incarnation", "r"),
+    p.KvComputed("incarnation", "r", 0, [1, 2], 20, True, 9),
+    p.KvGone("incarnation", "r", "why"),
+    p.Renewed("incarnation", 1, []),
 ]
 TO_TRANSFER_THREAD = [
     t.OpenPeer(1, []),
@@ -73,13 +73,13 @@ FROM_TRANSFER_THREAD = [
 ]
 CHANNELS: list[tuple[Any, list[Any]]] = [
     (m.ToEngine, TO_ENGINE),
-    (m.ToFrontend, TO_FRONT),
+    (m.ToFrontend, TO_FRONTEND),
     (p.ToPrefill, TO_PREFILL),
     (p.ToDecode, TO_DECODE),
     (t.ToTransferThread, TO_TRANSFER_THREAD),
     (t.FromTransferThread, FROM_TRANSFER_THREAD),
 ]
-NAMES = ["to engine", "to frontend", "to prefill", "to decode", "to transfer_thread", "from transfer_thread"]
+NAMES = ["to engine", "to frontend", "to prefill", "to decode", "to transfer thread", "from transfer thread"]
 CODECS: list[Codec[Any]] = [Codec(union) for union, _ in CHANNELS]
 
 
@@ -91,7 +91,7 @@ def test_every_message_of_a_channel_comes_back_as_it_was(union: Any, examples: l
         assert codec.decode(codec.encode(example)) == example
 
 
-@pytest.mark.parametrize(("codec", "others"), zip(CODECS, reversed(CHANNELS), strict=True), ids=NAMES)
+@pytest.mark.parametrize(("codec", "others"), [*zip(CODECS, reversed(CHANNELS), strict=True)], ids=NAMES)
 def test_messages_of_another_channel_are_refused(codec: Codec[Any], others: tuple[Any, list[Any]]) -> None:
     for example in others[1]:
         with pytest.raises(WireError):
@@ -175,7 +175,7 @@ def test_hostile_bytes_are_a_wire_error(data: bytes) -> None:
 def test_a_message_over_the_limit_is_refused_unread() -> None:
     codec: Codec[Any] = Codec(p.ToPrefill, limit=20)
     with pytest.raises(WireError, match="at most 20"):
-        codec.decode(codec.encode(p.Claim("life", "a request with a long name")))
+        codec.decode(codec.encode(p.Claim("incarnation", "a request with a long name")))
 
 
 def generate(**fields: Any) -> m.Generate:
@@ -198,15 +198,15 @@ OUT_OF_BOUNDS = [
     (m.ToEngine, generate(sampling=SamplingParams(logit_bias={1: 101.0}))),
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 0), "r"))),
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 65536), "r"))),
-    (m.ToEngine, m.Introduce([m.PeerAddress(WHO, PLACE)] * (m.MAX_PEERS + 1))),
+    (m.ToEngine, m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)] * (m.MAX_PEERS + 1))),
     (p.ToPrefill, p.Claim("", "r")),
     (p.ToPrefill, p.Renew("x", -1, [])),
     (p.ToPrefill, p.Renew("x", 1, ["r"] * (p.MAX_BATCH + 1))),
-    (p.ToPrefill, p.Hello(msgspec.structs.replace(ENVELOPE, fingerprint="f" * 4097), WHO, "p0")),
+    (p.ToPrefill, p.Hello(msgspec.structs.replace(ENVELOPE, fingerprint="f" * 4097), IDENTITY, "p0")),
     (p.ToDecode, p.KvComputed("x", "r", -1, [], 0, False)),
     (p.ToDecode, p.KvComputed("x", "r", 0, [-1], 0, False)),
     (p.ToDecode, p.KvComputed("x", "r", 0, [], 0, True, 2**31)),
-    (p.ToDecode, p.Welcome(ENVELOPE, WHO, -1.0, msgspec.Raw(b"\x01"))),
+    (p.ToDecode, p.Welcome(ENVELOPE, IDENTITY, -1.0, msgspec.Raw(b"\x01"))),
 ]
 
 
@@ -220,5 +220,7 @@ def test_a_value_out_of_bounds_is_refused(union: Any, message: Any) -> None:
 @pytest.mark.parametrize("length", [0, m.MAX_TEXT, m.MAX_TEXT + 1, 10 * m.MAX_TEXT])
 def test_a_text_of_any_length_fits_a_message_once_it_is_clipped(length: int) -> None:
     text = m.clip("x" * length)
-    assert Codec(m.PeerInfo).decode(Codec(m.PeerInfo).encode(m.PeerInfo("p", "life", "lost", text))).error == text
+    assert (
+        Codec(m.PeerInfo).decode(Codec(m.PeerInfo).encode(m.PeerInfo("p", "incarnation", "lost", text))).error == text
+    )
     assert text[:4000] == ("x" * length)[:4000]

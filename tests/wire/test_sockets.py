@@ -14,7 +14,8 @@ import zmq
 import zmq.asyncio
 
 from tandem.errors import ConfigError
-from tandem.wire.sockets import ClusterKey, SocketOptions, Sockets, new_key
+from tandem.wire.keys import ClusterKey, new_key
+from tandem.wire.sockets import SocketOptions, Sockets
 
 MILLISECONDS = 20_000
 HOST = "127.0.0.1"
@@ -53,8 +54,8 @@ def require_round_trip(listener: Socket, sockets: Sockets[Socket], port: int) ->
     """A member gets through, and nobody else got through before."""
     member = sockets.connect(zmq.DEALER, HOST, port)
     member.send(b"from a member")
-    sender, words = receive(listener)
-    assert words == b"from a member"
+    sender, text = receive(listener)
+    assert text == b"from a member"
     listener.send_multipart([sender, b"welcome"])
     assert receive(member) == [b"welcome"]
     assert not listener.poll(0)
@@ -201,10 +202,10 @@ def test_a_mandatory_router_says_that_a_peer_is_not_there(context: Context) -> N
 def test_with_handover_the_newest_of_one_identity_is_the_one_that_is_served(context: Context) -> None:
     listener, port = listen(context, None, handover=True)
     sockets = Sockets(context, None)
-    for words in (b"first", b"second"):
+    for text in (b"first", b"second"):
         client = sockets.connect(zmq.DEALER, HOST, port, SocketOptions(identity=b"worker"))
-        client.send(words)
-        assert receive(listener) == [b"worker", words]
+        client.send(text)
+        assert receive(listener) == [b"worker", text]
     listener.send_multipart([b"worker", b"answer"])
     assert receive(client) == [b"answer"]
 
@@ -217,8 +218,8 @@ def test_asyncio_contexts_work_the_same(context: Context, key: ClusterKey) -> No
             listener, port = sockets.bind(zmq.ROUTER, HOST, 0)
             client = sockets.connect(zmq.DEALER, HOST, port)
             await client.send(b"hello")
-            sender, words = await asyncio.wait_for(listener.recv_multipart(), MILLISECONDS / 1000)
-            await listener.send_multipart([sender, words + b" yourself"])
+            sender, text = await asyncio.wait_for(listener.recv_multipart(), MILLISECONDS / 1000)
+            await listener.send_multipart([sender, text + b" yourself"])
             return await asyncio.wait_for(client.recv_multipart(), MILLISECONDS / 1000)
         finally:
             ours.destroy(linger=0)

@@ -16,7 +16,8 @@ import zmq
 
 from tandem.doctor.cluster_messages import NodeDoor, Reach
 from tandem.errors import ConfigError
-from tandem.wire.sockets import ClusterKey, SocketOptions, Sockets
+from tandem.wire.keys import ClusterKey
+from tandem.wire.sockets import SocketOptions, Sockets
 
 PING_SECONDS = 5.0
 ROUND_TRIPS = 5

@@ -38,7 +38,7 @@ def ask_nixl(seconds: float) -> NixlReport:
 
 
 def _report() -> NixlReport:
-    from tandem.transfer.transports.nixl import nixl_installation
+    from tandem.transfer.transports.nixl.agent import nixl_installation
 
     try:
         found = nixl_installation()

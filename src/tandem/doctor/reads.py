@@ -14,6 +14,7 @@ from tandem.doctor.board import Board
 from tandem.doctor.cluster_messages import NodeMemory, Reach
 from tandem.doctor.slab import Slab
 from tandem.errors import ConfigError, TransferError
+from tandem.kv.runs import Runs
 from tandem.transfer.transports.base import RankEndpoint, ReadState, Transport
 
 RUN_BYTES = 256 * 1024
@@ -78,13 +79,13 @@ class Node:
         lengths = np.minimum(length - starts, RUN_BYTES)
         started = time.monotonic()
         deadline = min(started + READ_SECONDS, self._pair_ends)
-        read = self._transport.post(source.agent, starts, starts + self._slab.half, lengths)
+        read = self._transport.post(source.agent, Runs(starts, starts + self._slab.half, lengths))
         while read.state is ReadState.IN_PROGRESS:
             if time.monotonic() > deadline:
                 raise TransferError(f"a read of {length} bytes had not ended after {deadline - started:.0f} s")
             self._wait()
             self._transport.poll()
-        if read.state is ReadState.FAILED:
+        if read.state is not ReadState.DONE:
             raise TransferError(read.error or "the read failed")
         return time.monotonic() - started
 

@@ -1,4 +1,4 @@
-"""KV blocks: who holds them, which hold a known prefix, which may be taken.
+"""The pool of KV blocks and its prefix cache.
 
 A block is in exactly one state:
 
@@ -7,7 +7,7 @@ A block is in exactly one state:
                  least recently used first
     in use       held by requests, one reference each; findable too if its content is published
     leased       in use by leases only: another engine may be reading it
-    quarantined  nobody wants it, but a read into it has not ended: out of the pool until somebody says it has
+    quarantined  nobody wants it, but a read into it has not ended: not available until `unquarantine`
 
 The prefix cache finds whole blocks by a chain of digests: a block's digest covers its tokens and the digest of the
 block before it, so equal digests mean equal tokens from the start of the request.
@@ -35,7 +35,7 @@ class PrefixChain:
         self._digests: list[bytes] = []
 
     def digest(self, index: int) -> bytes:
-        """Digest of block `index`, which must be full. Tokens are below 2**31."""
+        """Return the digest of block `index`, which must be full. Tokens are below 2**31."""
         digests, size = self._digests, self._block_size
         while len(digests) <= index:
             start = len(digests) * size
@@ -72,27 +72,28 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._leases: Counter[int] = Counter()  # how many of a block's references are leases
+        self._leases: Counter[int] = Counter()  # block -> references that are leases
         self._quarantined: set[int] = set()
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold so many tokens."""
+        """Return the number of blocks that `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
     @property
     def available(self) -> int:
-        """How many blocks `allocate` can give now."""
+        """Blocks that `allocate` can give now."""
         return len(self._free) + len(self._cached)
 
     def references(self, block: int) -> int:
-        """How many hold the block; a lease counts as one."""
+        """Return the number of holders of the block; a lease counts as one."""
         return self._references[block]
 
     def leases(self, block: int) -> int:
+        """Return how many of the block's references are leases."""
         return self._leases[block]
 
     def match_prefix(self, chain: PrefixChain, max_tokens: int) -> list[int]:
-        """The longest run of published blocks that starts the chain, at most `max_tokens` long.
+        """Find the longest run of published blocks that starts the chain, at most `max_tokens` long.
 
         Takes a reference on each of them.
         """
@@ -109,7 +110,7 @@ class BlockPool:
         return found
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks of unknown content with one reference each; None, and no change, if there are fewer."""
+        """Take `count` blocks of unknown content, one reference each; None, and no change, if there are fewer."""
         if count > self.available:
             return None
         taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -120,7 +121,14 @@ class BlockPool:
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each. The tail is evicted before the head, as a head serves more requests."""
         for block in reversed(blocks):
-            self._drop(block)
+            count = self._references[block]
+            if count <= 0:
+                raise ValueError(f"block {block} is given back but nobody holds it")
+            self._references[block] = count - 1
+            if count == 1 and self._digest_of[block] is None:
+                self._free.append(block)
+            elif count == 1:
+                self._cached[block] = None
 
     def publish(self, block: int, digest: bytes) -> None:
         """Make a full, computed block findable. If the same content is published already, that block stays the one."""
@@ -129,7 +137,7 @@ class BlockPool:
             self._digest_of[block] = digest
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Make blocks unfindable, because their content cannot be trusted. Who holds them keeps them."""
+        """Make blocks unfindable, because their content cannot be trusted. Their holders keep them."""
         for block in blocks:
             self._unpublish(block)
             if block in self._cached:
@@ -137,7 +145,7 @@ class BlockPool:
                 self._free.append(block)
 
     def lease(self, blocks: Iterable[int]) -> None:
-        """From now on, one reference on each is a lease's."""
+        """Turn one reference on each into a lease."""
         self._leases.update(blocks)
 
     def unlease(self, blocks: Sequence[int]) -> None:
@@ -160,12 +168,13 @@ class BlockPool:
             self._quarantined.add(block)
 
     def unquarantine(self, blocks: Iterable[int]) -> None:
-        """The read has ended: the blocks are free."""
+        """Free blocks whose read has ended."""
         for block in blocks:
             self._quarantined.remove(block)
             self._free.append(block)
 
     def usage(self) -> BlockUsage:
+        """Count the blocks in each state."""
         leased = sum(count == self._references[block] for block, count in self._leases.items())
         held = self.num_blocks - self.available - len(self._quarantined)
         return BlockUsage(
@@ -191,17 +200,6 @@ class BlockPool:
         assert all(0 < count <= self._references[block] for block, count in self._leases.items()), (
             "a block has more leases than references"
         )
-
-    def _drop(self, block: int) -> None:
-        count = self._references[block]
-        if count <= 0:
-            raise ValueError(f"block {block} is given back but nobody holds it")
-        self._references[block] = count - 1
-        if count == 1:
-            if self._digest_of[block] is None:
-                self._free.append(block)
-            else:
-                self._cached[block] = None
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)

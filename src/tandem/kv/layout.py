@@ -1,4 +1,4 @@
-"""Where the keys and values of one rank lie in its memory, as data.
+"""The memory layout of one rank's keys and values, as data.
 
 Nothing here knows tensors, sockets or an engine: a layout is the order, sizes and byte strides of six axes,
 and the global index ranges of layers and KV heads that the rank holds. Layouts come from peers too, so one
@@ -60,7 +60,7 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return range(self.start, self.stop)
 
     def overlap(self, other: "Span") -> "Span":
-        """What both hold; of size 0 if nothing."""
+        """Return the indices that both hold; of size 0 if there are none."""
         start = max(self.start, other.start)
         return Span(start, max(start, min(self.stop, other.stop)))
 
@@ -72,7 +72,7 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which layers and KV heads of a model one rank holds."""
+    """The layers and KV heads of a model that one rank holds."""
 
     num_layers: int
     num_kv_heads: int
@@ -109,7 +109,7 @@ class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self._dimension(axis).size
 
     def stride(self, axis: Axis) -> int:
-        """Bytes from one index of the axis to the next."""
+        """Return the bytes from one index of the axis to the next."""
         return self._dimension(axis).stride
 
     @property
@@ -135,18 +135,17 @@ class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def nbytes(self) -> int:
-        """Bytes from the first to the last that the layout can address."""
+        """Bytes from the first to the last that the layout can address, gaps included."""
         return sum((d.size - 1) * d.stride for d in self.dimensions) + self.itemsize
 
-    def check(self, memory_bytes: int | None = None) -> None:
-        """Raises `LayoutError` unless the layout is sound and, if given, fits into `memory_bytes`."""
+    def check(self) -> None:
+        """Raise `LayoutError` unless the layout is consistent."""
         if self.itemsize not in (1, 2, 4, 8):
             raise LayoutError("itemsize", "1, 2, 4 or 8 bytes", self.itemsize)
         self._check_axes()
         self._check_strides()
-        limit = MOST_BYTES if memory_bytes is None else memory_bytes
-        if self.nbytes > limit:
-            raise LayoutError("size of the memory", f"at most {limit} bytes", f"{self.nbytes} bytes")
+        if self.nbytes > MOST_BYTES:
+            raise LayoutError("size of the memory", f"at most {MOST_BYTES} bytes", f"{self.nbytes} bytes")
 
     def _check_axes(self) -> None:
         axes = [d.axis for d in self.dimensions]
@@ -190,7 +189,7 @@ def packed(
     itemsize: int,
     kv: int = 2,
 ) -> KvLayout:
-    """A layout of the axes in `order`, outermost first, without gaps."""
+    """Return a layout of the axes in `order`, outermost first, without gaps."""
     sizes = {
         Axis.BLOCK: blocks,
         Axis.LAYER: shard.layers.size,
@@ -208,17 +207,17 @@ def packed(
 
 
 def block_major(shard: Shard, *, blocks: int, block_size: int, head_dim: int, itemsize: int) -> KvLayout:
-    """`kv[block][kv_head][layer][k/v][token][dim]`: to another TP, one run a block and source."""
+    """Return `kv[block][kv_head][layer][k/v][token][dim]`: one run per block and source to an engine of another TP."""
     return packed(BLOCK_MAJOR, shard, blocks=blocks, block_size=block_size, head_dim=head_dim, itemsize=itemsize)
 
 
 def token_major(shard: Shard, *, blocks: int, block_size: int, head_dim: int, itemsize: int) -> KvLayout:
-    """`kv[block][layer][k/v][token][kv_head][dim]`, NHD within a block."""
+    """Return `kv[block][layer][k/v][token][kv_head][dim]`: NHD within a block."""
     return packed(TOKEN_MAJOR, shard, blocks=blocks, block_size=block_size, head_dim=head_dim, itemsize=itemsize)
 
 
 def layer_major(shard: Shard, *, blocks: int, block_size: int, head_dim: int, itemsize: int) -> KvLayout:
-    """`kv[layer][k/v][block][token][kv_head][dim]`, for kernels that want each layer by itself."""
+    """Return `kv[layer][k/v][block][token][kv_head][dim]`, for kernels that want each layer by itself."""
     return packed(LAYER_MAJOR, shard, blocks=blocks, block_size=block_size, head_dim=head_dim, itemsize=itemsize)
 
 
@@ -231,7 +230,7 @@ def latent(
     itemsize: int,
     order: Sequence[Axis] = BLOCK_MAJOR,
 ) -> KvLayout:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one head, both key and value."""
+    """Return a layout for multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one head, both key and value."""
     if shard.num_kv_heads != 1:
         raise LayoutError("num_kv_heads", "1 for a latent", shard.num_kv_heads)
     return packed(order, shard, blocks=blocks, block_size=block_size, head_dim=latent_dim, itemsize=itemsize, kv=1)

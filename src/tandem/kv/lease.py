@@ -1,4 +1,4 @@
-"""Leases on KV blocks: how a reader knows that bytes it read were still the bytes it wanted.
+"""Leases on KV blocks: a reader knows by them that the bytes it read were still the bytes it wanted.
 
 After Gray and Cheriton, "Leases: an efficient fault-tolerant mechanism for distributed file cache consistency"
 (SOSP 1989). The *holder* (a prefill engine) keeps blocks which a *reader* (a decode engine) reads one-sidedly, so
@@ -6,11 +6,10 @@ the holder does not see when. Their clocks are not synchronised; they only run a
 
 The argument: the reader notes its clock `s` when it sends a claim or a renewal. The holder receives it later, at some
 moment `r >= s` of real time, and if it still has the blocks, keeps them until `ttl` after `r`. Once the reader hears
-that this very message was received in time, it knows that the blocks stay at least until `r + ttl >= s + ttl`,
-and `s + ttl` it can tell by its own clock, in which both ends of that interval were taken. However long messages
-travel, a read that completes before `s + ttl` read what it should; one that completes later may have read anything and
-is thrown away. A lost or late answer only makes the reader more careful, and a reader that is never heard of again
-costs the holder `ttl`.
+that this very message was received in time, it knows that the blocks stay at least until `r + ttl >= s + ttl`, and
+`s + ttl` is a time on its own clock. However long messages travel, a read that completes before `s + ttl` read what it
+should; one that completes later may have read anything and is thrown away. A lost or late answer only makes the reader
+more careful, and a reader that is never heard of again costs the holder `ttl`.
 
 Two things make it safe that are easy to miss: the time counts from *sending*, not from the answer; and a message
 that is sent again must count from its *first* sending, since one answer does not tell which of the two it answers
@@ -43,16 +42,17 @@ class EndedLease:
 @dataclass(slots=True)
 class _Lease:
     blocks: Sequence[int] | None = None  # None: claimed, but not handed over yet
-    until: float = 0.0  # kept so long for a reader that has yet to claim
+    until: float = 0.0  # kept until then for a reader that has yet to claim
     readers: dict[str, float] = field(default_factory=dict)  # reader -> until when
     claimed: bool = False
 
     def end(self) -> float:
+        """Return when the blocks may go back to the pool."""
         return max(self.readers.values(), default=self.until)
 
 
 class LeaseTable:
-    """The holder's side: which blocks it must keep, for whom, and until when on its own clock.
+    """The holder's side: the blocks that it must keep, for each reader until a time on its own clock.
 
     A claim may come before the blocks do: they are not here while they are being computed, but a reader that was
     told of the first chunks may be reading them. Readers are named, since a request may move from one decode engine to
@@ -67,20 +67,17 @@ class LeaseTable:
         self._leases: dict[str, _Lease] = {}
         self._soonest = float("inf")  # nothing ends before this
 
-    def __len__(self) -> int:
-        return len(self._leases)
-
     def claim(self, request_id: str, reader: str, now: float) -> None:
-        """A claim was received at `now`; answer it. Claims of unknown requests count: the request may come later.
+        """Note a claim received at `now`. Claims of unknown requests count: the request may come later.
 
-        Who answers a claim for a request that has ended must say that there is no KV, and not call this.
+        For a request that has ended the answer to a claim is that there is no KV; then do not call this.
         """
         lease = self._leases.setdefault(request_id, _Lease())
         lease.claimed = True
         self._extend(lease, reader, now)
 
     def renew(self, reader: str, request_ids: Iterable[str], now: float) -> list[str]:
-        """Extend this reader's leases. Returns the ids on which it has none (any more)."""
+        """Extend this reader's leases. Returns the ids on which it has none, or none any more."""
         gone: list[str] = []
         for request_id in request_ids:
             lease = self._leases.get(request_id)
@@ -94,19 +91,19 @@ class LeaseTable:
         """Take over a request's blocks.
 
         Args:
-            wait: keep them for so many seconds even if nobody has claimed them yet; None for `ttl`. 0 for KV that
-                nobody wants any more: they stay only as long as those who claimed them already may be reading.
+            wait: seconds to keep them even if nobody has claimed them yet; None for `ttl`. 0 for KV that nobody wants
+                any more: the blocks stay only as long as readers that claimed them already may be reading.
         """
         lease = self._leases.setdefault(request_id, _Lease())
         if lease.blocks is not None:
             raise ValueError(f"blocks of request {request_id} are held already")
         lease.blocks = blocks
-        abandoned = lease.claimed and not lease.readers  # whoever claimed it has released it already
+        abandoned = lease.claimed and not lease.readers  # every reader that claimed it has released it already
         lease.until = now if abandoned else now + (self.ttl if wait is None else wait)
         self._soonest = min(self._soonest, lease.end())
 
     def release(self, request_id: str, reader: str, now: float) -> EndedLease | None:
-        """This reader is done. Returns the lease if that was the last reader and the blocks are here."""
+        """End this reader's part. Returns the lease if that was the last reader and the blocks are here."""
         lease = self._leases.get(request_id)
         if lease is None or lease.readers.pop(reader, None) is None or lease.readers:
             return None
@@ -119,7 +116,7 @@ class LeaseTable:
         return EndedLease(request_id, lease.blocks, expired=False, claimed=True)
 
     def expire(self, now: float) -> list[EndedLease]:
-        """End what has run out and return it, where there are blocks to give back. Cheap when nothing has."""
+        """End leases that have run out and return those with blocks to give back. Cheap when none has."""
         if now < self._soonest:
             return []
         over = [request_id for request_id, lease in self._leases.items() if lease.end() <= now]
@@ -141,122 +138,92 @@ class LeaseTable:
 
 
 @dataclass(slots=True)
-class ReaderLease:
-    """What a reader knows of one lease. Times are on its own clock.
-
-    Attributes:
-        claim_sent: when the claim was sent first.
-        valid_until: bytes read before this are good; None until the claim was answered.
-    """
-
-    claim_sent: float
-    valid_until: float | None = None
-
-    def good(self, completed_at: float) -> bool:
-        """Whether bytes of a read that completed then may be used."""
-        return self.valid_until is not None and completed_at < self.valid_until
-
-    def extend(self, until: float) -> None:
-        if self.valid_until is not None:
-            self.valid_until = max(self.valid_until, until)
+class _ReaderLease:
+    claim_sent: float  # the first time
+    valid_until: float | None = None  # bytes read before this are good; None until the claim is answered
 
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """A renewal to send now."""
+    """A renewal that is sent at `sent_at`, on the reader's clock."""
 
     seq: int
     request_ids: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    at: float
-    request_ids: list[str]
+    sent_at: float
 
 
 class ReaderLeases:
-    """The reader's side: all its leases with one life of one holder, renewed together.
+    """The reader's side: all its leases with one incarnation of one holder, renewed together.
 
-    A request id is claimed from one holder's life once; what is dropped is not claimed again, as the answer to the
-    old claim could be taken for the answer to the new one.
+    All times are on the reader's clock. A request id is claimed from one incarnation once; after `drop` it is not
+    claimed again, as the answer to the old claim could be taken for the answer to the new one.
 
     Args:
-        ttl: the holder's, as its handshake told.
+        ttl: the holder's, from its handshake.
         interval: seconds between renewals; a third of the ttl survives the loss of one in two.
     """
 
     def __init__(self, ttl: float, interval: float | None = None) -> None:
         self.ttl = ttl
         self.interval = ttl / 3 if interval is None else interval
-        self._leases: dict[str, ReaderLease] = {}
-        self._sent: dict[int, _Sent] = {}  # in order of seq and so of time
+        self._leases: dict[str, _ReaderLease] = {}
+        self._sent: dict[int, Renewal] = {}  # in order of seq and so of time
         self._next_seq = 0
         self._next_due: float | None = None
 
-    def __len__(self) -> int:
-        return len(self._leases)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._leases
-
     def claim(self, request_id: str, now: float) -> None:
-        """The claim is about to be sent. If it was sent before, the first time counts."""
-        self._leases.setdefault(request_id, ReaderLease(claim_sent=now))
+        """Note that the claim is sent now. If it was sent before, the first time counts."""
+        self._leases.setdefault(request_id, _ReaderLease(claim_sent=now))
         if self._next_due is None:
             self._next_due = now + self.interval
 
     def claimed(self, request_id: str) -> None:
-        """The answer to the claim came."""
+        """Note that the claim was answered."""
         lease = self._leases.get(request_id)
         if lease is not None and lease.valid_until is None:
             lease.valid_until = lease.claim_sent + self.ttl
 
     def due(self, now: float) -> Renewal | None:
-        """The renewal that is to be sent now, if it is time; it counts as sent at `now`, so send it at once."""
+        """Return the renewal that is to be sent now, if it is time. It counts as sent at `now`, so send it at once."""
         if self._next_due is None or now < self._next_due:
             return None
-        self._forget_old(now)
+        # The answers to older ones would extend nothing any more.
+        self._sent = {seq: renewal for seq, renewal in self._sent.items() if now < renewal.sent_at + self.ttl}
         # What is not answered yet is claimed, not renewed: the holder may not know it.
         request_ids = [request_id for request_id, lease in self._leases.items() if lease.valid_until is not None]
         self._next_due = now + self.interval if self._leases else None
         if not request_ids:
             return None
-        renewal = Renewal(self._next_seq, request_ids)
+        renewal = self._sent[self._next_seq] = Renewal(self._next_seq, request_ids, sent_at=now)
         self._next_seq += 1
-        self._sent[renewal.seq] = _Sent(now, request_ids)
         return renewal
 
     def next_due(self) -> float | None:
-        """When `due` is worth calling."""
+        """Return when `due` is worth calling."""
         return self._next_due
 
     def renewed(self, seq: int, gone: Iterable[str]) -> list[str]:
-        """The answer to renewal `seq` came. Returns which of our leases are gone; they are dropped.
+        """Note that renewal `seq` was answered. Returns which of our leases are gone; they are dropped.
 
         An unknown seq (answered already, or so old that it means nothing) changes nothing but what is gone.
         """
         lost = [request_id for request_id in gone if self._leases.pop(request_id, None) is not None]
-        sent = self._sent.pop(seq, None)
-        if sent is not None:
-            for request_id in sent.request_ids:
-                lease = self._leases.get(request_id)
-                if lease is not None:
-                    lease.extend(sent.at + self.ttl)
+        renewal = self._sent.pop(seq, None)
+        if renewal is None:
+            return lost
+        for request_id in renewal.request_ids:
+            lease = self._leases.get(request_id)
+            if lease is not None and lease.valid_until is not None:
+                lease.valid_until = max(lease.valid_until, renewal.sent_at + self.ttl)
         return lost
 
     def good(self, request_id: str, completed_at: float) -> bool:
-        """Whether bytes of a read for this request that completed then may be used; False for unknown ids."""
+        """Tell whether bytes of a read for this request that completed then may be used; False for unknown ids."""
         lease = self._leases.get(request_id)
-        return lease is not None and lease.good(completed_at)
-
-    def valid_until(self, request_id: str) -> float | None:
-        """Until when reads may complete, as far as is known now; None if there is no lease yet."""
-        lease = self._leases.get(request_id)
-        return None if lease is None else lease.valid_until
+        return lease is not None and lease.valid_until is not None and completed_at < lease.valid_until
 
     def run_out(self, now: float) -> list[str]:
-        """Leases that cannot be relied on any more: answered once, not renewed in time, or never answered for a ttl."""
+        """Return leases that cannot be relied on any more: not renewed in time, or not answered for a ttl."""
         return [
             request_id
             for request_id, lease in self._leases.items()
@@ -264,13 +231,5 @@ class ReaderLeases:
         ]
 
     def drop(self, request_id: str) -> None:
-        """Done with it (the caller sends the release), or given up. Unknown ids are fine."""
+        """Forget a lease that was released or given up. Unknown ids are fine."""
         self._leases.pop(request_id, None)
-
-    def _forget_old(self, now: float) -> None:
-        """Renewals whose answer would extend nothing any more."""
-        while self._sent:
-            seq, sent = next(iter(self._sent.items()))
-            if now < sent.at + self.ttl:
-                return
-            del self._sent[seq]

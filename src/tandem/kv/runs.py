@@ -1,7 +1,8 @@
 """Copies of bytes between two memories, as arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +12,28 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runs:
-    """Contiguous copies; int64 arrays of shape [runs], in bytes from the base of each side's KV memory."""
+    """Contiguous copies: `length[i]` bytes from `src_offset[i]` to `dst_offset[i]`.
+
+    int64 arrays of shape [runs]; offsets are in bytes from the base of each side's memory. Raises ValueError when
+    built of anything else.
+    """
 
     src_offset: Ints
     dst_offset: Ints
     length: Ints
 
+    def __post_init__(self) -> None:
+        arrays = (self.src_offset, self.dst_offset, self.length)
+        if any(a.dtype != np.int64 or a.ndim != 1 or len(a) != len(arrays[0]) for a in arrays):
+            got = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
+            raise ValueError(f"runs are three int64 vectors of one length; got {got}")
+
     def __len__(self) -> int:
         return len(self.length)
+
+    def __getitem__(self, index: slice | NDArray[Any]) -> "Runs":
+        """Select runs by a slice, a mask or an array of positions."""
+        return Runs(self.src_offset[index], self.dst_offset[index], self.length[index])
 
     @property
     def nbytes(self) -> int:
@@ -26,71 +41,72 @@ class Runs:
         return int(self.length.sum())
 
     def at_most(self, limit: int) -> "Runs":
-        """The same bytes in runs of at most `limit` bytes."""
+        """Return the same bytes in runs of at most `limit` bytes: longer runs are cut."""
         if not len(self) or int(self.length.max()) <= limit:
             return self
-        pieces = -(-self.length // limit)
-        which = np.repeat(np.arange(len(self)), pieces)
-        skipped = (np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
-        return Runs(
-            self.src_offset[which] + skipped,
-            self.dst_offset[which] + skipped,
-            np.minimum(self.length[which] - skipped, limit),
-        )
+        parts = -(-self.length // limit)
+        whole = self[np.repeat(np.arange(len(self)), parts)]
+        skipped = (np.arange(len(whole)) - np.repeat(np.cumsum(parts) - parts, parts)) * limit
+        return Runs(whole.src_offset + skipped, whole.dst_offset + skipped, np.minimum(whole.length - skipped, limit))
+
+    def pieces(self, max_bytes: int, max_runs: int) -> Iterator["Runs"]:
+        """Yield the same bytes in the same order, in pieces within both limits; runs longer than a piece are cut."""
+        runs = self.at_most(max_bytes)
+        ends = np.cumsum(runs.length)
+        start = 0
+        while start < len(runs):
+            limit = ends[start] - runs.length[start] + max_bytes
+            stop = min(int(np.searchsorted(ends, limit, side="right")), start + max_runs)
+            yield runs[start:stop]
+            start = stop
 
     def merged(self) -> "Runs":
-        """The same bytes in the fewest runs, given that what adjoins in memory does so in the arrays."""
-        head = np.empty(len(self), dtype=np.bool_)
-        head[:1] = True
-        src, dst = self.src_offset, self.dst_offset
-        head[1:] = ~_continues((src[:-1], src[1:]), (dst[:-1], dst[1:]), self.length[:-1])
-        if head.all():
+        """Return the same bytes in the fewest runs, given that runs which adjoin in memory are neighbours here."""
+        starts = np.ones(len(self), dtype=np.bool_)
+        starts[1:] = ~_continues(self[:-1], self[1:])
+        if starts.all():
             return self
-        first = np.flatnonzero(head)
+        first = np.flatnonzero(starts)
         return Runs(self.src_offset[first], self.dst_offset[first], np.add.reduceat(self.length, first))
 
-    def reversed(self) -> "Runs":
-        """The same copies the other way."""
+    def swapped(self) -> "Runs":
+        """Return the same copies in the opposite direction."""
         return Runs(self.dst_offset, self.src_offset, self.length)
 
-    def where(self, chosen: NDArray[np.bool_]) -> "Runs":
-        return Runs(self.src_offset[chosen], self.dst_offset[chosen], self.length[chosen])
-
     def ascending(self) -> "Runs":
-        """The same runs by ascending source offset."""
+        """Return the same runs by ascending source offset."""
         if (self.src_offset[1:] > self.src_offset[:-1]).all():
             return self
-        # Stable means timsort here: quick on what `grid` returns, a few stretches that are sorted already.
-        order = np.argsort(self.src_offset, kind="stable")
-        return Runs(self.src_offset[order], self.dst_offset[order], self.length[order])
+        # Stable means timsort here: quick on what `repeated` returns, a few stretches that are sorted already.
+        return self[np.argsort(self.src_offset, kind="stable")]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Offsets:
-    """Places at which every segment repeats, ascending on the source; int64 arrays of one shape."""
+    """Byte offsets on both sides, ascending on the source; int64 arrays of one shape."""
 
     src: Ints
     dst: Ints
 
 
-def grid(segments: Runs, outside: Offsets, inside: Offsets) -> Runs:
-    """Every segment at every place, in the fewest runs.
+def repeated(runs: Runs, outer: Offsets, inner: Offsets) -> Runs:
+    """Return every run at every sum of an outer and an inner offset, in the fewest runs.
 
-    `segments` ascend on the source and lie within one block each, on a source whose blocks are not the larger
-    ones. Places `outside` lie further apart than all of the segments, places `inside` within one block. So the
-    product, taken in this order, ascends too, but where destination blocks cut one of the source. The runs on
-    the two sides of a cut cannot adjoin on the destination, save at one place: `segments` come merged.
+    `runs` come merged and ascend on the source, whose blocks are not larger than the destination's; each lies
+    within one block. Outer offsets lie further apart than all of the runs, inner offsets within one block. So the
+    product, taken in this order, ascends too, except where a destination block boundary cuts a source block; and
+    there the two sides of the cut do not adjoin on the destination.
     """
     product = Runs(
-        _sums(outside.src, segments.src_offset, inside.src),
-        _sums(outside.dst, segments.dst_offset, inside.dst),
-        np.repeat(np.tile(segments.length, len(outside.src)), len(inside.src)),
+        _sums(outer.src, runs.src_offset, inner.src),
+        _sums(outer.dst, runs.dst_offset, inner.dst),
+        np.repeat(np.tile(runs.length, len(outer.src)), len(inner.src)),
     )
-    return product.merged() if _any_continues(segments, outside, inside) else product
+    return product.merged() if _any_adjoin(runs, outer, inner) else product
 
 
-def joined(parts: Sequence[Runs]) -> Runs:
-    """All runs of several sets, in the fewest runs."""
+def combined(parts: Sequence[Runs]) -> Runs:
+    """Return all runs of several sets, in the fewest runs."""
     if len(parts) == 1:
         return parts[0]
     whole = Runs(
@@ -101,31 +117,27 @@ def joined(parts: Sequence[Runs]) -> Runs:
     return whole.ascending().merged()
 
 
-def _any_continues(segments: Runs, outside: Offsets, inside: Offsets) -> bool:
-    """Whether a run of the product of `grid` continues the one before it.
+def _any_adjoin(runs: Runs, outer: Offsets, inner: Offsets) -> bool:
+    """Tell whether a run of the product of `repeated` continues the one before it.
 
-    Steps from one inner place to the next are the same in every segment, those between segments the same at
-    every outer place; so it is enough to look at each once, not at every run.
+    Steps from one inner offset to the next are the same for every run, those between runs the same at every outer
+    offset; so it is enough to look at each once, not at the whole product.
     """
-    last = Runs(segments.src_offset + inside.src[-1], segments.dst_offset + inside.dst[-1], segments.length)
-    between_segments = _continues(
-        (last.src_offset[:-1], segments.src_offset[1:]),
-        (last.dst_offset[:-1], segments.dst_offset[1:]),
-        segments.length[:-1],
+    inner_steps = np.diff(inner.src)
+    last = Runs(runs.src_offset + inner.src[-1], runs.dst_offset + inner.dst[-1], runs.length)
+    src_extent = last.src_offset[-1] + last.length[-1] - runs.src_offset[0]
+    dst_extent = last.dst_offset[-1] + last.length[-1] - runs.dst_offset[0]
+    return bool(
+        np.isin(inner_steps[inner_steps == np.diff(inner.dst)], runs.length).any()
+        or _continues(last[:-1], runs[1:]).any()
+        or ((np.diff(outer.src) == src_extent) & (np.diff(outer.dst) == dst_extent)).any()
     )
-    between_outer = _continues(
-        (outside.src[:-1] + last.src_offset[-1], outside.src[1:] + segments.src_offset[0]),
-        (outside.dst[:-1] + last.dst_offset[-1], outside.dst[1:] + segments.dst_offset[0]),
-        segments.length[-1:],
-    )
-    steps = np.diff(inside.src)
-    within = np.isin(steps[steps == np.diff(inside.dst)], segments.length)
-    return bool(between_segments.any() or between_outer.any() or within.any())
 
 
-def _continues(src: tuple[Ints, Ints], dst: tuple[Ints, Ints], length: Ints) -> NDArray[np.bool_]:
-    """Where runs from the first offsets, of some length, end at the second on both sides."""
-    result: NDArray[np.bool_] = (src[0] + length == src[1]) & (dst[0] + length == dst[1])
+def _continues(runs: Runs, following: Runs) -> NDArray[np.bool_]:
+    """Tell, for each pair, whether the following run begins where the run ends, on both sides."""
+    src_ends, dst_ends = runs.src_offset + runs.length, runs.dst_offset + runs.length
+    result: NDArray[np.bool_] = (src_ends == following.src_offset) & (dst_ends == following.dst_offset)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Which layers and heads belong to which rank: the one place that decides it.
+"""The split of layers and heads over the ranks of an engine: the one place that decides it.
 
 Tensor parallelism splits heads, pipeline parallelism splits layers. Every split is contiguous and as even as
 it can be, the first ranks taking one more. Query heads follow the KV head that they attend to.
@@ -19,7 +19,7 @@ def shard(
     pp_rank: int,
     stages: Sequence[int] | None = None,
 ) -> Shard:
-    """What rank (tp_rank, pp_rank) holds.
+    """Return the layers and KV heads that rank (tp_rank, pp_rank) holds.
 
     With more ranks than KV heads, rank r holds head `r * num_kv_heads // tp`, as do its neighbours.
     `stages` gives the layers of each pipeline stage where an even split is not wanted.
@@ -34,10 +34,10 @@ def shard(
 
 
 def query_heads(num_heads: int, num_kv_heads: int, *, tp: int, tp_rank: int) -> Span:
-    """The query heads of a rank: all that attend to its KV heads; ranks with one KV head in common share its
-    out.
+    """Return the query heads of a rank: all that attend to its KV heads.
 
-    Raises `LayoutError`, also when a rank would be left without a query head.
+    Ranks with one KV head in common share its query heads among them. Raises `LayoutError`, also when a rank would
+    be left without a query head.
     """
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise LayoutError("num_heads", f"a multiple of the {num_kv_heads} KV heads", num_heads)

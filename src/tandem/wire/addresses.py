@@ -1,4 +1,4 @@
-"""Host names and addresses: which are loopback, which one is ours, how an endpoint is written."""
+"""Host names and IP addresses: resolution, loopback, and the addresses of this machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tandem.errors import ConfigError
 
 _SIOCGIFADDR = 0x8915
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def resolve(host: str) -> Address:
-    """The address of a host name or address.
+def resolve(host: str) -> IPAddress:
+    """Return the IP address of a host name or address.
 
-    An IPv4 address is preferred, so that two processes that both say `localhost` meet. The empty name and `*`
-    are all addresses of this machine. May ask the name service, so it may block.
+    An IPv4 address is preferred, so that two processes that are both given `localhost` meet. The empty name and `*`
+    stand for all addresses of this machine. It may ask the name service, and so block.
 
     Raises:
         ConfigError: the name is not known.
@@ -38,7 +38,7 @@ def resolve(host: str) -> Address:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what is sent to this host stays on this machine. False for a name that is not known."""
+    """Tell whether traffic to this host stays on this machine. False for a name that is not known."""
     try:
         address = resolve(host)
     except ConfigError:
@@ -48,7 +48,7 @@ def is_loopback(host: str) -> bool:
 
 
 def local_address_towards(host: str, port: int) -> str:
-    """This machine's address on the route to `host`, under which `host` can be expected to reach us.
+    """Return this machine's address on the route to `host`, at which `host` can be expected to reach us.
 
     Sends nothing: connecting a UDP socket only chooses a route.
 
@@ -66,17 +66,17 @@ def local_address_towards(host: str, port: int) -> str:
 
 
 def endpoint(host: str, port: int) -> str:
-    """`host:port` as people write it, with brackets around an IPv6 address."""
+    """Return `host:port` as people write it, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this IPv4 address; None if it cannot be told."""
+    """Return the name of the network interface that has this IPv4 address; None if there is none."""
     return next((name for name, own in _interfaces() if own == address), None)
 
 
 def own_addresses() -> list[str]:
-    """The IPv4 addresses of this machine's interfaces, loopback included."""
+    """Return the IPv4 addresses of this machine's interfaces, loopback included."""
     return [address for _, address in _interfaces()]
 
 

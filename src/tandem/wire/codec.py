@@ -14,7 +14,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
 class Codec(Generic[M]):
-    """Encodes any struct and decodes strictly into one tagged union.
+    """Encode any struct; decode strictly into one tagged union.
 
     Args:
         union: the message types a receiver of this channel accepts.
@@ -30,7 +30,7 @@ class Codec(Generic[M]):
         return self._encoder.encode(message)
 
     def decode(self, data: bytes | memoryview) -> M:
-        """Raises WireError if `data` is too long or is not one of the union's messages."""
+        """Decode one message. Raises WireError if `data` is too long or is not one of the union's messages."""
         if len(data) > self._limit:
             raise WireError(f"message of {len(data)} bytes; at most {self._limit} are accepted here")
         try:

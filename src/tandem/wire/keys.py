@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class CurveKeys:
 
 @dataclass(frozen=True, slots=True)
 class ClusterKey:
-    """32 secret bytes. Whoever holds them belongs to the cluster; nobody else gets a byte in or out."""
+    """32 secret bytes. A process that holds them belongs to the cluster; no other gets a byte in or out."""
 
     secret: bytes = field(repr=False)
 
@@ -42,7 +43,7 @@ class ClusterKey:
 
     @property
     def text(self) -> str:
-        """The one line that a key file holds."""
+        """The line in a key file."""
         return f"{_HEADER} {base64.urlsafe_b64encode(self.secret).decode()}"
 
     @property
@@ -57,7 +58,7 @@ class ClusterKey:
 
     @property
     def fingerprint(self) -> str:
-        """Tells keys apart, and nothing about them: 8 hex digits."""
+        """8 hex digits that tell keys apart and reveal nothing about them."""
         return hashlib.blake2b(b"fingerprint", digest_size=4, key=self.secret, person=b"tandem-curve-v1").hexdigest()
 
     def _derive(self, use: bytes) -> CurveKeys:
@@ -71,25 +72,22 @@ def new_key() -> ClusterKey:
 
 
 def parse_key(text: str, source: str) -> ClusterKey:
-    """The key in a line of text.
+    """Return the key in a line of text.
 
     Args:
-        text: what `ClusterKey.text` gives.
-        source: where the text came from, for the error.
+        text: from `ClusterKey.text`.
+        source: the text's origin, for the error.
 
     Raises:
         ConfigError: `text` is no cluster key. The error does not repeat the text.
     """
-    words = text.split()
-    wrong = ConfigError(f"{source} does not hold a cluster key; make one with `tandem keygen FILE`")
-    if len(words) != 2 or words[0] != _HEADER:
-        raise wrong
-    try:
-        secret = base64.b64decode(words[1].encode(), altchars=b"-_", validate=True)
-    except (binascii.Error, UnicodeEncodeError):
-        raise wrong from None
+    secret = b""
+    match text.split():
+        case [header, encoded] if header == _HEADER:
+            with suppress(binascii.Error, UnicodeEncodeError):
+                secret = base64.b64decode(encoded.encode(), altchars=b"-_", validate=True)
     if len(secret) != _KEY_BYTES:
-        raise wrong
+        raise ConfigError(f"{source} does not hold a cluster key; make one with `tandem keygen FILE`")
     return ClusterKey(secret)
 
 
@@ -97,7 +95,7 @@ def new_key_file(path: Path) -> ClusterKey:
     """Make a key and write it to a new file that only its owner may read.
 
     Raises:
-        ConfigError: the file exists (it is left as it is) or cannot be written.
+        ConfigError: the file exists (it is not changed) or cannot be written.
     """
     key = new_key()
     try:
@@ -112,7 +110,7 @@ def new_key_file(path: Path) -> ClusterKey:
 
 
 def load_key(path: Path | None) -> ClusterKey | None:
-    """The key in a file; where none is named, that in the environment (TANDEM_CLUSTER_KEY), or None.
+    """Return the key in a file; without a file, that in the environment (TANDEM_CLUSTER_KEY), or None.
 
     Raises:
         ConfigError: the file cannot be read, holds no key, or is open to every user of the machine. (Its

@@ -1,7 +1,7 @@
 """Messages between a frontend (the router, or the API on an engine) and an engine's leader.
 
-Grouped by who receives them; one tagged union per direction. A frontend binds, engines connect to it and register.
-Token ids only: nothing textual crosses this channel. Bounds here are what a receiver accepts from anybody who
+Grouped by receiver, one tagged union for each: `ToEngine` and `ToFrontend`. A frontend binds; engines connect to it and
+register. Token ids only: no prompt or output text crosses this channel. The bounds here hold for any sender that has
 proved the cluster key; the engine's own limits (model length, queue) are tighter.
 """
 
@@ -27,7 +27,14 @@ Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 
 
+def clip(text: str) -> str:
+    """Shorten a text of any length to fit a `Text` field."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 4]} ..."
+
+
 class Address(msgspec.Struct, frozen=True, array_like=True):
+    """The TCP address of a socket; `host` is a name or an IP address."""
+
     host: Name
     port: Port
 
@@ -35,12 +42,7 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
         return f"{self.host}:{self.port}"
 
 
-# --- how a request's KV cache comes and goes -------------------------------------------------------------------
-
-
-def clip(text: str) -> str:
-    """A text of unknown length, made to fit a field of a message."""
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 4]} ..."
+# --- where a request's KV comes from and goes to ---------------------------------------------------------------
 
 
 class Local(msgspec.Struct, frozen=True, tag="local"):
@@ -51,21 +53,21 @@ class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
     """Compute the prompt and one token, and keep the prompt's KV for a decode engine to read.
 
     Attributes:
-        published: the client is a foreign proxy: hand it `KvTransferParams` instead of expecting a claim at once.
+        published: the client is a foreign proxy: answer with `KvTransferParams`, and expect a claim only later.
     """
 
     published: bool = False
 
 
-class PullKv(msgspec.Struct, frozen=True, tag="pull"):
+class PullKv(msgspec.Struct, frozen=True, tag="pull_kv"):
     """Read the prompt's KV from a prefill engine, then decode.
 
     Attributes:
         engine_id, incarnation: the prefill engine; a foreign proxy may not know the incarnation.
         address: its peer socket.
-        remote_request_id: how the prefill engine calls the request.
-        first_token: whether the prefill engine samples the first token (it then sends it on), or this engine does.
-        foreign: the address came from a client: follow it only into the allowed networks.
+        remote_request_id: the request's id on the prefill engine.
+        first_token: the prefill engine samples the first token and sends it on; otherwise this engine samples it.
+        foreign: the address came from a client: connect to it only in the allowed networks.
     """
 
     engine_id: Name
@@ -90,14 +92,15 @@ class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     tp_size: Count | None = None
 
 
-# --- what an engine receives -----------------------------------------------------------------------------------
+# --- received by an engine -----------------------------------------------------------------------------------
 
 
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
-    """Answer to Register and to every heartbeat. Not `known`: register (again).
+    """The answer to Register and to every heartbeat.
 
     Attributes:
-        connection: as in the last Register that came here.
+        known: whether the engine is registered; if not, it shall register again.
+        connection: from the last Register that arrived.
     """
 
     known: bool
@@ -108,9 +111,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """Start a request.
 
     Attributes:
-        request_id: unique among the requests of the frontend that sends it; travels through every hop and log line.
+        request_id: unique among the requests of its frontend; carried through every hop and log line.
         token_ids: the prompt and, if the request is resumed, the output so far.
-        prompt_len: how many of `token_ids` are the client's prompt.
+        prompt_len: number of `token_ids` that are the client's prompt.
         time_left: seconds until the request must have ended.
     """
 
@@ -123,18 +126,20 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """Forget a request; nothing more is sent about it. Unknown ids are fine."""
+    """Drop a request; nothing more is sent about it. Unknown ids are fine."""
 
     request_id: Name
 
 
 class PeerAddress(msgspec.Struct, frozen=True):
+    """A prefill engine and its peer socket."""
+
     identity: EngineIdentity
     address: Address
 
 
 class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
-    """Prefill engines that requests may name: shake hands with them now, before a request waits for it."""
+    """Prefill engines that requests may name: do the handshake with them now, before a request waits for it."""
 
     peers: Annotated[list[PeerAddress], Meta(max_length=MAX_PEERS)]
 
@@ -142,7 +147,7 @@ class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
 ToEngine = Registered | Generate | Abort | Introduce
 
 
-# --- what a frontend receives -------------------------------------------------------------------------------------
+# --- received by a frontend -------------------------------------------------------------------------------------
 
 
 class RankInfo(msgspec.Struct, frozen=True):
@@ -156,7 +161,7 @@ class RankInfo(msgspec.Struct, frozen=True):
 
 
 class KvUsage(msgspec.Struct, frozen=True):
-    """Blocks by state: `free + cached + leased + in_use == blocks`. `cached`: reusable, held by nobody."""
+    """Blocks by state: `free + cached + leased + in_use == blocks`. Cached blocks are held by nobody and reusable."""
 
     block_size: Count
     blocks: Count
@@ -173,7 +178,7 @@ class RequestCounts(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why two engines cannot share KV: `field` differs. `ours` is the value of the engine that tells it."""
+    """Two engines cannot share KV, because `field` differs. `ours` is the value of the engine that reports it."""
 
     field: Name
     ours: Text
@@ -216,9 +221,9 @@ class EngineCounters(msgspec.Struct, frozen=True):
 
 
 class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
-    """What GET /tandem/engine shows, and the heartbeat.
+    """The heartbeat, and the content of GET /tandem/engine.
 
-    `identity_time`: seconds that the ranks took to agree on who they are.
+    `identity_time`: seconds that the ranks took to agree on the engine's identity.
     """
 
     engine_id: Name
@@ -239,15 +244,15 @@ class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):
-    """First message of an engine to a frontend, repeated until it is answered and after every reconnect.
+    """The first message of an engine to a frontend, repeated until it is answered and after every reconnect.
 
     Attributes:
-        peer_address: where other engines shake hands with it.
-        http_address: where its own API listens, if it has one.
+        peer_address: listens for handshakes of other engines.
+        http_address: listens for its own API, if it has one.
         max_model_len: longest prompt and output together, in tokens.
-        model_path: folder with the tokenizer, as the engine sees it.
-        protocol: lowest and highest version of the engine-to-engine protocol it speaks.
-        connection: how often its connection to this frontend has broken; what was under way then may be lost.
+        model_path: folder with the tokenizer, on the engine's node.
+        protocol: lowest and highest version of the engine-to-engine protocol that it speaks.
+        connection: number of times that its connection to this frontend broke; messages on their way then may be lost.
     """
 
     identity: EngineIdentity
@@ -264,14 +269,14 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of a chosen token and the `top` most likely ones (id, natural log), most likely first."""
+    """The log-probability of a chosen token and the `top` most likely ones (id, natural log), most likely first."""
 
     logprob: float
     top: list[tuple[int, float]]
 
 
 class RequestStats(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How one engine made its part of a response. Times in seconds; `kv_source` is the engine that KV was read from."""
+    """Statistics of one engine's part of a response, in seconds. `kv_source`: the engine from which KV was read."""
 
     queue_time: Seconds = 0.0
     prefill_time: Seconds = 0.0
@@ -291,11 +296,11 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """Progress of a request.
 
     Attributes:
-        index: place of the first of `token_ids` in the request's output (0: first token).
+        index: position of the first of `token_ids` in the request's output (0: first token).
         finish_reason: stop (eos or stop token id) or length, if the request ends with the last of `token_ids`.
         stop_token_id: the token that ended it, which is the last of `token_ids`.
         done: this engine's part is done; a prefill engine's part may end before the request does.
-        stats: how it was made so far; on the first and on the last message.
+        stats: so far; on the first and on the last message.
     """
 
     request_id: Name
@@ -321,13 +326,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """All that one step has for this frontend."""
+    """The output of one step for one frontend."""
 
     items: list[Tokens | Failed]
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
-    """The engine stops."""
+    """The engine stops; no message follows."""
 
     reason: Text
 

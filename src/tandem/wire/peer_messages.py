@@ -1,7 +1,7 @@
 """Messages between the leaders of two engines: decode engines connect, prefill engines listen.
 
-Every message after the handshake names the life (incarnation) of the prefill engine that it means, so that one
-which restarted under the same address can tell that a message is not for it.
+Every message after the handshake names the incarnation of the prefill engine (`to`, `source`), so that an engine which
+restarted at the same address can tell that a message is not for it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Blocks = Annotated[list[Count], Meta(max_length=MAX_BLOCKS)]
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What is compared before anything else of a peer is looked at.
+    """The part of a handshake that is compared before the rest is decoded.
 
     Attributes:
         protocol: lowest and highest version spoken.
         fingerprint: decides whether KV bytes of one engine mean the same in the other.
-        kv_dtype, connector: must be equal too; named apart for a clear refusal.
+        kv_dtype, connector: must be equal too; separate fields for a clear refusal.
         software: for people; never compared.
     """
 
@@ -39,11 +39,11 @@ class Envelope(msgspec.Struct, frozen=True):
     software: Text
 
 
-# --- what a prefill engine receives ----------------------------------------------------------------------------
+# --- received by a prefill engine ----------------------------------------------------------------------------
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Opens a session. `expected`: the engine, and the life if known, that the sender means to reach."""
+    """Open a session. `expected_...`: the engine, and the incarnation if known, that the sender means to reach."""
 
     envelope: Envelope
     identity: EngineIdentity
@@ -85,11 +85,11 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
 ToPrefill = Hello | Claim | Renew | Release
 
 
-# --- what a decode engine receives -----------------------------------------------------------------------------
+# --- received by a decode engine -----------------------------------------------------------------------------
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The session is open. `descriptor` is an `EngineDescriptor`, decoded only once the envelope fits."""
+    """The session is open. `descriptor` is an `EngineDescriptor`, decoded only once the envelope is accepted."""
 
     envelope: Envelope
     identity: EngineIdentity
@@ -98,7 +98,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """No session: `field` differs. `mine` is the value of the engine that refuses, `yours` that of the other."""
+    """No session, because `field` differs. `mine` is the value of the engine that refuses, `yours` the other's."""
 
     identity: EngineIdentity
     field: Name
@@ -107,20 +107,20 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
-    """The claim was received; the lease runs from the moment the *claim was sent*, on the sender's clock."""
+    """The claim was received; the lease runs from the moment at which the *claim was sent*, on the sender's clock."""
 
     source: Name
     request_id: Name
     number: Count = 0
 
 
-class KvComputed(msgspec.Struct, frozen=True, tag="kv_arrived"):
+class KvComputed(msgspec.Struct, frozen=True, tag="kv_computed"):
     """A chunk of the prompt is computed on every rank.
 
     Attributes:
-        first_block: place of the first of `block_ids` in the request's block table.
-        block_ids: the blocks that this chunk finished or touched, in order.
-        num_tokens: how many tokens of the request have their KV in place now, from its start.
+        first_block: position of the first of `block_ids` in the request's block table.
+        block_ids: the blocks that this chunk filled, in whole or in part, in order.
+        num_tokens: number of tokens of the request whose KV is computed now, from its start.
         final: nothing more comes for this request.
         first_token: with `final`, the token that the prefill engine sampled.
     """
@@ -135,7 +135,7 @@ class KvComputed(msgspec.Struct, frozen=True, tag="kv_arrived"):
 
 
 class KvGone(msgspec.Struct, frozen=True, tag="kv_gone"):
-    """There is no KV (any more) for this request: unknown, aborted, or its lease ended."""
+    """There is no KV for this request, or none any more: unknown, aborted, or its lease ended."""
 
     source: Name
     request_id: Name
@@ -143,7 +143,7 @@ class KvGone(msgspec.Struct, frozen=True, tag="kv_gone"):
 
 
 class Renewed(msgspec.Struct, frozen=True, tag="renewed"):
-    """Answer to `Renew` number `seq`: all leases are extended but those in `gone`."""
+    """The answer to `Renew` number `seq`: all leases are extended but those in `gone`."""
 
     source: Name
     seq: Count

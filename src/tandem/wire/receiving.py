@@ -48,7 +48,7 @@ async def receive_messages(
 
     A message that is not of this channel, or that `handle` raises for, is counted in `dropped`; the next one is served.
     """
-    routed = socket.socket_type == zmq.ROUTER
+    routed = socket.type == zmq.ROUTER
     while True:
         frames = await socket.recv_multipart()
         sender = frames.pop(0) if routed else b""

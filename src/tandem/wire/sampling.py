@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen. The same struct from the API to the sampler."""
+"""The sampling parameters of a request: one struct from the API to the sampler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     Attributes:
         seed: keys the random generator together with a token's position, so that the same request continues
             with the same tokens however it is batched or resumed.
-        logprobs: how many of the most likely tokens to report beside the chosen one; None for none at all.
+        logprobs: number of most likely tokens to report beside the chosen one; None for no logprobs at all.
         stop_token_ids: end the request with finish reason "stop", as the model's end-of-sequence tokens do.
     """
 

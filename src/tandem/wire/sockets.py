@@ -1,6 +1,6 @@
-"""ZeroMQ sockets as everything inside a cluster uses them: CURVE, bounded, with heartbeats.
+"""The ZeroMQ sockets of everything inside a cluster: CURVE, bounded, with heartbeats.
 
-With a cluster key every socket encrypts, and a listener lets in only those who hold the key. Without one,
+With a cluster key every socket encrypts, and a listener lets in only clients that hold the key. Without one,
 sockets bind and connect on loopback alone.
 """
 
@@ -15,22 +15,9 @@ import zmq
 from zmq.utils import z85
 
 from tandem.errors import ConfigError
-from tandem.wire.addresses import endpoint, is_loopback, local_address_towards, resolve
+from tandem.wire.addresses import endpoint, is_loopback, resolve
 from tandem.wire.codec import MAX_MESSAGE_BYTES
-from tandem.wire.keys import ClusterKey, load_key, new_key, new_key_file, parse_key
-
-__all__ = [
-    "ClusterKey",
-    "SocketOptions",
-    "Sockets",
-    "endpoint",
-    "is_loopback",
-    "load_key",
-    "local_address_towards",
-    "new_key",
-    "new_key_file",
-    "parse_key",
-]
+from tandem.wire.keys import ClusterKey
 
 # A peer that is silent for HEARTBEAT_TIMEOUT_MS is disconnected. libzmq's own thread answers heartbeats, so a
 # process that computes for long is not taken for dead; one that is stopped, or whose machine is gone, is.
@@ -45,11 +32,11 @@ S = TypeVar("S", bound="zmq.Socket[Any]")
 
 @dataclass(frozen=True, slots=True)
 class SocketOptions:
-    """What differs between our sockets.
+    """Options in which our sockets differ.
 
     Attributes:
-        max_message: largest frame in bytes that is received; whoever sends a larger one is disconnected.
-        hwm: how many messages may wait per peer, in each direction.
+        max_message: largest frame in bytes that is received; a peer that sends a larger one is disconnected.
+        hwm: messages that may wait per peer, in each direction.
         mandatory: a ROUTER raises (EHOSTUNREACH, EAGAIN) where it would silently drop what it cannot send.
         handover: a new connection to a ROUTER with an `identity` already in use replaces the old one.
         identity: under which a ROUTER addresses this socket; chosen by the ROUTER if None.
@@ -72,11 +59,11 @@ DEFAULT_OPTIONS = SocketOptions()
 class Sockets(Generic[S]):
     """Makes sockets in a ZeroMQ context, which may be a `zmq.Context` or a `zmq.asyncio.Context`.
 
-    It owns neither the context nor the sockets: who makes them closes them. Several may share a context, also
+    It owns neither the context nor the sockets: they are the caller's to close. Several may share a context, also
     with different keys.
 
     Args:
-        context: where the sockets live; decides their class.
+        context: the sockets' own; decides their class.
         key: the cluster key; None restricts everything to loopback.
     """
 
@@ -84,12 +71,12 @@ class Sockets(Generic[S]):
         self._context = context
         self._key = key
         if key is not None:
-            _start_doorkeeper(context)
+            _start_authenticator(context)
 
     def bind(
         self, kind: zmq.SocketType, host: str, port: int, options: SocketOptions = DEFAULT_OPTIONS
     ) -> tuple[S, int]:
-        """A listening socket and its port; port 0 takes any that is free.
+        """Return a listening socket and its port; port 0 takes any that is free.
 
         Raises:
             ConfigError: not loopback and no key, an unknown host or one of another machine, or a port in use.
@@ -110,9 +97,9 @@ class Sockets(Generic[S]):
         return socket, int(last.rstrip(b"\0").rpartition(b":")[2])
 
     def connect(self, kind: zmq.SocketType, host: str, port: int, options: SocketOptions = DEFAULT_OPTIONS) -> S:
-        """A socket that connects in the background, and again whenever the connection breaks.
+        """Return a socket that connects in the background, and again whenever the connection breaks.
 
-        A host name is looked up anew at each attempt, so a peer may come back at another address.
+        A host name is resolved at each attempt, so a peer may come back at another address.
 
         Raises:
             ConfigError: not loopback and no key, an unknown host, or no port.
@@ -135,7 +122,7 @@ class Sockets(Generic[S]):
         return socket
 
     def _permitted(self, host: str, port: int, verb: str) -> str:
-        """The numeric address of `host`, if these sockets may use it."""
+        """Return the numeric address of `host`, if these sockets may use it."""
         address = str(resolve(host))
         if self._key is None and not is_loopback(address):
             raise ConfigError(
@@ -190,11 +177,11 @@ def _bind_failure(host: str, port: int, error: zmq.ZMQError) -> str:
     return f"cannot listen on {place}: {error}"
 
 
-# --- who may come in -------------------------------------------------------------------------------------
+# --- authentication --------------------------------------------------------------------------------------
 
 
-def _start_doorkeeper(context: zmq.Context[Any]) -> None:
-    """Answer ZAP (RFC 27) requests of this context from a thread of its own; one for each context.
+def _start_authenticator(context: zmq.Context[Any]) -> None:
+    """Answer ZAP requests (RFC 27) of this context in a thread of its own; one for each context.
 
     libzmq lets in any CURVE client as long as nobody answers; ZAP_ENFORCE_DOMAIN makes it let in none.
     """
@@ -210,10 +197,10 @@ def _start_doorkeeper(context: zmq.Context[Any]) -> None:
         if error.errno != errno.EADDRINUSE:
             raise
         return
-    threading.Thread(target=_keep_door, args=(socket,), name="tandem-doorkeeper", daemon=True).start()
+    threading.Thread(target=_authenticate, args=(socket,), name="tandem-authenticator", daemon=True).start()
 
 
-def _keep_door(socket: zmq.Socket[bytes]) -> None:
+def _authenticate(socket: zmq.Socket[bytes]) -> None:
     try:
         while True:
             socket.send_multipart(_zap_reply(socket.recv_multipart()))
@@ -224,16 +211,9 @@ def _keep_door(socket: zmq.Socket[bytes]) -> None:
 def _zap_reply(request: list[bytes]) -> list[bytes]:
     """Let in the one client whose public key is the listener's ZAP domain.
 
-    The domain never leaves this process, so each listener says for itself whom it lets in.
+    The domain never leaves this process, so each listener names for itself the client that it lets in.
     """
-    request_id = request[1] if len(request) > 1 else b""
-    known = (
-        len(request) == 7
-        and request[0] == b"1.0"
-        and request[5] == b"CURVE"
-        and len(request[6]) == 32
-        and z85.encode(request[6]) == request[2]
-    )
-    if known:
-        return [b"1.0", request_id, b"200", b"OK", b"tandem", b""]
-    return [b"1.0", request_id, b"400", b"not a member of this cluster", b"", b""]
+    match request:
+        case [b"1.0", request_id, domain, _, _, b"CURVE", key] if len(key) == 32 and z85.encode(key) == domain:
+            return [b"1.0", request_id, b"200", b"OK", b"tandem", b""]
+    return [b"1.0", *request[1:2], b"400", b"not a member of this cluster", b"", b""]

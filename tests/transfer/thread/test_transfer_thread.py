@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tandem.errors import EngineFailed, TransferError
 from tandem.kv.layout import Axis, KvLayout, block_major, layer_major, token_major
+from tandem.kv.runs import Runs
 from tandem.kv.shard import shard
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.thread.thread_messages import (
@@ -73,7 +74,7 @@ class FakeTransport:
                 read.state, read.error = ReadState.FAILED, f"disconnected from {agent}"
         self.waiting = [entry for entry in self.waiting if entry[0] != agent]
 
-    def post(self, agent: str, source: np.ndarray, destination: np.ndarray, length: np.ndarray) -> FakeRead:
+    def post(self, agent: str, runs: Runs) -> FakeRead:
         if agent not in self.connected:
             raise TransferError(f"{agent} is not connected")
         if self.fail_posts_after is not None:
@@ -81,14 +82,14 @@ class FakeTransport:
                 raise TransferError(f"{agent} is lost")
             self.fail_posts_after -= 1
         read = FakeRead()
-        self.waiting.append((agent, read, (source, destination, length)))
+        self.waiting.append((agent, read, runs))
         return read
 
     def poll(self) -> None:
         if self.held:
             return
         for agent, read, runs in self.waiting:
-            for source, destination, length in zip(*runs, strict=True):
+            for source, destination, length in zip(runs.src_offset, runs.dst_offset, runs.length, strict=True):
                 self.own[destination : destination + length] = self.memories[agent][source : source + length]
             read.state = ReadState.DONE
         self.waiting.clear()

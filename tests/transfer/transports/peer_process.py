@@ -17,6 +17,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from tandem.kv.runs import Runs
 from tandem.transfer.transports.base import RankEndpoint, Read, ReadState, Region, Transport
 from tandem.transfer.transports.registry import transport_factory
 
@@ -61,10 +62,9 @@ def make_transport(kind: str, memory: Memory, agent: str | None = None) -> Trans
     return transport
 
 
-def runs(*triples: tuple[int, int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(source, destination, length) triples as the three vectors of `post`."""
-    table = np.array(triples, dtype=np.int64).reshape(-1, 3)
-    return table[:, 0], table[:, 1], table[:, 2]
+def runs(*triples: tuple[int, int, int]) -> Runs:
+    """Make runs of (source, destination, length) triples."""
+    return Runs(*np.array(triples, dtype=np.int64).reshape(-1, 3).T)
 
 
 def poll_until(condition: Callable[[], bool], *transports: Transport, seconds: float = SECONDS) -> None:
@@ -86,7 +86,7 @@ def poll_once(*transports: Transport) -> None:
 
 
 def ended(read: Read) -> bool:
-    return read.state is not ReadState.IN_PROGRESS
+    return read.state in (ReadState.DONE, ReadState.FAILED)
 
 
 def _context() -> Any:
@@ -129,7 +129,7 @@ class PeerProcess:
         return self._answer
 
     def has_answer(self) -> bool:
-        return self._pipe.poll()
+        return bool(self._pipe.poll())
 
     def stop(self) -> None:
         """SIGSTOP; returns once every thread of the process has stopped."""
@@ -170,10 +170,10 @@ def _serve(pipe: Connection, kind: str, size: int, seed: int, agent: str | None)
                 command, *arguments = pipe.recv()
             except EOFError:
                 return
-            pipe.send(_obey(command, arguments, transport, memory))
+            pipe.send(_answer_to(command, arguments, transport, memory))
 
 
-def _obey(command: str, arguments: list[Any], transport: Transport, memory: Memory) -> Any:
+def _answer_to(command: str, arguments: list[Any], transport: Transport, memory: Memory) -> Any:
     match command, arguments:
         case "ping", []:
             return "alive"
@@ -184,7 +184,7 @@ def _obey(command: str, arguments: list[Any], transport: Transport, memory: Memo
             return memory.bytes[start:stop].tobytes()
         case "read", [endpoint, triples]:
             transport.connect(endpoint)
-            read = transport.post(endpoint.agent, *runs(*triples))
+            read = transport.post(endpoint.agent, runs(*triples))
             poll_until(lambda: ended(read), transport)
             return read.state, read.error
     raise ValueError(command)

@@ -1,4 +1,4 @@
-"""What the tcp transport promises beyond the others: towards peers that do not keep to the rules."""
+"""The promises of the tcp transport beyond those of every transport: towards peers that break the rules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from tandem.transfer.transports.tcp.protocol import (
     ServerAddress,
     vector_bytes,
 )
-from tandem.wire.sockets import ClusterKey, Sockets, new_key
+from tandem.wire.keys import ClusterKey, new_key
+from tandem.wire.sockets import Sockets
 from tests.transfer.transports.peer_process import Memory, ended, pattern, poll_once, poll_until, runs
 
 MIB = 1024 * 1024
@@ -72,7 +73,7 @@ def sockets() -> Iterator[Sockets[Socket]]:
 
 def require_honest_read(reader: Rank, server: Rank) -> None:
     reader.transport.connect(server.transport.describe())
-    read = reader.transport.post("server", *runs((0, 0, SIZE)))
+    read = reader.transport.post("server", runs((0, 0, SIZE)))
     poll_until(lambda: ended(read), reader.transport, server.transport)
     assert read.state is ReadState.DONE
     assert np.array_equal(reader.memory.bytes, pattern(SIZE, 1))
@@ -178,7 +179,7 @@ def test_an_answer_against_the_rules_ends_the_peer_and_writes_nothing(
 ) -> None:
     listener, endpoint = liar
     reader.transport.connect(endpoint)
-    read = reader.transport.post("liar", *runs((0, 0, 100)))
+    read = reader.transport.post("liar", runs((0, 0, 100)))
     poll_until(lambda: bool(listener.poll(0)), reader.transport)
     sender, _ = listener.recv_multipart()
     listener.send_multipart([sender, *answer])
@@ -187,13 +188,13 @@ def test_an_answer_against_the_rules_ends_the_peer_and_writes_nothing(
     assert read.state is ReadState.FAILED
     assert not reader.memory.bytes.any()
     with pytest.raises(PeerLost):
-        reader.transport.post("liar", *runs((0, 0, 100)))
+        reader.transport.post("liar", runs((0, 0, 100)))
 
 
 def test_an_answer_that_comes_twice_is_not_written_twice(reader: Rank, liar: tuple[Socket, RankEndpoint]) -> None:
     listener, endpoint = liar
     reader.transport.connect(endpoint)
-    read = reader.transport.post("liar", *runs((0, 0, 100)))
+    read = reader.transport.post("liar", runs((0, 0, 100)))
     poll_until(lambda: bool(listener.poll(0)), reader.transport)
     sender, _ = listener.recv_multipart()
     header = ANSWERS.encode(FetchPiece("liar", 1, 0))
@@ -210,7 +211,7 @@ def test_nobody_listening_fails_the_read(reader: Rank, sockets: Sockets[Socket])
     listener.close(linger=0)
     endpoint = RankEndpoint("gone", ADDRESSES.encode(ServerAddress(HOST, port)), Region(4096, SIZE))
     reader.transport.connect(endpoint)
-    read = reader.transport.post("gone", *runs((0, 0, 100)))
+    read = reader.transport.post("gone", runs((0, 0, 100)))
     poll_until(lambda: ended(read), reader.transport)
     assert read.state is ReadState.FAILED
 
@@ -228,7 +229,7 @@ def test_with_the_cluster_key_ranks_read_and_with_another_they_do_not() -> None:
     try:
         require_honest_read(reader, server)
         stranger.transport.connect(server.transport.describe())
-        read = stranger.transport.post("server", *runs((0, 0, 100)))
+        read = stranger.transport.post("server", runs((0, 0, 100)))
         poll_until(lambda: ended(read), stranger.transport, server.transport)
         assert read.state is ReadState.FAILED
         assert not stranger.memory.bytes.any()

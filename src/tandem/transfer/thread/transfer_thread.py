@@ -193,7 +193,7 @@ class TransferThread:
                 order.source_blocks, order.destination_blocks, order.start, order.stop, whole_tail=order.last
             )
             for index, run in runs.items():
-                job.reads.append(self._transport.post(peer.agents[index], run.src_offset, run.dst_offset, run.length))
+                job.reads.append(self._transport.post(peer.agents[index], run))
                 job.bytes += int(run.length.sum())
                 job.descriptors += len(run.length)
         except (TransferError, LayoutError) as problem:

@@ -1,8 +1,8 @@
-"""The seam between moving KV and how bytes travel.
+"""The interface between KV transfer and the ways in which bytes travel.
 
 A `Transport` belongs to one worker and is used by that worker's transfer thread alone. It knows addresses and
-bytes, nothing of requests, blocks or layouts. To add one, write a file with a class like `tcp.client.TcpTransport` and
-name it in `registry.py`.
+bytes, nothing of requests, blocks or layouts. To add one, write a class like `tcp.client.TcpTransport` and name it in
+`registry.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
+
+from tandem.kv.runs import Runs
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True):
@@ -25,11 +25,11 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankEndpoint(msgspec.Struct, frozen=True, array_like=True):
-    """How another rank reaches this rank's memory: what `describe` returns and `connect` takes.
+    """The way to another rank's memory: returned by `describe`, taken by `connect`.
 
     Attributes:
-        agent: unique name of this rank in this life of its engine.
-        metadata: the transport's own words.
+        agent: unique name of the rank in this incarnation of its engine.
+        metadata: opaque to all but the transport that made it.
         region: the KV memory; reads must stay inside.
     """
 
@@ -64,7 +64,7 @@ class Read(Protocol):
 class Transport(Protocol):
     """Register memory, describe it, connect to a peer, post reads, poll, close.
 
-    All methods are called from one thread and none may block for long: `connect` may take as long as opening a
+    All methods are called by one thread and none may block for long: `connect` may take as long as opening a
     connection does; the others return at once.
     """
 
@@ -72,10 +72,10 @@ class Transport(Protocol):
         """Make the memory readable by peers and writable by our reads. Once, before anything else."""
 
     def describe(self) -> RankEndpoint:
-        """What peers need to read the registered memory."""
+        """Return what peers need to read the registered memory."""
 
     def connect(self, peer: RankEndpoint) -> None:
-        """Get ready to read from the peer. Raises TransferError."""
+        """Prepare to read from the peer. Raises TransferError."""
 
     def disconnect(self, agent: str) -> None:
         """Forget a peer: nothing more is posted to it.
@@ -83,26 +83,24 @@ class Transport(Protocol):
         Its reads become FAILED, at once or as soon as the transport knows that no byte of them can arrive.
         """
 
-    def post(
-        self, agent: str, source: NDArray[np.int64], destination: NDArray[np.int64], length: NDArray[np.int64]
-    ) -> Read:
-        """Start reading runs: `length[i]` bytes from `source[i]` into `destination[i]`.
+    def post(self, agent: str, runs: Runs) -> Read:
+        """Start reading runs from the peer's region (their source) into our own (their destination).
 
-        Offsets are in bytes from the start of the peer's and of our own region. Raises TransferError for runs
-        outside of either region, or a peer that is not connected or is lost.
+        Raises TransferError for runs outside of either region or a peer that is not connected, PeerLost for one that
+        is lost.
         """
 
     def poll(self) -> None:
-        """Move everything forward that can move, our reads and, where we serve bytes ourselves, those of others."""
+        """Make progress with our reads and, where we serve bytes ourselves, with those of peers."""
 
     def wait_on(self) -> Sequence[Any]:
-        """Sockets or file descriptors which, when readable, make `poll` worth while (for zmq.Poller).
+        """Return sockets or file descriptors which, when readable, make `poll` worth while (for zmq.Poller).
 
         May change with every call of another method; empty means: poll on a timer while reads are in progress.
         """
 
     def close(self) -> None:
-        """End everything, within about two seconds. Idempotent."""
+        """Disconnect from all peers and release the memory, within about two seconds. Idempotent."""
 
 
 TransportFactory = Callable[[str, str], Transport]

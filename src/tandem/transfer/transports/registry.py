@@ -1,4 +1,4 @@
-"""The transports by name. Each is imported when it is made, so one that is not installed costs nothing."""
+"""The transports by name. Each is imported when one is made, so one that is not installed costs nothing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 from tandem.errors import ConfigError
 from tandem.transfer.transports.base import Transport, TransportFactory
-from tandem.wire.sockets import ClusterKey
+from tandem.wire.keys import ClusterKey
 
 
 def _nixl(agent: str, host: str, key: ClusterKey | None) -> Transport:
-    from tandem.transfer.transports.nixl import NixlTransport
+    # UCX puts every address of this machine into its metadata, so the host is of no use to it.
+    from tandem.transfer.transports.nixl.transport import NixlTransport
 
-    return NixlTransport(agent, host)
+    return NixlTransport(agent)
 
 
 def _tcp(agent: str, host: str, key: ClusterKey | None) -> Transport:
@@ -28,12 +29,12 @@ TRANSPORT_NAMES = tuple(_TRANSPORTS)
 
 
 def default_transport() -> str:
-    """`nixl` where it is installed, else `tcp`."""
+    """Return `nixl` where it is installed, else `tcp`."""
     return "nixl" if importlib.util.find_spec("nixl") is not None else "tcp"
 
 
 def transport_factory(name: str, key: ClusterKey | None) -> TransportFactory:
-    """What makes the transport of this name.
+    """Return the factory of the transport of this name.
 
     Args:
         name: one of TRANSPORT_NAMES.
@@ -51,7 +52,7 @@ def transport_factory(name: str, key: ClusterKey | None) -> TransportFactory:
 
 
 def connector_name(name: str | None) -> str:
-    """The configured connector, or the default one. Raises ConfigError if there is none of this name."""
+    """Return the configured connector, or the default one. Raises ConfigError if there is none of this name."""
     chosen = name or default_transport()
     transport_factory(chosen, None)
     return chosen

@@ -8,18 +8,18 @@ memory, in `poll`; once a read has failed or its peer is disconnected nothing of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import zmq
-from numpy.typing import NDArray
 from zmq.utils.monitor import parse_monitor_message
 
 from tandem.errors import ConfigError, PeerLost, TransferError, WireError
+from tandem.kv.runs import Runs
 from tandem.transfer.transports.base import RankEndpoint, ReadState, Region
-from tandem.transfer.transports.runs import Runs, checked_runs
+from tandem.transfer.transports.bounds import runs_inside
 from tandem.transfer.transports.tcp.protocol import (
     ADDRESSES,
     ANSWERS,
@@ -28,20 +28,20 @@ from tandem.transfer.transports.tcp.protocol import (
     PIECE_RUNS,
     WINDOW,
     Fetch,
-    FetchPiece,
     FetchRefused,
     ServerAddress,
     vector_bytes,
 )
 from tandem.transfer.transports.tcp.server import Memory, Server, host_memory, scatter
-from tandem.wire.sockets import ClusterKey, SocketOptions, Sockets
+from tandem.wire.keys import ClusterKey
+from tandem.wire.sockets import SocketOptions, Sockets
 
 MAX_SOCKETS = 16_384
 
 # libzmq tells a sender what was taken in steps of half the mark, so four windows never fill up for an honest reader.
 _HWM = 4 * WINDOW
 _SERVER = SocketOptions(max_message=64 * 1024 + 8192, hwm=_HWM, mandatory=True)
-# The end of a connection is the end of a peer: a new one would lead to another life of it, or lack answers.
+# The end of a connection is the end of a peer: a new one would lead to another incarnation of it, or lack answers.
 _LOST = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -54,39 +54,33 @@ _READER = SocketOptions(max_message=PIECE_BYTES, hwm=_HWM, reconnect=False, moni
 
 
 class TcpRead:
+    """A read in pieces: some wait, some are being fetched. Bytes are written by `fill` alone."""
+
     def __init__(self, number: int, runs: Runs) -> None:
         self.number = number
-        self.state = ReadState.IN_PROGRESS if runs.count else ReadState.DONE
         self.error: str | None = None
-        self._pieces: Iterator[tuple[int, Runs]] = enumerate(runs.pieces(PIECE_BYTES, PIECE_RUNS))
-        self._next = next(self._pieces, None)
-        self._fetched: dict[int, Runs] = {}
+        self.waiting = deque(enumerate(runs.pieces(PIECE_BYTES, PIECE_RUNS)))
+        self.fetching: dict[int, Runs] = {}
 
     @property
-    def wants_fetch(self) -> bool:
-        return self._next is not None and self.state is ReadState.IN_PROGRESS
+    def state(self) -> ReadState:
+        if self.error is not None:
+            return ReadState.FAILED
+        return ReadState.IN_PROGRESS if self.waiting or self.fetching else ReadState.DONE
 
-    def take_piece(self) -> tuple[int, Runs]:
-        assert self._next is not None  # ours to check: see `wants_fetch`
-        taken, self._next = self._next, next(self._pieces, None)
-        self._fetched[taken[0]] = taken[1]
-        return taken
+    def next_piece(self) -> tuple[int, Runs]:
+        """Take a piece that waits; it is being fetched from now on."""
+        piece, runs = self.waiting.popleft()
+        self.fetching[piece] = runs
+        return piece, runs
 
-    def fill(self, piece: int, data: Memory, memory: Memory) -> bool:
-        """Write a piece that was fetched and has the right size; anything else is left alone and False."""
-        runs = self._fetched.get(piece)
-        if runs is None or runs.bytes != len(data) or self.state is not ReadState.IN_PROGRESS:
-            return False
-        scatter(data, memory, runs.destination, runs.length)
-        del self._fetched[piece]
-        if self._next is None and not self._fetched:
-            self.state = ReadState.DONE
-        return True
-
-    def fail(self, error: str) -> None:
-        if self.state is ReadState.IN_PROGRESS:
-            self.state = ReadState.FAILED
-            self.error = error
+    def fill(self, piece: int, data: Memory, memory: Memory) -> None:
+        """Write a piece. Raises WireError, and writes nothing, if it is not being fetched or has another size."""
+        runs = self.fetching.get(piece)
+        if runs is None or runs.nbytes != len(data):
+            raise WireError(f"piece {piece} of read {self.number} with {len(data)} bytes was not asked for")
+        scatter(data, memory, runs.dst_offset, runs.length)
+        del self.fetching[piece]
 
 
 @dataclass(slots=True)
@@ -96,14 +90,27 @@ class _Peer:
     monitor: zmq.Socket[bytes]
     lost: str | None = None
     reads: dict[int, TcpRead] = field(default_factory=dict)
-    outstanding: deque[tuple[int, int]] = field(default_factory=deque)
+
+    @property
+    def window(self) -> int:
+        """Pieces that may be fetched now in addition to those that are."""
+        return WINDOW - sum(len(read.fetching) for read in self.reads.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """This rank's own memory, and the server through which peers read it."""
+
+    endpoint: RankEndpoint
+    memory: Memory
+    server: Server
 
 
 class TcpTransport:
     """See `base.Transport`.
 
     Args:
-        agent: unique name of this rank in this life of its engine.
+        agent: unique name of this rank in this incarnation of its engine.
         host: where to serve, and what peers connect to.
         key: the cluster key; None restricts everything to loopback.
     """
@@ -115,29 +122,24 @@ class TcpTransport:
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._sockets = Sockets(self._context, key)
         self._poller = zmq.Poller()
-        self._region: Region | None = None
-        self._memory: Memory = np.empty(0, dtype=np.uint8)
-        self._server: Server | None = None
-        self._listener: zmq.Socket[bytes] | None = None
-        self._port = 0
+        self._own: _Registered | None = None
         self._peers: dict[str, _Peer] = {}
         self._reads = 0
 
     def register(self, region: Region) -> None:
-        if self._region is not None:
+        if self._own is not None:
             raise TransferError("memory is registered already")
-        self._memory = host_memory(region)
-        self._listener, self._port = self._sockets.bind(zmq.ROUTER, self._host, 0, _SERVER)
-        self._poller.register(self._listener, zmq.POLLIN)
-        self._server = Server(self._agent, self._memory, self._listener)
-        self._region = region
+        memory = host_memory(region)
+        listener, port = self._sockets.bind(zmq.ROUTER, self._host, 0, _SERVER)
+        self._poller.register(listener, zmq.POLLIN)
+        endpoint = RankEndpoint(self._agent, ADDRESSES.encode(ServerAddress(self._host, port)), region)
+        self._own = _Registered(endpoint, memory, Server(self._agent, memory, listener))
 
     def describe(self) -> RankEndpoint:
-        region = self._registered()
-        return RankEndpoint(self._agent, ADDRESSES.encode(ServerAddress(self._host, self._port)), region)
+        return self._registered().endpoint
 
     def connect(self, peer: RankEndpoint) -> None:
-        """Returns at once; that a peer is not there is found out within seconds and fails its reads."""
+        """Connect in the background: a peer that is not there is noticed within seconds, and its reads fail."""
         self._registered()
         known = self._peers.get(peer.agent)
         if known is not None:
@@ -163,18 +165,15 @@ class TcpTransport:
         peer.monitor.close(linger=0)
         peer.socket.close(linger=0)
 
-    def post(
-        self, agent: str, source: NDArray[np.int64], destination: NDArray[np.int64], length: NDArray[np.int64]
-    ) -> TcpRead:
-        region = self._registered()
+    def post(self, agent: str, runs: Runs) -> TcpRead:
+        own = self._registered()
         peer = self._peers.get(agent)
         if peer is None:
             raise TransferError(f"{agent} is not connected")
         if peer.lost is not None:
             raise PeerLost(f"{agent} is lost: {peer.lost}")
-        runs = checked_runs(source, destination, length, peer.endpoint.region.length, region.length)
         self._reads += 1
-        read = TcpRead(self._reads, runs)
+        read = TcpRead(self._reads, runs_inside(runs, peer.endpoint.region, own.endpoint.region))
         if read.state is ReadState.IN_PROGRESS:
             peer.reads[read.number] = read
             self._fetch(peer)
@@ -182,8 +181,8 @@ class TcpTransport:
 
     def poll(self) -> None:
         ready = dict(self._poller.poll(0))
-        if self._server is not None and self._listener in ready:
-            self._server.poll()
+        if self._own is not None and self._own.server.socket in ready:
+            self._own.server.poll()
         for peer in list(self._peers.values()):
             if peer.socket in ready:
                 self._receive(peer)
@@ -191,38 +190,35 @@ class TcpTransport:
                 self._notice_loss(peer)
 
     def wait_on(self) -> Sequence[Any]:
-        """Changes with `connect` and `disconnect`, and when a peer is lost."""
+        """Return sockets; they change with `connect` and `disconnect`, and when a peer is lost."""
         return [socket for socket, _ in self._poller.sockets]
 
     def close(self) -> None:
         for agent in list(self._peers):
             self.disconnect(agent)
-        self._server = None
-        self._region = None
-        if self._listener is not None:
-            self._poller.unregister(self._listener)
-            self._listener.close(linger=0)
-            self._listener = None
+        self._own = None
+        self._poller = zmq.Poller()
         # Waits until libzmq sends nothing out of the region any more.
         self._context.destroy(linger=0)
 
-    # --- moving reads forward ----------------------------------------------------------------------------------
+    # --- progress of reads ----------------------------------------------------------------------------------
 
     def _fetch(self, peer: _Peer) -> None:
         """Ask for the next pieces, oldest read first, until the window is full."""
+        window = peer.window
         for read in peer.reads.values():
-            while read.wants_fetch:
-                if len(peer.outstanding) >= WINDOW:
+            while read.waiting:
+                if window <= 0:
                     return
-                piece, runs = read.take_piece()
-                offsets, lengths = vector_bytes(runs.source), vector_bytes(runs.length)
+                piece, runs = read.next_piece()
+                offsets, lengths = vector_bytes(runs.src_offset), vector_bytes(runs.length)
                 fetch = Fetch(peer.endpoint.agent, read.number, piece, offsets, lengths)
                 try:
                     peer.socket.send(FETCHES.encode(fetch), zmq.NOBLOCK)
                 except zmq.ZMQError as error:
                     self._lose(peer, f"cannot send to {peer.endpoint.agent}: {error}")
                     return
-                peer.outstanding.append((read.number, piece))
+                window -= 1
 
     def _receive(self, peer: _Peer) -> None:
         for _ in range(WINDOW):
@@ -233,46 +229,43 @@ class TcpTransport:
             except zmq.Again:
                 return
             try:
-                self._take(peer, frames)
+                self._accept(peer, frames)
             except WireError as error:
-                self._lose(peer, f"{peer.endpoint.agent} sent something else than an answer: {error}")
+                self._lose(peer, f"{peer.endpoint.agent} sent a message that is no answer: {error}")
             self._fetch(peer)
 
-    def _take(self, peer: _Peer, frames: Sequence[zmq.Frame]) -> None:
+    def _accept(self, peer: _Peer, frames: Sequence[zmq.Frame]) -> None:
+        """Take an answer. Raises WireError for anything that was not asked for."""
         answer = ANSWERS.decode(frames[0].buffer)
         if answer.source != peer.endpoint.agent:
             raise WireError(f"it is {answer.source}")
-        match answer:
-            case FetchRefused(read=number, reason=reason):
-                self._lose(peer, f"{peer.endpoint.agent} refuses to be read: {reason}")
-            case FetchPiece(read=number, piece=piece) if len(frames) == 2 and (number, piece) in peer.outstanding:
-                peer.outstanding.remove((number, piece))
-                read = peer.reads[number]
-                if not read.fill(piece, np.frombuffer(frames[1].buffer, np.uint8), self._memory):
-                    raise WireError(f"piece {piece} of read {number} with {len(frames[1].buffer)} bytes")
-                if read.state is not ReadState.IN_PROGRESS:
-                    del peer.reads[number]
-            case _:
-                raise WireError("a piece that was not asked for")
+        if isinstance(answer, FetchRefused):
+            self._lose(peer, f"{peer.endpoint.agent} refuses to be read: {answer.reason}")
+            return
+        read = peer.reads.get(answer.read)
+        if read is None or len(frames) != 2:
+            raise WireError(f"a piece of read {answer.read} in {len(frames)} frames was not asked for")
+        read.fill(answer.piece, np.frombuffer(frames[1].buffer, np.uint8), self._registered().memory)
+        if read.state is ReadState.DONE:
+            del peer.reads[read.number]
 
     def _notice_loss(self, peer: _Peer) -> None:
         event = parse_monitor_message(peer.monitor.recv_multipart())
-        words = str(zmq.Event(event["event"]).name).replace("_", " ").lower()
-        self._lose(peer, f"connection to {peer.endpoint.agent}: {words}")
+        name = str(zmq.Event(event["event"]).name).replace("_", " ").lower()
+        self._lose(peer, f"connection to {peer.endpoint.agent}: {name}")
 
-    def _lose(self, peer: _Peer, words: str) -> None:
-        """End its reads; whatever still comes from it is not looked at any more."""
+    def _lose(self, peer: _Peer, reason: str) -> None:
+        """Fail its reads and ignore what still comes from it."""
         if peer.lost is not None:
             return
-        peer.lost = words
+        peer.lost = reason
         self._poller.unregister(peer.socket)
         self._poller.unregister(peer.monitor)
         for read in peer.reads.values():
-            read.fail(words)
+            read.error = reason
         peer.reads.clear()
-        peer.outstanding.clear()
 
-    def _registered(self) -> Region:
-        if self._region is None:
+    def _registered(self) -> _Registered:
+        if self._own is None:
             raise TransferError("no memory is registered, or the transport is closed")
-        return self._region
+        return self._own

@@ -1,4 +1,4 @@
-"""What the tcp transports of two ranks say to each other: the reader fetches, the server answers.
+"""Messages between the tcp transports of two ranks: the reader fetches, the server answers.
 
 Every message names the agent that serves, so one that took over the port of another never answers for it. A
 `FetchPiece` is followed by one more frame, the bytes of its runs one after the other.
@@ -20,24 +20,24 @@ from tandem.wire.messages import Count, Name, Port, Text
 PIECE_BYTES = 2 * 1024 * 1024
 PIECE_RUNS = 4096
 WINDOW = 8
-"""Pieces that a reader fetches at a time from one peer; so neither side ever holds more of them."""
+"""Pieces that a reader fetches at a time from one peer; neither side ever holds more of them."""
 
 _OFFSET = np.dtype("<i8")
 _Vector = Annotated[bytes, Meta(min_length=_OFFSET.itemsize, max_length=PIECE_RUNS * _OFFSET.itemsize)]
 
 
 class ServerAddress(msgspec.Struct, frozen=True, tag="tandem-tcp-1"):
-    """The metadata of a rank: where it serves its memory."""
+    """The metadata of a rank: the address at which it serves its memory."""
 
     host: Name
     port: Port
 
 
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
-    """Asks for one piece of a read.
+    """Ask for one piece of a read.
 
     Attributes:
-        to: the agent that is to answer.
+        to: the agent that shall answer.
         read, piece: chosen by the reader; come back in the answer.
         offsets, lengths: of the runs in the server's region, in bytes, as little-endian int64.
     """
@@ -49,7 +49,7 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     lengths: _Vector
 
     def runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Offsets and lengths. Raises WireError if they are not vectors of one size."""
+        """Return offsets and lengths. Raises WireError if they are not vectors of one size."""
         if len(self.offsets) != len(self.lengths) or len(self.offsets) % _OFFSET.itemsize:
             raise WireError(f"{len(self.offsets)} bytes of offsets do not fit {len(self.lengths)} bytes of lengths")
         return (

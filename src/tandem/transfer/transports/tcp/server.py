@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from tandem.errors import TransferError, WireError
 from tandem.transfer.transports.base import Region
-from tandem.transfer.transports.runs import require_inside
+from tandem.transfer.transports.bounds import require_inside
 from tandem.transfer.transports.tcp.protocol import ANSWERS, FETCHES, PIECE_BYTES, Fetch, FetchPiece, FetchRefused
+from tandem.wire.receiving import DroppedMessages
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,10 @@ Memory = NDArray[np.uint8]
 
 
 def host_memory(region: Region) -> Memory:
-    """The region as bytes; they stay where they are, and the array does not keep them alive.
+    """Return the region as bytes: a view that does not keep the memory alive.
 
     Raises:
-        TransferError: the memory is on a GPU, or no region at all.
+        TransferError: the memory is on a GPU, or there is none.
     """
     if region.device >= 0:
         raise TransferError(
@@ -40,7 +41,7 @@ def host_memory(region: Region) -> Memory:
 class Server:
     """Answers fetches from a bound ROUTER socket.
 
-    A reader that fetches more than it takes loses answers, and nobody else is touched: what waits for one reader is
+    A reader that fetches more than it receives loses answers, and no other is affected: what waits for one reader is
     bounded by the socket's high-water mark.
 
     Args:
@@ -52,14 +53,14 @@ class Server:
     def __init__(self, agent: str, memory: Memory, socket: zmq.Socket[bytes]) -> None:
         self._agent = agent
         self._memory = memory
-        self._socket = socket
-        self.dropped = 0
+        self.socket = socket
+        self._dropped = DroppedMessages(log, f"{agent}: fetch")
 
     def poll(self) -> None:
         """Answer what has arrived, up to MAX_FETCHES_PER_POLL fetches."""
         for _ in range(MAX_FETCHES_PER_POLL):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._answer(frames)
@@ -70,8 +71,7 @@ class Server:
                 raise WireError(f"{len(frames) - 1} frames where a fetch has 1")
             fetch = FETCHES.decode(frames[1])
         except WireError as error:
-            self.dropped += 1
-            log.debug("%s: fetch dropped: %s", self._agent, error)
+            self._dropped.add(error)
             return
         try:
             answer: list[Any] = [ANSWERS.encode(FetchPiece(self._agent, fetch.read, fetch.piece)), self._bytes(fetch)]
@@ -94,16 +94,15 @@ class Server:
 
     def _send(self, frames: list[Any]) -> None:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            self.socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            self.dropped += 1
             log.debug("%s: answer dropped: %s", self._agent, error)
 
 
 def gather(memory: Memory, offsets: NDArray[np.int64], lengths: NDArray[np.int64], total: int) -> Memory:
-    """The bytes of all runs, one after the other, in new memory."""
+    """Copy the bytes of all runs, one after the other, into new memory."""
     gathered = np.empty(total, dtype=np.uint8)
     at = 0
     for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
@@ -113,7 +112,7 @@ def gather(memory: Memory, offsets: NDArray[np.int64], lengths: NDArray[np.int64
 
 
 def scatter(data: Memory, memory: Memory, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-    """The opposite of `gather`."""
+    """Copy bytes that `gather` put one after the other to where their runs are."""
     at = 0
     for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
         memory[offset : offset + length] = data[at : at + length]
