@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.transfer.decode.pulls import Pull
+from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import Generate
 
 STUCK_SECONDS = 5.0

@@ -18,7 +18,7 @@ from tandem.scheduling.admission import Limits
 from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
 from tandem.scheduling.scheduler import Scheduler
-from tandem.transfer.decode.pulls import Pull as Transfer
+from tandem.transfer.decode.pull import Pull as Transfer
 from tandem.wire.messages import Address, Failed, Generate, KvTransferParams, Local, Prefill, PullKv, Tokens
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.invariants import check_scheduler
@@ -146,7 +146,7 @@ def rig(request: pytest.FixtureRequest) -> Any:
 
 def arrived(request_id: str, blocks: list[int], tokens: int, first_token: int) -> Transfer:
     pull = Transfer(request_id, "remote", "p0", True)
-    pull.source_blocks, pull.destination_blocks, pull.ready, pull.final = blocks, blocks, tokens, True
+    pull.source_blocks, pull.destination_blocks, pull.announced_tokens, pull.final = blocks, blocks, tokens, True
     pull.first_token, pull.bytes, pull.descriptors, pull.job_seconds = first_token, 640, 5, {1: 0.25}
     pull.final_at = time.monotonic()
     return pull

@@ -21,7 +21,7 @@ from tandem.engine.mailbox import Mailbox
 from tandem.errors import EngineFailed, InvalidRequest
 from tandem.ids import prompt_digest
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
-from tandem.transfer.decode.consumer import Consumer, ConsumerEvents
+from tandem.transfer.decode.dialer import PeerDialer, PullEvents
 from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.prefill.listener import PeerListener
 from tandem.transfer.thread.leader_side import TransferThreads
@@ -71,7 +71,7 @@ class LeaderEventLoop:
         self._farewell = ""
         self._thread = threading.Thread(target=self._main, name="event_loop", daemon=True)
         self.listener: PeerListener | None = None
-        self.consumer: Consumer | None = None
+        self.dialer: PeerDialer | None = None
 
     def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
         """Returns once all transfer threads are there and the frontends are being called.
@@ -141,13 +141,13 @@ class LeaderEventLoop:
         wiring = self._wiring
         self._stopping = asyncio.Event()
         transfer_threads = TransferThreads(wiring.transfer_socket, len(wiring.descriptor.ranks))
-        self.consumer = Consumer(
+        self.dialer = PeerDialer(
             wiring.descriptor.identity,
             wiring.envelope,
             [rank.layout for rank in wiring.descriptor.ranks],
             transfer_threads,
             wiring.sockets,
-            ConsumerEvents(
+            PullEvents(
                 arrived=lambda pull: self._mailbox.put(commands.KvArrived(pull)),
                 failed=lambda request_id, why: self._mailbox.put(commands.KvFailed(request_id, why)),
                 quiet=lambda request_id: self._mailbox.put(commands.ReadsEnded(request_id)),
@@ -164,9 +164,10 @@ class LeaderEventLoop:
         tasks = [
             asyncio.create_task(coroutine)
             for coroutine in (
-                transfer_threads.run(self.consumer.reported),
+                transfer_threads.run(self.dialer.reported),
                 transfer_threads.watch(),
                 self.listener.run(),
+                self.dialer.run(),
                 self._serve_frontends(transfer_threads),
             )
         ]
@@ -179,7 +180,7 @@ class LeaderEventLoop:
             for frontend in self._frontends:
                 frontend.goodbye(self._farewell or "it failed")
             transfer_threads.stop()
-            self.consumer.close()
+            self.dialer.close()
             await _cancel([*tasks, stopping])
             wiring.transfer_socket.close(linger=500)
 
@@ -213,9 +214,9 @@ class LeaderEventLoop:
     def _begin(self, frontend: int, message: Generate) -> None:
         """Raises InvalidRequest, and then nothing has begun."""
         assert self.listener is not None
-        assert self.consumer is not None
+        assert self.dialer is not None
         request_id, kv = message.request_id, message.kv
-        if self.listener.knows(request_id) or self.consumer.knows(request_id):
+        if self.listener.knows(request_id) or self.dialer.knows(request_id):
             raise InvalidRequest(f"request id {request_id} is in use; every request needs its own", param="request_id")
         if isinstance(kv, PullKv) and kv.foreign and not self._wiring.config.access.allows(kv.address.host):
             raise InvalidRequest(
@@ -225,7 +226,7 @@ class LeaderEventLoop:
         match kv:
             case PullKv():
                 self._mailbox.put(start)
-                self.consumer.open(request_id, kv, prompt_digest(message.token_ids))
+                self.dialer.open(request_id, kv, prompt_digest(message.token_ids))
             case Prefill(published=published):
                 wait = PUBLISHED_PATIENCE if published else None
                 self.listener.begin(request_id, wait, prompt_digest(message.token_ids))
@@ -237,12 +238,12 @@ class LeaderEventLoop:
         self._mailbox.put(commands.AbortRequest(request_id))
 
     def _introduce(self, message: Introduce) -> None:
-        assert self.consumer is not None
-        self.consumer.introduce(message)
+        assert self.dialer is not None
+        self.dialer.introduce(message)
 
     def _kv_event(self, event: KvEvent) -> None:
         assert self.listener is not None
-        assert self.consumer is not None
+        assert self.dialer is not None
         match event:
             case ChunkComputed():
                 self.listener.chunk(
@@ -252,9 +253,9 @@ class LeaderEventLoop:
                 if not ok:
                     self.listener.abort(request_id, "the prefill ended early")
             case BlocksAllocated():
-                self.consumer.allocated(event.request_id, event.block_ids, event.num_cached_tokens, event.num_tokens)
+                self.dialer.allocated(event.request_id, event.block_ids, event.num_cached_tokens, event.num_tokens)
             case PullEnded(request_id=request_id):
-                self.consumer.give_up(request_id, "the request has ended")
+                self.dialer.give_up(request_id, "the request has ended")
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -139,7 +139,7 @@ class Leading:
 
     def _status(self, leader: StepLoop, event_loop: LeaderEventLoop) -> EngineStatus:
         config, snapshot = self._rank.config, leader.snapshot
-        listener, consumer = event_loop.listener, event_loop.consumer
+        listener, dialer = event_loop.listener, event_loop.dialer
         return EngineStatus(
             engine_id=self._agreement.identity.engine_id,
             incarnation=self._agreement.identity.incarnation,
@@ -153,11 +153,11 @@ class Leading:
             ranks=self._agreement.ranks,
             kv=snapshot.kv,
             requests=snapshot.requests,
-            peers=consumer.peers if consumer else [],
+            peers=dialer.peers if dialer else [],
             identity_time=self._agreement.seconds,
             counters=msgspec.structs.replace(
                 snapshot.counters,
-                kv_failures=consumer.failures if consumer else 0,
+                kv_failures=dialer.failures if dialer else 0,
                 leases_expired=listener.expired if listener else 0,
                 bad_messages=listener.bad_messages if listener else 0,
             ),

@@ -21,7 +21,7 @@ from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Event, Finished, PrefillEnded, PullEnded, TokenOut
 from tandem.scheduling.scheduler import Scheduler
-from tandem.transfer.decode.pulls import Pull
+from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import (
     EngineCounters,
     Failed,
@@ -288,7 +288,7 @@ class StepLoop:
             stats,
             transfer_time=pull.read_seconds,
             handoff_time=max(0.0, account.first_out_at - pull.final_at) if account.first_out_at else 0.0,
-            blocks=self._pool.blocks_for(pull.ready) - pull.cached // self._pool.block_size,
+            blocks=self._pool.blocks_for(pull.announced_tokens) - pull.cached // self._pool.block_size,
             bytes=pull.bytes,
             descriptors=pull.descriptors,
             transport=self._transport,
