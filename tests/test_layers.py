@@ -18,7 +18,7 @@ ROWS = (
     {"engine"},
     {"router"},
     {"scheduling", "transfer", "models", "api", "processes"},
-    {"config"},
+    {"config", "reports"},
     {"wire"},
     {"kv", "ids", "logs", "deadlines"},
     {"errors"},

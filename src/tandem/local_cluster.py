@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tandem.api.http_server import bind
 from tandem.config import EngineConfig, RouterConfig
 from tandem.engine.start.launch import EngineProcesses, control_port, published_host
 from tandem.errors import StartError
 from tandem.processes import Child, ChildProcesses
+from tandem.reports import Following, Health, Loading, Ready
 from tandem.router.process import FrontendConfig, run_frontend
 from tandem.wire.messages import Address, EngineStatus
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a person may want to see while things start. `loaded`: engine, bytes of weights so far and in all."""
+    """Shows a person how the start goes.
+
+    Attributes:
+        loaded: called with an engine's name, the bytes of weights loaded so far and those in all.
+        ready: called with an engine's name once it can serve.
+    """
 
     loaded: Callable[[str, int, int], None] = lambda *_: None
     ready: Callable[[str, EngineStatus], None] = lambda *_: None
@@ -26,14 +31,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RouterProcess:
-    """A router child: where clients and where engines reach it."""
+    """A router child: `http` is its address for clients, `control` that for engines."""
 
     child: Child
     http: Address
     control: Address
 
 
-def start_router(family: ChildProcesses, config: RouterConfig, seconds: float) -> RouterProcess:
+def start_router(processes: ChildProcesses, config: RouterConfig, seconds: float) -> RouterProcess:
     """Bind the HTTP port here, so that a port in use is known at once, and start the router on it."""
     listener = bind(config.host, config.port)
     host, port = listener.getsockname()[:2]
@@ -48,57 +53,54 @@ def start_router(family: ChildProcesses, config: RouterConfig, seconds: float) -
         seed=config.seed,
         log_level=config.log_level,
     )
-    child = family.start("router", run_frontend, frontend, listener)
+    child = processes.start("router", run_frontend, frontend, listener)
     listener.close()
-    control = control_port(family, child, seconds)
+    control = control_port(processes, child, seconds)
     return RouterProcess(child, Address(host, port), Address(config.control_host, control))
 
 
 def start_engines(
-    family: ChildProcesses, configs: Sequence[tuple[str, EngineConfig]], router: Address | None
+    processes: ChildProcesses, configs: Sequence[tuple[str, EngineConfig]], router: Address | None
 ) -> list[EngineProcesses]:
-    """All processes of these engines on this node. Their APIs first: those need no torch."""
+    """Start all processes of these engines on this node. Their APIs come first: those need no torch."""
     engines = [EngineProcesses(config, name, published_host(config)) for name, config in configs]
     for engine in engines:
-        engine.start_api(family)
+        engine.start_api(processes)
     for engine in engines:
-        engine.start_ranks(family, router)
+        engine.start_ranks(processes, router)
     return engines
 
 
-def wait_ready(family: ChildProcesses, engines: Sequence[EngineProcesses], seconds: float, progress: Progress) -> None:
-    """Until the leaders among these engines can serve, and the other ranks follow theirs. Raises StartError."""
-    waiting = {child.name: engine.name for engine in engines for child in engine.ranks}
-    children = [child for engine in engines for child in engine.ranks]
+def wait_ready(
+    processes: ChildProcesses, engines: Sequence[EngineProcesses], seconds: float, progress: Progress
+) -> None:
+    """Wait until the leaders among these engines can serve and the other ranks follow theirs. Raises StartError."""
+    engine_of = {child.name: engine.name for engine in engines for child in engine.ranks}
+    ranks = [child for engine in engines for child in engine.ranks]
+    waiting = dict(engine_of)
     deadline = time.monotonic() + seconds
     while waiting:
-        if not family.wait(children, deadline - time.monotonic()):
+        received = processes.next_report(ranks, deadline - time.monotonic())
+        if received is None:
             names = ", ".join(dict.fromkeys(waiting.values()))
             raise StartError(
                 f"{names} did not start within {seconds:.0f} s; raise --start-timeout or see the log above"
             )
-        for engine in engines:
-            for child in engine.ranks:
-                while child.reports:
-                    word, value = child.reports.popleft()
-                    if word in ("ready", "following"):
-                        waiting.pop(child.name, None)
-                    _show(engine, word, value, progress)
+        child, report = received
+        match report:
+            case Loading(loaded=loaded, total=total):
+                progress.loaded(engine_of[child.name], loaded, total)
+            case Ready(status=status):
+                progress.ready(engine_of[child.name], status)
+                waiting.pop(child.name, None)
+            case Following():
+                waiting.pop(child.name, None)
 
 
-def _show(engine: EngineProcesses, word: str, value: Any, progress: Progress) -> None:
-    if word == "progress":
-        progress.loaded(engine.name, *value)
-    elif word == "ready":
-        progress.ready(engine.name, value)
-
-
-def wait_healthy(family: ChildProcesses, router: RouterProcess, seconds: float) -> None:
-    """Until the router has a whole path for a request. Raises StartError."""
+def wait_healthy(processes: ChildProcesses, router: RouterProcess, seconds: float) -> None:
+    """Wait until the router has a route for a request. Raises StartError."""
     deadline = time.monotonic() + seconds
-    while family.wait([router.child], deadline - time.monotonic()):
-        reports = list(router.child.reports)
-        router.child.reports.clear()
-        if any(word == "health" and value["ok"] for word, value in reports):
+    while (received := processes.next_report([router.child], deadline - time.monotonic())) is not None:
+        if received[1] == Health(ok=True):
             return
     raise StartError(f"the router found no path from prefill to decode within {seconds:.0f} s")

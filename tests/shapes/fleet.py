@@ -26,7 +26,7 @@ from tandem.config import (
     TimeSection,
 )
 from tandem.engine.start.launch import rank_main
-from tandem.engine.start.place import RankPlace
+from tandem.engine.start.placement import RankPlacement
 from tandem.errors import RequestError
 from tandem.processes import ChildProcesses
 from tandem.router.hub import Hub, Inbox
@@ -178,15 +178,13 @@ class Fleet:
             threads=1,
             log_level="warning",
         )
-        meeting = f"{self._folder.name}/{shape.name}"
+        meeting = f"{self._folder.name}/{shape.name}" if parallel.world_size > 1 else None
         for rank in range(parallel.world_size):
-            place = RankPlace(rank, rank, "127.0.0.1", meeting, (self.control,), None)
-            self._family.start(f"{shape.name} rank {rank}", rank_main, shape.name, config, place)
+            placement = RankPlacement(rank, rank, "127.0.0.1", meeting, (self.control,), None)
+            self._family.start(f"{shape.name} rank {rank}", rank_main, shape.name, config, placement)
 
     def _wait(self, names: set[str]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while {member.engine_id for member in self._pool.ready("mixed")} != names:
             assert time.monotonic() < deadline, f"only {[m.engine_id for m in self._pool]} of {names} started"
-            for child in self._family.children:
-                child.reports.clear()
-            self._family.wait(self._family.children, 0.2)
+            self._family.next_report(self._family.children, 0.2)

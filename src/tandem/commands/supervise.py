@@ -37,9 +37,7 @@ def supervised(body: Callable[[ChildProcesses, Console], int], preload: Sequence
 def wait_forever(family: ChildProcesses) -> None:
     """Until a signal comes or a child dies; then raises."""
     while True:
-        family.wait(family.children, None)
-        for child in family.children:
-            child.reports = type(child.reports)(r for r in child.reports if r[0] in ("error", "ended"))
+        family.next_report(family.children, None)
 
 
 def _take_signals(family: ChildProcesses) -> None:

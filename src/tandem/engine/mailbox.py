@@ -30,7 +30,7 @@ class Mailbox(Generic[T]):
             pass  # full of wake-ups already
 
     def take(self) -> list[T]:
-        """Everything that is there, without waiting."""
+        """Return everything that is there, without waiting."""
         try:
             while os.read(self._reader.fileno(), 4096):
                 pass
@@ -42,13 +42,6 @@ class Mailbox(Generic[T]):
                 items.append(self._queue.get_nowait())
             except queue.Empty:
                 return items
-
-    def wait(self, seconds: float) -> T | None:
-        """The next item, or None if none comes in time."""
-        try:
-            return self._queue.get(timeout=seconds)
-        except queue.Empty:
-            return None
 
     def close(self) -> None:
         self._reader.close()

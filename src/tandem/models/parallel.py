@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tandem.errors import EngineFailed, ModelError
+from tandem.errors import ModelError, RankLost
 from tandem.kv.layout import LayoutError
 from tandem.kv.layout import Shard as KvShard
 from tandem.kv.shard import query_heads, shard
@@ -102,12 +102,12 @@ def _too_many_ranks(shard: RankPosition, error: LayoutError) -> ModelError:
 
 @contextlib.contextmanager
 def with_other_ranks() -> Iterator[None]:
-    """Around what waits for other ranks. Raises `EngineFailed` when one of them has gone."""
+    """Around what waits for other ranks. Raises `RankLost` when one of them has gone."""
     try:
         yield
     except RuntimeError as error:
         why = str(error).splitlines()[0][:200]
-        raise EngineFailed(f"a rank of this engine was lost, or does not answer: {why}") from None
+        raise RankLost(f"a rank of this engine was lost, or does not answer: {why}") from None
 
 
 class Collectives(Protocol):

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from tandem import logs
 from tandem.api.app import create_app, preload
 from tandem.api.http_server import serve
 from tandem.errors import RequestError
+from tandem.reports import ControlPort, Health, Reporter
 from tandem.router.hub import Hub
 from tandem.router.registry import EngineRegistry
 from tandem.router.router import Router, pair_finder, single_finder
@@ -44,8 +44,8 @@ class FrontendConfig:
     log_level: str
 
 
-def run_frontend(report: Callable[..., None], config: FrontendConfig, listener: socket.socket) -> None:
-    """Serve until SIGTERM. Reports `control` with the port for engines, and `change` with a line per engine state.
+def run_frontend(report: Reporter, config: FrontendConfig, listener: socket.socket) -> None:
+    """Serve until SIGTERM. Reports the `ControlPort` for engines, and its `Health` whenever an engine changes.
 
     Args:
         listener: bound and listening HTTP socket.
@@ -55,7 +55,7 @@ def run_frontend(report: Callable[..., None], config: FrontendConfig, listener: 
         runner.run(_serve(report, config, listener))
 
 
-async def _serve(report: Callable[..., None], config: FrontendConfig, listener: socket.socket) -> None:
+async def _serve(report: Reporter, config: FrontendConfig, listener: socket.socket) -> None:
     key = load_key(Path(config.cluster_key_file) if config.cluster_key_file else None)
     context = zmq.asyncio.Context()
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, key)
@@ -73,7 +73,7 @@ async def _serve(report: Callable[..., None], config: FrontendConfig, listener: 
     hub_task = asyncio.create_task(hub.run())
     hub_task.add_done_callback(lambda _: stop.set())
     loading = asyncio.create_task(_load_early(app, announcer.first))
-    report("control", port)
+    report(ControlPort(port))
     try:
         await serve(app, listener, stop, started=started, grace=1.0)
     finally:
@@ -102,7 +102,7 @@ class _Announcer:
         first: set once an engine has come.
     """
 
-    def __init__(self, report: Callable[..., None], backend: Router) -> None:
+    def __init__(self, report: Reporter, backend: Router) -> None:
         self._report = report
         self._backend = backend
         self._last: Any = None
@@ -116,4 +116,4 @@ class _Announcer:
         now = (health.ok, states)
         if now != self._last:
             self._last = now
-            self._report("health", {"ok": health.ok, "detail": health.detail, "engines": states})
+            self._report(Health(health.ok))

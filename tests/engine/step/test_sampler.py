@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,16 +21,16 @@ def at(
     position: int = 7,
     history: tuple[list[int], int] | None = None,
     stop_ids: list[int] | None = None,
-    **params: object,
+    **params: Any,
 ) -> SampleAt:
-    return SampleAt(SamplingParams(**params), position, 0, history, stop_ids or [])  # type: ignore[arg-type]
+    return SampleAt(SamplingParams(**params), position, 0, history, stop_ids or [])
 
 
 def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def support(logits: list[float], draws: int = 400, **params: object) -> set[int]:
+def support(logits: list[float], draws: int = 400, **params: Any) -> set[int]:
     """Every token that comes up."""
     rows = [at(position=position, **params) for position in range(draws)]
     return {result.token_id for result in sample(torch.tensor([logits] * draws), rows)}
@@ -44,7 +45,8 @@ def reference_probabilities(logits: list[float], params: SamplingParams) -> list
     ranked = sorted(weights, key=lambda token: (-weights[token], token))
     if params.top_k:
         ranked = ranked[: params.top_k]
-    total, before, kept = sum(weights[token] for token in ranked), 0.0, []
+    total, before = sum(weights[token] for token in ranked), 0.0
+    kept: list[int] = []
     for token in ranked:
         if kept and before >= params.top_p * total:
             break
@@ -284,9 +286,9 @@ row_strategy = st.builds(
 def test_a_row_alone_gets_what_it_gets_in_company(rows: list[SampleAt], seed: int) -> None:
     logits = random_logits(len(rows), seed=seed)
     together = sample(logits, rows)
-    for index, row in enumerate(rows):
+    for index, (row, other) in enumerate(zip(rows, together, strict=True)):
         (alone,) = sample(logits[index : index + 1], [row])
-        assert alone.token_id == together[index].token_id
-        assert (alone.logprobs is None) == (together[index].logprobs is None)
-        if alone.logprobs is not None and together[index].logprobs is not None:
-            assert alone.logprobs.logprob == pytest.approx(together[index].logprobs.logprob, abs=1e-5)
+        assert alone.token_id == other.token_id
+        assert (alone.logprobs is None) == (other.logprobs is None)
+        if alone.logprobs is not None and other.logprobs is not None:
+            assert alone.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-5)

@@ -6,40 +6,33 @@ import os
 import socket as hosts
 from pathlib import Path
 
-import msgspec
 import torch
 import zmq
 
 from tandem import __version__
 from tandem.config import EngineConfig
-from tandem.engine.start.place import RankPlace
+from tandem.engine.start.placement import RankPlacement
 from tandem.engine.step.runner import pick_device
 from tandem.ids import new_identity
 from tandem.models.fingerprint import fingerprint
 from tandem.models.model_config import ModelConfig, load_config
 from tandem.models.parallel import check_split
-from tandem.transfer.handshake import PROTOCOL, RankDescriptor
+from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord
 from tandem.wire.keys import load_key
-from tandem.wire.messages import Address
 from tandem.wire.sockets import Sockets
 
 
-class Published(msgspec.Struct, frozen=True):
-    """What every rank tells all others once its memory and transport are there. Sockets: the leader's only."""
-
-    descriptor: RankDescriptor
-    step_address: Address | None
-    transfer_address: Address | None
-
-
 class Rank:
-    """What one rank was configured with, found in the model and made for itself before it meets the others."""
+    """One rank before it meets the others: what it was configured with, and what it found in the model.
 
-    def __init__(self, config: EngineConfig, place: RankPlace) -> None:
+    Raises TandemError if that cannot work.
+    """
+
+    def __init__(self, config: EngineConfig, placement: RankPlacement) -> None:
         self.config = config
-        self.place = place
-        self.device = pick_device(config.model.device, place.local_rank)
+        self.placement = placement
+        self.device = pick_device(config.model.device, placement.local_rank)
         _set_threads(config, self.device)
         self.model: ModelConfig = load_config(config.model.path)
         check_split(self.model, config.parallel.tp, config.parallel.pp)
@@ -53,13 +46,14 @@ class Rank:
         self.fingerprint = fingerprint(config.model.path, self.model)
 
     def record(self) -> RankRecord:
-        config, parallel, rank = self.config, self.config.parallel, self.place.rank
+        """Return what all ranks compare. Every call on rank 0 makes a new identity."""
+        config, parallel, rank = self.config, self.config.parallel, self.placement.rank
         return RankRecord(
             rank=rank,
             tp_rank=rank % parallel.tp,
             pp_rank=rank // parallel.tp,
             node_rank=parallel.node_rank,
-            host=hosts.gethostname() if parallel.nnodes == 1 else f"{hosts.gethostname()} {self.place.host}",
+            host=hosts.gethostname() if parallel.nnodes == 1 else f"{hosts.gethostname()} {self.placement.host}",
             pid=os.getpid(),
             engine_id=config.engine_id,
             model=config.model.name,
@@ -81,7 +75,7 @@ class Rank:
 
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
-    """All cores of the node for the ranks of one engine, unless told otherwise: engines seldom all compute at once."""
+    """Share all cores of the node among the engine's ranks, unless told otherwise: engines seldom compute at once."""
     if device.type != "cpu":
         return
     ranks = len(config.parallel.local_ranks)

@@ -81,17 +81,17 @@ class Runner:
         self._block_size = block_size
         self._world = world
         self._config: ModelConfig = decoder.config
-        self.samples = world.shard.is_last_stage and world.shard.tp_rank == 0
+        self.samples = world.position.is_last_stage and world.position.tp_rank == 0
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult | None:
         """Compute this rank's part; the result on the one rank that samples."""
-        shard = self._world.shard
+        position = self._world.position
         rows = [(row.tokens, row.start, row.block_ids) for row in batch.rows]
         forward = build_batch(rows, self._kv.device, self._block_size)
         hidden = self._world.receive_from_last_stage(forward.num_tokens, self._config.hidden_size, self._kv.dtype)
         hidden = self._decoder.forward(forward, self._kv, hidden)
-        if not shard.is_last_stage:
+        if not position.is_last_stage:
             self._world.send_to_next_stage(hidden)
             return None
         return self._sample(batch, hidden, forward.last_tokens)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineFailed, WireError
+from tandem.errors import RankLost, WireError
 from tandem.transfer.thread.orders import FromTransferThread, StopThread, ThreadAlive, ToTransferThread
 from tandem.wire.codec import Codec
 
@@ -55,7 +55,7 @@ class TransferThreads:
                 on_report(message)
 
     async def watch(self) -> None:
-        """Raises EngineFailed when a rank is not heard of any more."""
+        """Raises RankLost when a rank is not heard of any more."""
         await self.ready.wait()
         while True:
             before = time.monotonic()
@@ -63,7 +63,7 @@ class TransferThreads:
             overslept = time.monotonic() - before > 2 * WATCH_SECONDS
             silent = [r for r, heard in self._heard.items() if time.monotonic() - heard > SILENCE_SECONDS]
             if silent and not overslept:
-                raise EngineFailed(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
+                raise RankLost(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
 
     def order(self, order: ToTransferThread, ranks: Iterable[int] | None = None) -> None:
         """Send to these ranks, or to all."""

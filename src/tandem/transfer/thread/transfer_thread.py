@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tandem.errors import EngineFailed, PeerLost, TransferError, WireError
+from tandem.errors import PeerLost, RankLost, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import TransferPlan, plan
 from tandem.transfer.thread.orders import (
@@ -84,7 +84,7 @@ class TransferThread:
         self._beaten = 0.0
 
     def run(self) -> None:
-        """Serve orders until `StopThread` comes. Raises EngineFailed when the leader is lost."""
+        """Serve orders until `StopThread` comes. Raises RankLost when the leader is lost."""
         poller, watched = zmq.Poller(), None
         try:
             while self._running:
@@ -95,7 +95,7 @@ class TransferThread:
                 poller.poll(self._wait_ms())
                 self._take_orders()
                 if self._running and self._leader_is_lost():
-                    raise EngineFailed("the leader of this engine was lost")
+                    raise RankLost("the leader of this engine was lost")
                 self._transport.poll()
                 self._finish_jobs()
         finally:
@@ -226,7 +226,7 @@ def start_transfer_thread(
     def body() -> None:
         try:
             make().run()
-        except EngineFailed as error:
+        except RankLost as error:
             on_failure(error)
         except BaseException as error:
             log.exception("%s: the transfer thread died", name)
