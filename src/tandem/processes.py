@@ -28,6 +28,7 @@ from tandem.reports import Ended, ErrorReport, Report, Reporter, error_report
 
 PRELOAD = ("tandem.engine.start.rank_process", "tandem.router.process")
 TERM_SECONDS = 4.0
+"""For children to end by themselves; longer than what an engine takes in good order (engine/timeouts.py)."""
 
 CHILD_DEFAULTS = {
     # Threads that wait for others give up their core: with spinning ones, two engines on one machine stall each other.
@@ -64,10 +65,6 @@ class Child:
     @property
     def alive(self) -> bool:
         return self.process.is_alive()
-
-    @property
-    def errors(self) -> list[ErrorReport]:
-        return [ending for ending in self.endings if isinstance(ending, ErrorReport)]
 
     def join(self, seconds: float) -> None:
         """Wait until it has ended; return at once if it never started."""
@@ -175,21 +172,25 @@ class ChildProcesses:
             connection.wait(handles, left)
 
     def check(self) -> None:
-        """Raise StartError if a child has ended or reported an error, with the cause as far as it is known.
+        """Raise StartError if a child has ended or reported an error, with the root causes as far as they are known.
 
         Raises EngineStopped instead where children reported that they end in good order.
         """
         for child in self.children:
             child.receive()
-        if self.ending or not any(child.errors or not child.alive for child in self.children):
+        if self.ending or not (self._errors() or any(not child.alive for child in self.children)):
             return
         self._settle()
-        endings = [ending for child in self.children for ending in child.endings]
-        errors = [ending for ending in endings if isinstance(ending, ErrorReport)]
-        stops = [ending for ending in endings if isinstance(ending, Ended)]
-        if stops and not errors:
-            raise EngineStopped(stops[0].reason)
-        raise StartError("\n".join(self._causes(errors)))
+        errors = self._errors()
+        ended = [ending.reason for child in self.children for ending in child.endings if isinstance(ending, Ended)]
+        if ended and not errors:
+            raise EngineStopped(ended[0])
+        causes = [error.text for error in errors if error.is_root_cause] or [error.text for error in errors]
+        deaths = (child.exit_report() for child in self.children if not child.alive)
+        raise StartError("\n".join(dict.fromkeys(causes) or deaths))
+
+    def _errors(self) -> list[ErrorReport]:
+        return [error for child in self.children for error in child.endings if isinstance(error, ErrorReport)]
 
     def _settle(self) -> None:
         deadline = time.monotonic() + SETTLE_SECONDS
@@ -197,11 +198,6 @@ class ChildProcesses:
             connection.wait([c.process.sentinel for c in self.children if c.alive], 0.1)
         for child in self.children:
             child.receive()
-
-    def _causes(self, errors: Sequence[ErrorReport]) -> list[str]:
-        """Return the root causes among the errors, each once; how processes ended only if none reported any."""
-        causes = [error.text for error in errors if error.is_root_cause] or [error.text for error in errors]
-        return list(dict.fromkeys(causes)) or [child.exit_report() for child in self.children if not child.alive]
 
     def stop(self, seconds: float = TERM_SECONDS) -> None:
         """Terminate all, and kill those that are still there after `seconds`. Idempotent."""

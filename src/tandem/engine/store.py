@@ -99,7 +99,10 @@ def clone(store: Store) -> Store:
 
 
 def wait_for_key(store: Store, key: str, deadline: float) -> bool:
-    """Return whether the key is there before `deadline`. Polls: the stores' own wait cannot be told from a loss."""
+    """Return whether the key is there before `deadline`.
+
+    Polls, as FileStore does itself: its own wait raises the same error for a timeout as for anything else.
+    """
     while not store.check([key]):
         if time.monotonic() > deadline:
             return False

@@ -1,39 +1,43 @@
-"""How long the processes and threads of an engine wait for each other, and which wait must outlast which."""
+"""Waits between the processes and threads of an engine, in seconds, and which of them must outlast which.
+
+Beside these, the start is bounded by --start-timeout, and the loss of a rank is noticed by ZeroMQ's heartbeats
+(wire/sockets.py) or by the silence of its transfer thread (transfer/thread).
+"""
 
 from __future__ import annotations
 
-# --- while the engine starts; all but these wait for --start-timeout ---------------------------------------------
+# --- while the engine starts -------------------------------------------------------------------------------------
 
 COLLECTIVE_SECONDS = 60.0
-"""A collective waits at least this long, also with a short --start-timeout: it may be for a rank that loads weights."""
+"""The least that a collective waits, also with a short --start-timeout: other ranks may still load their weights."""
 
 TRANSPORT_SECONDS = 60.0
-"""A transport starts in less than a second; with NIXL it may have to look for network devices."""
+"""For the transport of a rank. It takes less than a second, unless NIXL finds many network devices to look at."""
 
 PEERS_SECONDS = 300.0
-"""A transfer thread, for the other ranks' memory. The gather that brings it has a deadline of its own and is to tell
-why it failed, so this must be longer than COLLECTIVE_SECONDS."""
+"""Of a transfer thread, for the memory of the other ranks. If the gather that brings it fails, that is to be the error,
+so this is longer than COLLECTIVE_SECONDS."""
 
 FOLLOWERS_SECONDS = 30.0
-"""The leader, for its followers to connect. They come at once from the collective that told them the address."""
+"""Of the leader, for its followers to connect. They come at once from the collective that gave them the address."""
 
 LAST_WORD_SECONDS = 3.0
-"""Rank 0 serves the store in which the ranks meet: before it ends with an error, for the others to read that error."""
+"""Of rank 0 before it ends with an error, for the others to read that error in the store that it serves."""
 
 # --- when a rank is lost -----------------------------------------------------------------------------------------
 
 CAUSE_SECONDS = 2.0
-"""A collective that fails says less than the rank that knows why: time for word from that rank to come."""
+"""After a collective has failed, for the news of why: the rank that knows it says more than the collective."""
 
 STUCK_SECONDS = 5.0
-"""A step loop that does not end this long after a rank was lost hangs in a collective with that rank, and its process
-is ended by another thread. Longer than CAUSE_SECONDS, HALT_SECONDS and EVENT_LOOP_SECONDS together, which a step loop
-that does not hang may take to end with a better reason."""
+"""After the loss of a rank, until a step loop that has not ended is taken to hang in a collective with that rank; then
+another thread ends the process. Longer than CAUSE_SECONDS, HALT_SECONDS and EVENT_LOOP_SECONDS together, within which
+a step loop that does not hang ends with a better reason."""
 
-# --- when the engine ends; in all less than processes.TERM_SECONDS, after which its owner kills it ---------------
+# --- when the engine ends; together less than processes.TERM_SECONDS, after which the owner kills the ranks ------
 
 HALT_SECONDS = 0.5
-"""The leader, for its followers to go, so that its own end does not overtake its Halt."""
+"""Of the leader, for its followers to go: its own end must not overtake its Halt, or they take it for a loss."""
 
 EVENT_LOOP_SECONDS = 2.0
-"""The step loop, for the event loop to say goodbye to frontends and peers."""
+"""Of the step loop, for the event loop to say goodbye to frontends and peers."""

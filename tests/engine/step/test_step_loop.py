@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.outbox import KvEvent, Snapshot
+from tandem.engine.outbox import KvEvent
 from tandem.engine.step.step_loop import StepLoop
 from tandem.engine.step_commands import (
     AbortRequest,
@@ -30,7 +31,19 @@ from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pulls import Pull as Transfer
-from tandem.wire.messages import Address, Failed, Generate, KvTransferParams, Local, Prefill, PullKv, Tokens
+from tandem.wire.messages import (
+    Address,
+    EngineCounters,
+    Failed,
+    Generate,
+    KvTransferParams,
+    KvUsage,
+    Local,
+    Prefill,
+    PullKv,
+    RequestCounts,
+    Tokens,
+)
 from tandem.wire.sampling import SamplingParams
 
 PUBLISHED = KvTransferParams(do_remote_prefill=True, remote_engine_id="p0", remote_incarnation="life", tp_size=2)
@@ -66,7 +79,7 @@ class FakeOutbox:
     def __init__(self) -> None:
         self.order: list[str] = []
         self.kv: list[KvEvent] = []
-        self.snapshots: list[Snapshot] = []
+        self.counters: list[EngineCounters] = []
         self.outputs: list[tuple[int, Tokens | Failed]] = []
         self.changed = threading.Condition()
 
@@ -82,20 +95,24 @@ class FakeOutbox:
             self.outputs += [(frontend, item) for frontend, items in outputs.items() for item in items]
             self.changed.notify_all()
 
-    def post_snapshot(self, snapshot: Snapshot) -> None:
+    def post_status(self, kv: KvUsage, requests: RequestCounts, counters: EngineCounters) -> None:
         with self.changed:
-            self.snapshots.append(snapshot)
+            self.usage = kv
+            self.counters.append(counters)
             self.changed.notify_all()
 
 
 class Rig:
-    """A step loop in a thread of its own."""
+    """A step loop in a thread of its own. `before`: commands that it finds when it starts."""
 
-    def __init__(self, policy: Any = "recompute", depth: int = 1, blocks: int = 64, max_waiting: int = 8) -> None:
-        self.pool = BlockPool(blocks, BLOCK)
+    def __init__(
+        self, policy: Any = "recompute", depth: int = 1, max_waiting: int = 8, before: Sequence[Command] = ()
+    ) -> None:
+        self.pool = BlockPool(64, BLOCK)
         limits = Limits(max_num_seqs=4, max_batched_tokens=16, max_waiting=max_waiting, max_model_len=64)
         self.scheduler = Scheduler(limits, self.pool, [99], depth)
         self.mailbox: Mailbox[Command] = Mailbox()
+        self.send(*before)
         self.pipeline = FakePipeline(late=depth - 1)
         self.outbox = FakeOutbox()
         loop = StepLoop(self.scheduler, self.pool, self.pipeline, self.mailbox, self.outbox, "tcp", policy, PUBLISHED)
@@ -203,12 +220,10 @@ def test_a_refused_request_fails_at_once_and_what_was_begun_for_it_is_undone(rig
 
 
 def test_too_many_are_told_when_to_come_again(rig: Any) -> None:
-    it = rig(max_waiting=1)
-    it.start("s", [1], SOURCE, time_left=60.0)
-    it.until(lambda: it.kv_events(BlocksAllocated))
-    for number in range(12):  # at once, so that at least one finds another waiting
-        it.mailbox._queue.put(StartRequest(0, Generate(f"r{number}", [1], 1, SamplingParams(max_tokens=1), 60.0)))
-    it.send(AbortRequest("s"))
+    at_once = [
+        StartRequest(0, Generate(f"r{number}", [1], 1, SamplingParams(max_tokens=1), 60.0)) for number in range(12)
+    ]
+    it = rig(max_waiting=1, before=at_once)
     found = [it.end_of(f"r{number}") for number in range(12)]
     refused = [end for end in found if isinstance(end, Failed)]
     assert len(refused) >= 1
@@ -327,16 +342,15 @@ def test_kv_that_arrives_for_a_request_that_has_ended_changes_nothing(rig: Any) 
     assert it.of("r") == []
 
 
-def test_the_snapshot_counts_what_was_done(rig: Any) -> None:
+def test_the_status_counts_what_was_done(rig: Any) -> None:
     it = rig()
     it.start("r", [1, 2])
     it.end_of("r")
     it.start("bad", [1] * 64)
     it.end_of("bad")
-    it.until(lambda: it.outbox.snapshots[-1].counters.output_tokens == 3)
-    last = it.outbox.snapshots[-1]
-    assert last.counters.requests == 1
-    assert last.kv.blocks == 64
+    it.until(lambda: it.outbox.counters[-1].output_tokens == 3)
+    assert it.outbox.counters[-1].requests == 1
+    assert it.outbox.usage.blocks == 64
 
 
 def test_an_engine_that_fails_ends_the_loop_with_its_error() -> None:

@@ -14,7 +14,7 @@ from tandem.engine.io.event_loop_thread import EventLoopThread
 from tandem.engine.io.frontends import Frontend, FrontendEvents
 from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.outbox import KvEvent, Snapshot
+from tandem.engine.outbox import KvEvent
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
@@ -31,7 +31,18 @@ from tandem.transfer.decode.consumer import Consumer, ConsumerEvents
 from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.prefill.listener import PeerListener
 from tandem.transfer.thread.leader_side import TransferThreads
-from tandem.wire.messages import Address, Failed, Generate, Prefill, PullKv, Register, Tokens
+from tandem.wire.messages import (
+    Address,
+    EngineCounters,
+    Failed,
+    Generate,
+    KvUsage,
+    Prefill,
+    PullKv,
+    Register,
+    RequestCounts,
+    Tokens,
+)
 from tandem.wire.peer_messages import Envelope
 
 PUBLISHED_SECONDS = 60.0
@@ -63,7 +74,7 @@ class LeaderEventLoop:
     ) -> None:
         self._network = config.network
         self._registration = registration
-        self._snapshot = Snapshot(registration.status.kv, registration.status.requests, registration.status.counters)
+        self._status = registration.status
         self._mailbox = mailbox
         self._thread = EventLoopThread(self._serve, mailbox, end_process)
         self._transfer_socket = sockets.transfer
@@ -129,8 +140,8 @@ class LeaderEventLoop:
 
         self._thread.call(send)
 
-    def post_snapshot(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+    def post_status(self, kv: KvUsage, requests: RequestCounts, counters: EngineCounters) -> None:
+        self._status = msgspec.structs.replace(self._status, kv=kv, requests=requests, counters=counters)
 
     # --- the thread ----------------------------------------------------------------------------------------------
 
@@ -166,20 +177,14 @@ class LeaderEventLoop:
                 group.create_task(frontend.run())
 
     def _current_registration(self) -> Register:
-        snapshot = self._snapshot
+        status = self._status
         counters = msgspec.structs.replace(
-            snapshot.counters,
+            status.counters,
             kv_failures=self._consumer.failures,
             leases_expired=self._listener.expired,
             bad_messages=self._listener.bad_messages,
         )
-        status = msgspec.structs.replace(
-            self._registration.status,
-            kv=snapshot.kv,
-            requests=snapshot.requests,
-            peers=self._consumer.peers,
-            counters=counters,
-        )
+        status = msgspec.structs.replace(status, peers=self._consumer.peers, counters=counters)
         return msgspec.structs.replace(self._registration, status=status)
 
     def _begin(self, frontend: int, message: Generate) -> None:

@@ -15,7 +15,7 @@ from tandem.wire.sockets import SocketOptions, Sockets
 
 
 class LeaderAddresses(msgspec.Struct, frozen=True):
-    """Where the leader listens: for its followers, for transfer threads, and for decode engines."""
+    """Addresses at which the leader listens: for its followers, for transfer threads, and for decode engines."""
 
     step: Address
     transfer: Address

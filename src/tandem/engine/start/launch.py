@@ -47,8 +47,7 @@ def _towards_master(master: Address, node_rank: int) -> str:
         raise ConfigError(
             f"--master {master} is {host} on this node, which is this node itself; set --master to node 0's address"
         )
-    found = [address for address in own_addresses() if not is_loopback(address)]
-    if len(found) == 1:
+    if len(found := _reachable_addresses()) == 1:
         return found[0]
     raise ConfigError(
         f"--master {master} is {host} here, which other nodes cannot reach; set --host to this node's address in the"
@@ -57,8 +56,12 @@ def _towards_master(master: Address, node_rank: int) -> str:
 
 
 def _candidates() -> str:
-    found = [address for address in own_addresses() if not is_loopback(address)]
+    found = _reachable_addresses()
     return f" (it has {', '.join(found)})" if found else ""
+
+
+def _reachable_addresses() -> list[str]:
+    return [address for address in own_addresses() if not is_loopback(address)]
 
 
 @dataclass(slots=True)

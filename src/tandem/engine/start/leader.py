@@ -1,4 +1,4 @@
-"""What only rank 0 has: the scheduler, the step loop, and the event loop beside it."""
+"""The leader, which is rank 0: the scheduler, the step loop, and the event loop beside it."""
 
 from __future__ import annotations
 

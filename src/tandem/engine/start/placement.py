@@ -1,4 +1,4 @@
-"""Where one rank of an engine runs."""
+"""The placement of one rank of an engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tandem.wire.messages import Address
 
 @dataclass(frozen=True, slots=True)
 class RankPlacement:
-    """The placement of one rank, as its launcher decides it.
+    """A rank's place among nodes, devices and frontends, as its launcher decides it.
 
     Attributes:
         local_rank: number among the ranks of this node; picks the GPU.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import deque
 
 import msgspec
 import zmq
@@ -47,7 +46,7 @@ class SoloPipeline:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._results: deque[StepResult] = deque()
+        self._results: list[StepResult] = []
 
     def wait_for_followers(self) -> None:
         """Return at once: there are none."""
@@ -58,8 +57,7 @@ class SoloPipeline:
             self._results.append(result)
 
     def results(self) -> list[StepResult]:
-        done = list(self._results)
-        self._results.clear()
+        done, self._results = self._results, []
         return done
 
     def fileno(self) -> int | None:
@@ -82,7 +80,7 @@ class LeaderPipeline:
         self._followers = [b"%d" % rank for rank in range(1, ranks)]
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepResult | Here)
-        self._results: deque[StepResult] = deque()
+        self._results: list[StepResult] = []
         self._monitor = socket.get_monitor_socket()
         self._open: set[int] = set()
         self._connections: dict[int, bytes] = {}
@@ -153,8 +151,7 @@ class LeaderPipeline:
         while self._socket.poll(0):
             if (result := self._receive()) is not None:
                 self._results.append(result)
-        done = list(self._results)
-        self._results.clear()
+        done, self._results = self._results, []
         return done
 
     def fileno(self) -> int | None:

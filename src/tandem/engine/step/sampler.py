@@ -1,4 +1,4 @@
-"""Choosing tokens from logits.
+"""Chooses tokens from logits.
 
 Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
 penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
@@ -22,7 +22,7 @@ from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
 _GREEDY = 1e-5  # temperatures below count as 0
-_CANDIDATES = 128  # top_p mostly ends within so many of the most likely tokens
+_CANDIDATES = 128  # of the most likely tokens, within which top_p mostly ends
 _RUN = 128  # tokens
 
 
@@ -61,7 +61,7 @@ def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits that depends on nothing but its arguments (both in [0, 2**64))."""
+    """Return a number in [0, 1) with 53 random bits that depends on nothing but its arguments (both in [0, 2**64))."""
     digest = blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -72,7 +72,7 @@ def _takes_largest(at: SampleAt) -> bool:
 
 
 def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, str]]:
-    """Tokens for rows with finite peaks, and why some have none. Writes over the logits."""
+    """Return tokens for rows with finite peaks, and why some have none. Writes over the logits."""
     errors: dict[int, str] = {}
     for row, at in enumerate(rows):
         plain = at.history is None and not at.stop_ids and not at.params.logit_bias
@@ -128,7 +128,7 @@ def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_
 
 
 def _draw(scores: Tensor, rows: list[SampleAt]) -> list[int]:
-    """One token per row; `scores` [rows, vocabulary] are logits less the row's largest and are written over."""
+    """Draw one token per row; `scores` [rows, vocabulary] are logits less the row's largest and are written over."""
     params = [at.params for at in rows]
     scores /= scores.new_tensor([p.temperature for p in params]).unsqueeze(-1)
     if any(p.min_p > 0.0 for p in params):
@@ -143,7 +143,7 @@ def _draw(scores: Tensor, rows: list[SampleAt]) -> list[int]:
 
 
 def _invert(weights: Tensor, numbers: list[float]) -> list[int]:
-    """Where each row's cumulative weights [rows, vocabulary] first exceed that share (in [0, 1)) of their total.
+    """Return where each row's cumulative weights [rows, vocabulary] first exceed that share (in [0, 1)) of their total.
 
     In two steps, first to a run of tokens and then within it: a running sum over the whole vocabulary in double
     precision is what is slow, and single precision would favour the tokens with the larger ids.
@@ -160,14 +160,14 @@ def _invert(weights: Tensor, numbers: list[float]) -> list[int]:
 
 
 def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
-    """Where running sums [rows, n] first exceed targets [rows, 1]; that is always a place where they grow."""
+    """Return the place at which running sums [rows, n] first exceed targets [rows, 1]; there they always grow."""
     # Rounding may lift a target to the total, which nothing exceeds; the number just below it is somebody's.
     below_total = torch.nextafter(cumulative[:, -1:], torch.zeros_like(targets))
     return torch.searchsorted(cumulative, torch.minimum(targets, below_total).clamp(min=0.0), right=True)
 
 
 def _keep_most_likely(scores: Tensor, params: list[SamplingParams], width: int = _CANDIDATES) -> Tensor:
-    """`top_k`, then `top_p` of what that left; of equally likely tokens those with the smaller ids are kept.
+    """Apply `top_k`, then `top_p` to what that left; of equally likely tokens keep those with the smaller ids.
 
     Args:
         width: how many of the most likely tokens are looked at; more, if that proves to be too few.
@@ -189,7 +189,7 @@ def _keep_most_likely(scores: Tensor, params: list[SamplingParams], width: int =
 
 
 def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """How many of each row's most likely tokens `top_k` and `top_p` keep (Holtzman et al. 2019).
+    """Count how many of each row's most likely tokens `top_k` and `top_p` keep (Holtzman et al. 2019).
 
     Args:
         ranked: [rows, width], the largest scores, largest first; `width` is at least every `top_k`.
@@ -215,7 +215,7 @@ def _nucleus(scores: Tensor, ranked: Tensor, at_most: Tensor, params: list[Sampl
 
 
 def _logprobs(logits: Tensor, chosen: list[int], wanted: dict[int, int]) -> dict[int, TokenLogprobs]:
-    """By row, for the rows in `wanted`, which says how many of the most likely tokens to tell."""
+    """Return them by row, for the rows in `wanted`, which says how many of the most likely tokens to report."""
     if not wanted:
         return {}
     rows = list(wanted)

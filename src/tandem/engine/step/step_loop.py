@@ -6,13 +6,14 @@ import logging
 import select
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from tandem.config import KvFailure
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.outbox import KvEvent, Outbox, Snapshot
+from tandem.engine.outbox import KvEvent, Outbox
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
@@ -46,7 +47,7 @@ from tandem.wire.messages import (
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.25
-SNAPSHOT_SECONDS = 0.1
+STATUS_SECONDS = 0.1
 
 
 class Pipeline(Protocol):
@@ -62,27 +63,25 @@ class Pipeline(Protocol):
         """Readable when a result may be there; None if results are there as soon as `submit` returns."""
 
 
+@dataclass(slots=True)
 class _OpenRequest:
-    """What the step loop knows of a request beside the scheduler.
+    """A request in progress, as far as the step loop knows more of it than the scheduler.
 
     Attributes:
         publish: its end tells a foreign proxy where the KV is.
     """
 
-    __slots__ = ("first_out_at", "frontend", "publish", "pull")
-
-    def __init__(self, frontend: int, publish: bool) -> None:
-        self.frontend = frontend
-        self.publish = publish
-        self.pull: Pull | None = None
-        self.first_out_at: float | None = None
+    frontend: int
+    publish: bool
+    pull: Pull | None = None
+    first_out_at: float | None = None
 
 
 class StepLoop:
     """Joins scheduler, ranks and event loop.
 
     Args:
-        outbox: takes tokens, KV events and snapshots to the event loop.
+        outbox: takes tokens, KV events and status to the event loop.
         published: transfer parameters for a foreign proxy, less the request's own part.
     """
 
@@ -110,7 +109,7 @@ class StepLoop:
         self._stopping: str | None = None
         self._kv_bytes = 0
         self._kv_descriptors = 0
-        self._snapshot_at = 0.0
+        self._status_at = 0.0
 
     def run(self) -> str:
         """Serve until told to stop; return the reason. Raises EngineFailed."""
@@ -129,7 +128,7 @@ class StepLoop:
             for result in self._pipeline.results():
                 self._scheduler.apply(result, time.monotonic())
             self._publish(self._scheduler.drain())
-            self._post_snapshot(time.monotonic(), idle=batch is None)
+            self._post_status(time.monotonic(), idle=batch is None)
             if batch is None:
                 wait.poll(IDLE_SECONDS * 1000)
         return self._stopping
@@ -137,8 +136,7 @@ class StepLoop:
     # --- what comes in -------------------------------------------------------------------------------------------
 
     def _handle(self, command: Command) -> None:
-        now = time.monotonic()
-        scheduler = self._scheduler
+        now, scheduler = time.monotonic(), self._scheduler
         match command:
             case StartRequest(frontend=frontend, generate=generate):
                 self._start(frontend, generate, now)
@@ -250,7 +248,7 @@ class StepLoop:
             scheduled = self._scheduler.get(event.request_id)
             if stats is None and scheduled is not None:
                 stats = self._with_transfer(scheduled.stats(request.first_out_at), request)
-        params = self._params(event.request_id) if finished is not None and request.publish else None
+        params = self._transfer_params(event.request_id) if finished is not None and request.publish else None
         outputs[request.frontend].append(
             Tokens(
                 event.request_id,
@@ -295,20 +293,16 @@ class StepLoop:
             kv_source=pull.source_engine,
         )
 
-    def _params(self, request_id: str) -> KvTransferParams:
-        return msgspec.structs.replace(
-            self._published, remote_request_id=request_id, remote_block_ids=self._leased_blocks(request_id)
-        )
-
-    def _leased_blocks(self, request_id: str) -> list[int]:
-        request = self._scheduler.get(request_id)
-        return self._leased.get(request_id) or (list(request.block_ids) if request else [])
+    def _transfer_params(self, request_id: str) -> KvTransferParams:
+        scheduled = self._scheduler.get(request_id)
+        blocks = self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
+        return msgspec.structs.replace(self._published, remote_request_id=request_id, remote_block_ids=blocks)
 
     # --- status --------------------------------------------------------------------------------------------------
 
-    def _post_snapshot(self, now: float, *, idle: bool) -> None:
+    def _post_status(self, now: float, *, idle: bool) -> None:
         """Post what others may know of the scheduler, which belongs to this thread; while steps run, now and then."""
-        if not idle and now - self._snapshot_at < SNAPSHOT_SECONDS:
+        if not idle and now - self._status_at < STATUS_SECONDS:
             return
         totals = self._scheduler.totals
         counters = EngineCounters(
@@ -322,5 +316,5 @@ class StepLoop:
             kv_descriptors=self._kv_descriptors,
             steps=totals.steps,
         )
-        self._snapshot_at = now
-        self._outbox.post_snapshot(Snapshot(self._scheduler.kv_usage(), self._scheduler.counts(), counters))
+        self._status_at = now
+        self._outbox.post_status(self._scheduler.kv_usage(), self._scheduler.counts(), counters)
