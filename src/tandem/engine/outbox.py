@@ -7,6 +7,9 @@ from typing import Protocol
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
 from tandem.wire.messages import EngineCounters, Failed, KvUsage, RequestCounts, Tokens
 
+Outputs = dict[int, list[Tokens | Failed]]
+"""By the number of the frontend that they go to."""
+
 KvEvent = ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded
 
 
@@ -16,8 +19,8 @@ class Outbox(Protocol):
     def post_kv(self, events: list[KvEvent]) -> None:
         """Announce chunks to decode engines, start reads, or end what was begun for a request."""
 
-    def post_outputs(self, outputs: dict[int, list[Tokens | Failed]]) -> None:
-        """Send to the frontends, by their number."""
+    def post_outputs(self, outputs: Outputs) -> None:
+        """Send to the frontends."""
 
     def post_status(self, kv: KvUsage, requests: RequestCounts, counters: EngineCounters) -> None:
         """Show this in the engine's status from now on. `counters`: those of the step loop."""

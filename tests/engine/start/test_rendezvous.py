@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,10 +10,8 @@ import pytest
 
 from tandem.engine.start import rendezvous
 from tandem.engine.start.rendezvous import meet
-from tandem.engine.store import open_store
 from tandem.errors import StartError
 from tandem.transfer.identity import RankRecord
-from tandem.wire.messages import Address
 from tests.engine.start.conftest import PATIENCE, OpenStore
 
 SOON = 1.0
@@ -99,20 +96,3 @@ def test_a_rank_that_is_never_told_ends_in_bounded_time(open_it: OpenStore, monk
     [error] = outcomes(open_it, [record(1)], timeout=0.2)
     assert "node 0 did not say" in (error or "")
     del store
-
-
-def test_a_master_that_is_not_there_is_an_error_in_bounded_time() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # not listening
-        master = Address("127.0.0.1", taken.getsockname()[1])
-        with pytest.raises(StartError, match=r"could not be reached within 0 s .*is node 0 started"):
-            open_store(master, 1, 0.3)
-
-
-def test_a_master_port_that_is_taken_is_an_error_of_node_0() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        master = Address("127.0.0.1", taken.getsockname()[1])
-        with pytest.raises(StartError, match="node 0 cannot listen on --master"):
-            open_store(master, 0, 1.0)

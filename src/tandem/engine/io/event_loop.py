@@ -14,7 +14,7 @@ from tandem.engine.io.event_loop_thread import EventLoopThread
 from tandem.engine.io.frontends import Frontend, FrontendEvents
 from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.outbox import KvEvent
+from tandem.engine.outbox import KvEvent, Outputs
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
@@ -34,14 +34,12 @@ from tandem.transfer.thread.leader_side import TransferThreads
 from tandem.wire.messages import (
     Address,
     EngineCounters,
-    Failed,
     Generate,
     KvUsage,
     Prefill,
     PullKv,
     Register,
     RequestCounts,
-    Tokens,
 )
 from tandem.wire.peer_messages import Envelope
 
@@ -79,17 +77,14 @@ class LeaderEventLoop:
         self._thread = EventLoopThread(self._serve, mailbox, end_process)
         self._transfer_socket = sockets.transfer
         self._transfer_threads = TransferThreads(sockets.transfer, len(descriptor.ranks))
+        layouts = [rank.layout for rank in descriptor.ranks]
+        events = ConsumerEvents(
+            arrived=lambda pull: mailbox.put(KvArrived(pull)),
+            failed=lambda request_id, why: mailbox.put(KvFailed(request_id, why)),
+            quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
+        )
         self._consumer = Consumer(
-            descriptor.identity,
-            envelope,
-            [rank.layout for rank in descriptor.ranks],
-            self._transfer_threads,
-            sockets.event_loop,
-            ConsumerEvents(
-                arrived=lambda pull: mailbox.put(KvArrived(pull)),
-                failed=lambda request_id, why: mailbox.put(KvFailed(request_id, why)),
-                quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
-            ),
+            descriptor.identity, envelope, layouts, self._transfer_threads, sockets.event_loop, events
         )
         self._listener = PeerListener(
             sockets.peer,
@@ -99,20 +94,16 @@ class LeaderEventLoop:
             config.time.lease_ttl,
             on_ended=lambda request_ids: mailbox.put(LeasesEnded(request_ids)),
         )
-        self._frontends = [
-            Frontend(
-                address,
-                sockets.event_loop,
-                descriptor.identity.incarnation,
-                self._current_registration,
-                FrontendEvents(
-                    generate=functools.partial(self._begin, number),
-                    abort=lambda request_id: mailbox.put(AbortRequest(request_id)),
-                    introduce=self._consumer.introduce,
-                ),
-            )
-            for number, address in enumerate(frontends)
-        ]
+        self._frontends = [self._frontend(number, address, sockets) for number, address in enumerate(frontends)]
+
+    def _frontend(self, number: int, address: Address, sockets: LeaderSockets) -> Frontend:
+        events = FrontendEvents(
+            generate=functools.partial(self._begin, number),
+            abort=lambda request_id: self._mailbox.put(AbortRequest(request_id)),
+            introduce=self._consumer.introduce,
+        )
+        incarnation = self._registration.identity.incarnation
+        return Frontend(address, sockets.event_loop, incarnation, self._current_registration, events)
 
     def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
         """Return once all transfer threads are there and the frontends are being called.
@@ -133,7 +124,7 @@ class LeaderEventLoop:
 
         self._thread.call(handle)
 
-    def post_outputs(self, outputs: dict[int, list[Tokens | Failed]]) -> None:
+    def post_outputs(self, outputs: Outputs) -> None:
         def send() -> None:
             for number, items in outputs.items():
                 self._frontends[number].send(items)

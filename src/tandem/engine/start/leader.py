@@ -43,46 +43,29 @@ class Leader:
         runner: Runner,
         end_process: Callable[[EngineFailed], None],
     ) -> None:
-        config = rank.config
+        config, identity, dtype = rank.config, agreement.identity, agreement.records[0].dtype
+        connector, layout = config.network.connector, engine.ranks[0].layout
         self._start_timeout = config.time.start_timeout
         self.mailbox: Mailbox[Command] = Mailbox()
-        self._pipeline = (
-            LeaderPipeline(runner, sockets.step, len(engine.ranks)) if len(engine.ranks) > 1 else SoloPipeline(runner)
-        )
-        pool = BlockPool(engine.ranks[0].layout.blocks, engine.ranks[0].layout.block_size)
+        size = len(engine.ranks)
+        self._pipeline = LeaderPipeline(runner, sockets.step, size) if size > 1 else SoloPipeline(runner)
+        pool = BlockPool(layout.blocks, layout.block_size)
         scheduler = _scheduler(rank, pool)
         self._status = _initial_status(rank, agreement, scheduler)
+        descriptor = EngineDescriptor(identity, config.cache.block_size, engine.ranks)
+        envelope = Envelope(PROTOCOL, rank.fingerprint, dtype, connector, f"tandem {__version__}")
+        registration = _registration(rank, agreement, self._status, sockets)
         self._event_loop = LeaderEventLoop(
-            config,
-            EngineDescriptor(agreement.identity, config.cache.block_size, engine.ranks),
-            Envelope(
-                PROTOCOL,
-                rank.fingerprint,
-                agreement.records[0].dtype,
-                config.network.connector,
-                f"tandem {__version__}",
-            ),
-            _registration(rank, agreement, self._status, sockets),
-            sockets,
-            rank.placement.frontends,
-            self.mailbox,
-            end_process,
+            config, descriptor, envelope, registration, sockets, rank.placement.frontends, self.mailbox, end_process
         )
         published = KvTransferParams(
             do_remote_prefill=True,
-            remote_engine_id=agreement.identity.engine_id,
-            remote_incarnation=agreement.identity.incarnation,
+            remote_engine_id=identity.engine_id,
+            remote_incarnation=identity.incarnation,
             tp_size=config.parallel.tp,
         )
         self._step_loop = StepLoop(
-            scheduler,
-            pool,
-            self._pipeline,
-            self.mailbox,
-            self._event_loop,
-            config.network.connector,
-            config.kv_failure,
-            published,
+            scheduler, pool, self._pipeline, self.mailbox, self._event_loop, connector, config.kv_failure, published
         )
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:

@@ -71,24 +71,17 @@ class RankProcess:
 
     def run(self) -> str:
         """Meet the other ranks and serve with them; return why the engine ended."""
-        record = self._rank.record()
-        meeting = self._rank.placement.meeting
+        rank, parallel, timeout = self._rank, self._config.parallel, self._config.time.start_timeout
+        record, meeting = rank.record(), rank.placement.meeting
         if meeting is None:
             return self._serve(SoloWorld(), record, end_start=lambda: None)
-        size, timeout = self._config.parallel.world_size, self._config.time.start_timeout
         started = time.monotonic()
         store = open_store(meeting, record.rank, timeout)
-        meet(store, record, size, max(1.0, timeout - (time.monotonic() - started)))
-        with StartFailureWatch(clone(store), record.rank, size, self._end_process) as watch:
+        meet(store, record, parallel.world_size, max(1.0, timeout - (time.monotonic() - started)))
+        with StartFailureWatch(clone(store), record.rank, parallel.world_size, self._end_process) as watch:
+            wait = max(COLLECTIVE_SECONDS, timeout)
             try:
-                world = TorchWorld(
-                    store,
-                    record.rank,
-                    self._config.parallel,
-                    self._rank.device,
-                    self._rank.placement.host,
-                    max(COLLECTIVE_SECONDS, timeout),
-                )
+                world = TorchWorld(store, record.rank, parallel, rank.device, rank.placement.host, wait)
             except RuntimeError as error:
                 raise StartError(f"the ranks met but could not connect: {first_line(error)}") from None
             return self._serve(world, record, end_start=watch.end)
@@ -106,9 +99,8 @@ class RankProcess:
             end_start()  # every rank comes to this error by itself
             raise
         log.info("engine %s: rank %d of %d agreed", agreement.identity, world.rank, world.size)
-        loading = lambda loaded, total: self._report(Loading(loaded, total))  # noqa: E731
         decoder = load_decoder(
-            self._config.model.path, world.position, world.collectives, rank.dtype, rank.device, loading
+            self._config.model.path, world.position, world.collectives, rank.dtype, rank.device, self._report_loading
         )
         memory, layout = self._allocate(world, decoder)
         runner = Runner(decoder, memory.tensor, self._config.cache.block_size, world)
@@ -121,6 +113,9 @@ class RankProcess:
         if sockets is None:
             return self._follow(runner, engine, end_start)
         return self._lead(Leader(rank, agreement, engine, sockets, runner, self._end_process), end_start)
+
+    def _report_loading(self, loaded: int, total: int) -> None:
+        self._report(Loading(loaded, total))
 
     def _allocate(self, world: SoloWorld | TorchWorld, decoder: Decoder) -> tuple[KvMemory, KvLayout]:
         """Allocate KV memory with as many blocks as the rank with the least room has."""

@@ -16,7 +16,7 @@ import msgspec
 
 from tandem.engine.store import Store, first_line, wait_for_count
 from tandem.engine.timeouts import CAUSE_SECONDS, LAST_WORD_SECONDS
-from tandem.errors import EngineFailed, RankLost, StartError, TandemError
+from tandem.errors import RankLost, StartError, TandemError
 from tandem.reports import ErrorReport, error_report
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ class StartFailureWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception) and not self._over.is_set():
-            if isinstance(error, EngineFailed):
-                # A collective with a rank that is gone. If that one said why, this process is ended meanwhile.
+            if isinstance(error, RankLost):  # if that rank said why, this process is ended meanwhile
                 time.sleep(CAUSE_SECONDS)
             self.fail(error)
         self.end()

@@ -13,7 +13,7 @@ import msgspec
 
 from tandem.config import KvFailure
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.outbox import KvEvent, Outbox
+from tandem.engine.outbox import KvEvent, Outbox, Outputs
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
@@ -204,7 +204,7 @@ class StepLoop:
         """Post tokens for the frontends and KV events; one call of each for all that a step has."""
         if not events:
             return
-        outputs: dict[int, list[Tokens | Failed]] = defaultdict(list)
+        outputs: Outputs = defaultdict(list)
         kv_events: list[KvEvent] = []
         last: dict[str, TokenOut] = {}
         for event in events:
@@ -228,16 +228,14 @@ class StepLoop:
             self._add_token(outputs, token, None)
         self._post(outputs, kv_events)
 
-    def _post(self, outputs: dict[int, list[Tokens | Failed]], kv_events: list[KvEvent]) -> None:
+    def _post(self, outputs: Outputs, kv_events: list[KvEvent]) -> None:
         # KV first: a decode engine should hear that a chunk is there before anybody hears of the token.
         if kv_events:
             self._outbox.post_kv(kv_events)
         if outputs:
             self._outbox.post_outputs(outputs)
 
-    def _add_token(
-        self, outputs: dict[int, list[Tokens | Failed]], event: TokenOut, finished: RequestStats | None
-    ) -> None:
+    def _add_token(self, outputs: Outputs, event: TokenOut, finished: RequestStats | None) -> None:
         """Add a token, with the first and the last one how it was made. `finished`: this engine's part is done."""
         request = self._requests.get(event.request_id)
         if request is None:
@@ -263,7 +261,7 @@ class StepLoop:
             )
         )
 
-    def _finish(self, outputs: dict[int, list[Tokens | Failed]], event: Finished, token: TokenOut | None) -> None:
+    def _finish(self, outputs: Outputs, event: Finished, token: TokenOut | None) -> None:
         request = self._requests.get(event.request_id)
         if request is None:
             return
