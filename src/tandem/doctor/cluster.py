@@ -15,11 +15,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
-from torch._C import _distributed_c10d as stores
 
 from tandem import __version__
 from tandem.config import (
@@ -37,8 +35,9 @@ from tandem.doctor.door import Door, knock
 from tandem.doctor.reads import BULK_BYTES, Node, all_pairs
 from tandem.doctor.slab import Slab
 from tandem.engine.start.launch import published_host
-from tandem.engine.start.rendezvous import meet, open_store
+from tandem.engine.start.rendezvous import meet
 from tandem.engine.step.runner import pick_device
+from tandem.engine.store import Store, open_store, subspace
 from tandem.engine.world import TorchWorld
 from tandem.errors import ConfigError, EngineFailed, StartError, TandemError
 from tandem.ids import new_identity
@@ -135,12 +134,13 @@ def check_cluster(plan: ClusterPlan, say: Callable[[str], None]) -> ClusterResul
         world.close()
 
 
-def _meet(plan: ClusterPlan, record: RankRecord) -> tuple[Board, Any]:
+def _meet(plan: ClusterPlan, record: RankRecord) -> tuple[Board, Store]:
     parallel, timeout = plan.parallel, plan.start_timeout
     started = time.monotonic()
-    store = open_store(parallel.master, None, record.rank, timeout)
+    assert parallel.master is not None
+    store = open_store(parallel.master, record.rank, timeout)
     meet(store, record, parallel.nnodes, max(1.0, timeout - (time.monotonic() - started)))
-    return Board(stores.PrefixStore("doctor", store), record.rank, parallel.nnodes), store
+    return Board(subspace(store, "doctor"), record.rank, parallel.nnodes), store
 
 
 def _knock_at_all(board: Board, own: int, host: str, key: ClusterKey | None) -> ClusterResult:
@@ -168,7 +168,7 @@ def _mute(here: NodeDoor, other: NodeDoor) -> Reach:
     return Reach(here.node, other.node, error=f"{here} does not listen", step="start")
 
 
-def _join(plan: ClusterPlan, store: Any, host: str, device: torch.device) -> TorchWorld:
+def _join(plan: ClusterPlan, store: Store, host: str, device: torch.device) -> TorchWorld:
     parallel = plan.parallel
     one_each = ParallelSection(parallel.nnodes, 1, parallel.nnodes, parallel.node_rank, parallel.master)
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineFailed, WireError
+from tandem.errors import RankLost, WireError
 from tandem.transfer.thread.thread_messages import FromTransferThread, StopThread, ThreadAlive, ToTransferThread
 from tandem.wire.codec import Codec
 from tandem.wire.receiving import DroppedMessages, receive_messages
@@ -54,7 +54,7 @@ class TransferThreads:
         await receive_messages(self._socket, self._codec, handle, self._dropped)
 
     async def watch(self) -> None:
-        """Raise EngineFailed when a rank is not heard of any more."""
+        """Raise RankLost when a rank is not heard of any more."""
         await self.ready.wait()
         while True:
             before = time.monotonic()
@@ -62,7 +62,7 @@ class TransferThreads:
             overslept = time.monotonic() - before > 2 * WATCH_SECONDS
             silent = [r for r, heard in self._heard.items() if time.monotonic() - heard > SILENCE_SECONDS]
             if silent and not overslept:
-                raise EngineFailed(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
+                raise RankLost(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
 
     def order(self, order: ToTransferThread, rank: int | None = None) -> None:
         """Send to this rank, or to all."""

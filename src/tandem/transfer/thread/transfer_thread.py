@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tandem.errors import EngineFailed, PeerLost, TransferError, WireError
+from tandem.errors import PeerLost, RankLost, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import TransferPlan, plan
 from tandem.transfer.thread.thread_messages import (
@@ -88,7 +88,7 @@ class TransferThread:
         self._beaten = 0.0
 
     def run(self) -> None:
-        """Serve orders until `StopThread` comes. Raise EngineFailed when the leader is lost."""
+        """Serve orders until `StopThread` comes. Raise RankLost when the leader is lost."""
         poller, watched = zmq.Poller(), None
         try:
             while self._running:
@@ -99,7 +99,7 @@ class TransferThread:
                 poller.poll(self._wait_ms())
                 self.step()
                 if self._running and self._leader_is_lost():
-                    raise EngineFailed("the leader of this engine was lost")
+                    raise RankLost("the leader of this engine was lost")
         finally:
             self._transport.close()
             self._socket.disable_monitor()
@@ -242,7 +242,7 @@ def start_transfer_thread(
     def body() -> None:
         try:
             make().run()
-        except EngineFailed as error:
+        except RankLost as error:
             on_failure(error)
         except BaseException as error:
             log.exception("%s: the transfer thread died", name)
