@@ -14,7 +14,7 @@ SIZE = 4
 
 
 def computed(first: int, blocks: list[int], tokens: int, final: bool = False, token: int | None = None) -> KvComputed:
-    return KvComputed("life", "r", first, blocks, tokens, final, token)
+    return KvComputed("first", "r", first, blocks, tokens, final, token)
 
 
 def pull() -> Pull:

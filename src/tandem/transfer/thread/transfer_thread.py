@@ -127,7 +127,7 @@ class TransferThread:
 
     def _wait_ms(self) -> int:
         """Spin right after a read was posted: small reads take less than a poll interval."""
-        if not self._jobs:
+        if all(job.reported for job in self._jobs.values()):
             return POLL_IDLE_MS
         return 0 if time.monotonic() - self._last_post < SPIN_SECONDS else POLL_BUSY_MS
 
