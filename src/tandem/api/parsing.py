@@ -1,4 +1,4 @@
-"""A request's body to a typed struct; everything that is not served is refused, by name."""
+"""Parse a request's body into a typed struct, and refuse everything that is not served, by name."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ _STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
-    """Raises InvalidRequest, with the field at fault in `param`."""
+    """Return the body as a `kind`. Raises InvalidRequest, with the field at fault in `param`."""
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -102,7 +102,7 @@ def parse(body: bytes, kind: type[Body]) -> Body:
 def sampling_params(
     body: GenerateBody, max_tokens: int, logprobs: int | None, default_seed: int | None = None
 ) -> SamplingParams:
-    """How `body` wants its tokens chosen. Defaults are OpenAI's, not those of the model's generation_config.json.
+    """Return the sampling parameters of `body`. Defaults are OpenAI's, not those of the model's generation_config.json.
 
     Without any seed a random one is taken. Raises InvalidRequest for a value out of range.
     """
@@ -115,7 +115,7 @@ def sampling_params(
 
 
 def kv_transfer_params(fields: dict[str, Any]) -> KvTransferParams:
-    """What a foreign proxy passes between its engines; keys that are not ours are its own affair."""
+    """Return what a foreign proxy passes between its engines; keys that are not ours are its own affair."""
     given = {name: value for name, value in fields.items() if value is not None}
     try:
         return msgspec.convert(given, KvTransferParams)
@@ -124,14 +124,14 @@ def kv_transfer_params(fields: dict[str, Any]) -> KvTransferParams:
 
 
 def message_text(message: ChatMessage, place: int) -> str:
-    """The text of a message; parts of type `text` are joined with newlines."""
+    """Return the text of a message; parts of type `text` are joined with newlines."""
     if isinstance(message.content, str):
         return message.content
     return "\n".join(_part_text(part, f"messages[{place}].content[{i}]") for i, part in enumerate(message.content))
 
 
 def convert(value: Any, kind: type[Converted]) -> Converted:
-    """`value` as a `kind`; raises InvalidRequest that names the field, what was expected and what came."""
+    """Return `value` as a `kind`. Raises InvalidRequest that names the field, what was expected and what came."""
     try:
         return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:
@@ -152,7 +152,7 @@ def _invalid(problem: str, value: Any) -> InvalidRequest:
 
 
 def _served(fields: dict[str, Any], table: dict[str, tuple[Any, ...]], place: str) -> dict[str, Any]:
-    """`fields` without those that are not served, if they ask for nothing."""
+    """Return `fields` without those that are not served, if they ask for nothing."""
     for name in fields.keys() & table.keys():
         value = fields[name]
         if value is not None and not any(type(value) is type(one) and value == one for one in table[name]):
@@ -196,7 +196,7 @@ def _part_text(part: dict[str, Any], place: str) -> str:
 
 
 def _at(value: Any, place: str) -> str:
-    """`, got ...` for the value that is at `place`, such as `messages[0].role`."""
+    """Return `, got ...` for the value that is at `place`, such as `messages[0].role`."""
     for index, name in _STEP.findall(place):
         try:
             value = value[int(index)] if index else value[name]
