@@ -9,7 +9,7 @@ from tests.api.conftest import MODEL, MODEL_LEN, Api, byte_level, deltas, detail
 
 
 def prompt_of(api: Api) -> str:
-    """What the engine was sent, as text."""
+    """Return what the engine was sent, as text."""
     return byte_level().decode(api.backend.requests[-1].token_ids, skip_special_tokens=False)
 
 

@@ -1,4 +1,4 @@
-"""How requests end when something goes wrong, or the client goes away."""
+"""Requests end when something goes wrong, or the client goes away."""
 
 import json
 from typing import Any

@@ -136,7 +136,7 @@ class PendingAnswer:
 
     @property
     def details(self) -> ServingDetails:
-        """How it was made, once it is whole."""
+        """Return how it was made, once it is whole."""
         assert self.last is not None
         assert self.last.details is not None
         return self.last.details

@@ -114,7 +114,7 @@ async def test_a_prefill_engine_that_is_lost_with_the_first_token_on_its_way_is_
 
 
 async def next_request(engine: ScriptedEngine) -> Generate:
-    """What comes after the end of what it had."""
+    """Return the next request, past the abort of the one before."""
     while not isinstance(message := await engine.heard.get(), Generate):
         pass
     return message

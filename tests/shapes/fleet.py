@@ -183,7 +183,9 @@ class Fleet:
     def _wait(self, names: set[str]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while {engine.engine_id for engine in self._registry.ready("mixed")} != names:
-            assert time.monotonic() < deadline, f"only {[engine.engine_id for engine in self._registry]} of {names} started"
+            assert time.monotonic() < deadline, (
+                f"only {[engine.engine_id for engine in self._registry]} of {names} started"
+            )
             for child in self._family.children:
                 child.reports.clear()
             self._family.wait(self._family.children, 0.2)

@@ -42,7 +42,7 @@ class TokenRequest(msgspec.Struct, frozen=True):
 
 
 class ServingDetails(msgspec.Struct, frozen=True):
-    """How a response was made: its `tandem` object. Times in seconds, sizes in bytes.
+    """The `tandem` object of a response: how it was made. Times in seconds, sizes in bytes.
 
     Attributes:
         disaggregated: whether another engine's prefill was used; if not, `reason` says why.
@@ -99,14 +99,9 @@ class EngineState(enum.Enum):
 class KnownEngine(Protocol):
     """An engine that has registered: its registration, its last heartbeat, and whether it is there."""
 
-    @property
-    def register(self) -> Register: ...
-
-    @property
-    def status(self) -> EngineStatus: ...
-
-    @property
-    def state(self) -> EngineState: ...
+    register: Register
+    status: EngineStatus
+    state: EngineState
 
 
 class Backend(Protocol):

@@ -40,14 +40,10 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     return prepare_request(request_id, body, model, [(prompt, sampling)])
 
 
-class ChatBuilder(ResponseBuilder):
+class ChatBuilder(ResponseBuilder[ChatBody]):
     ID_PREFIX = "chatcmpl-"
     OBJECT = "chat.completion"
     CHUNK_OBJECT = "chat.completion.chunk"
-
-    def __init__(self, request: PreparedRequest, body: ChatBody) -> None:
-        super().__init__(request)
-        self._body = body
 
     def choice(self, chunk: TextChunk, first: bool) -> ChatChoice:
         return ChatChoice(
@@ -60,10 +56,10 @@ class ChatBuilder(ResponseBuilder):
         return ChatChunkChoice(**self.choice_fields(chunk), delta=delta, logprobs=self._logprobs(chunk.tokens))
 
     def prompt_token_ids(self) -> list[int] | UnsetType:
-        return self.request.sequences[0].prompt.token_ids if self._body.return_token_ids else UNSET
+        return self.request.sequences[0].prompt.token_ids if self.body.return_token_ids else UNSET
 
     def _logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
-        if not self._body.logprobs:
+        if not self.body.logprobs:
             return None
         return ChatLogprobs([self._token(token.id, token.logprobs) for token in tokens if token.logprobs is not None])
 

@@ -26,21 +26,17 @@ async def prepare_completion(request_id: str, body: CompletionBody, model: Loade
     return prepare_request(request_id, body, model, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
 
 
-class CompletionBuilder(ResponseBuilder):
+class CompletionBuilder(ResponseBuilder[CompletionBody]):
     ID_PREFIX = "cmpl-"
     OBJECT = CHUNK_OBJECT = "text_completion"
-
-    def __init__(self, request: PreparedRequest, body: CompletionBody) -> None:
-        super().__init__(request)
-        self._body = body
 
     def choice(self, chunk: TextChunk, first: bool) -> CompletionChoice:
         prompt = self.request.sequences[chunk.index].prompt
         return CompletionChoice(
             **self.choice_fields(chunk),
-            text=self._prompt_text(prompt) + chunk.text if first and self._body.echo else chunk.text,
-            logprobs=self._logprobs(chunk.tokens) if self._body.logprobs is not None else None,
-            prompt_token_ids=prompt.token_ids if first and self._body.return_token_ids else UNSET,
+            text=self._prompt_text(prompt) + chunk.text if first and self.body.echo else chunk.text,
+            logprobs=self._logprobs(chunk.tokens) if self.body.logprobs is not None else None,
+            prompt_token_ids=prompt.token_ids if first and self.body.return_token_ids else UNSET,
         )
 
     chunk_choice = choice

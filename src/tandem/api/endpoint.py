@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal
 
 from starlette.types import Receive, Scope, Send
 
@@ -25,7 +25,7 @@ from tandem.api.http_errors import (
 from tandem.api.loaded_model import LoadedModel, ModelLoader
 from tandem.api.metrics import Metrics, RequestMetrics
 from tandem.api.middleware import request_id_of
-from tandem.api.openai import GenerateBody, ResponseBody
+from tandem.api.openai import Body, ResponseBody
 from tandem.api.output_processor import TextChunk, joined
 from tandem.api.parsing import parse
 from tandem.api.prepared_request import PreparedRequest
@@ -42,7 +42,6 @@ STREAM_HEADERS = [
 ]
 
 Kind = Literal["router", "engine"]
-Body = TypeVar("Body", bound=GenerateBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class GenerateEndpoint(Generic[Body]):
     name: str
     body_type: type[Body]
     prepare: Callable[[str, Body, LoadedModel], Coroutine[Any, Any, PreparedRequest]]
-    builder_type: Callable[[PreparedRequest, Body], ResponseBuilder]
+    builder_type: type[ResponseBuilder[Body]]
     services: Services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,7 +105,7 @@ class GenerateEndpoint(Generic[Body]):
             )
         request = await self.prepare(request_id, body, model)
         self.services.metrics.prompt_tokens.inc(request.prompt_tokens)
-        self._log(request)
+        self._log(request, body.user or "")
         builder = self.builder_type(request, body)
         async with aclosing(generate(self.services.backend, request, metrics)) as chunks:
             if body.stream:
@@ -114,10 +113,10 @@ class GenerateEndpoint(Generic[Body]):
             else:
                 await writer.whole(builder.whole(await _collect(chunks, len(request.sequences))))
 
-    def _log(self, request: PreparedRequest) -> None:
+    def _log(self, request: PreparedRequest, user: str) -> None:
         counts = f"{len(request.sequences)} sequences, {request.prompt_tokens} prompt tokens"
-        user = (request.body.user or "")[:128]
-        log.info("request %s: %s, %s%s", request.request_id, self.name, counts, f", user {user!r}" if user else "")
+        by_user = f", user {user[:128]!r}" if user else ""
+        log.info("request %s: %s, %s%s", request.request_id, self.name, counts, by_user)
 
 
 class ResponseWriter:
@@ -133,10 +132,11 @@ class ResponseWriter:
         if not self._streaming:
             self._streaming = True
             await self._send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        await self._part(b"data: " + encode(content) + b"\n\n", more=True)
+        body = b"data: " + encode(content) + b"\n\n"
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def done(self) -> None:
-        await self._part(DONE, more=False)
+    async def end(self, last: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def whole(self, content: ResponseBody) -> None:
         await json_response(content)(self._scope, self._receive, self._send)
@@ -146,10 +146,7 @@ class ResponseWriter:
             await error_response(error)(self._scope, self._receive, self._send)
             return
         await self.event(error_body(error))
-        await self._part(b"", more=False)
-
-    async def _part(self, body: bytes, more: bool) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self.end(b"")
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -190,12 +187,14 @@ async def _client_gone(receive: Receive) -> None:
         pass
 
 
-async def _stream(chunks: AsyncGenerator[TextChunk, None], builder: ResponseBuilder, writer: ResponseWriter) -> None:
+async def _stream(
+    chunks: AsyncGenerator[TextChunk, None], builder: ResponseBuilder[Any], writer: ResponseWriter
+) -> None:
     async for chunk in chunks:
         await writer.event(builder.event(chunk))
     if builder.usage_at_end:
         await writer.event(builder.usage_event())
-    await writer.done()
+    await writer.end(DONE)
 
 
 async def _collect(chunks: AsyncGenerator[TextChunk, None], choices: int) -> list[TextChunk]:

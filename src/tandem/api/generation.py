@@ -15,17 +15,13 @@ from tandem.errors import EngineFailed
 MAX_WAITING_CHUNKS = 256
 
 
-async def generate(
-    backend: Backend, request: PreparedRequest, metrics: RequestMetrics
-) -> AsyncGenerator[TextChunk, None]:
-    """Yield chunks of all choices, each choice's in order. Closing it aborts whatever still runs.
+def generate(backend: Backend, request: PreparedRequest, metrics: RequestMetrics) -> AsyncGenerator[TextChunk, None]:
+    """Return the chunks of all choices, each choice's in order. Closing it aborts whatever still runs.
 
     Raises RequestError.
     """
     runs = [_generate_one(backend, one, request.wants_tokens, TokenTimer(metrics)) for one in request.sequences]
-    async with aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as chunks:
-        async for chunk in chunks:
-            yield chunk
+    return runs[0] if len(runs) == 1 else _merged(runs)
 
 
 async def _generate_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,20 +24,17 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ConfigError(f"cannot listen on {where}: ports go from 0 (any free one) to 65535.")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {where}: {error}") from error
-    listener = socket.socket(family, kind, protocol)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
+        both = family == socket.AF_INET6  # [::] takes IPv4 too
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {where}: {error}. Choose another port, or stop what uses it.") from error
+        raise ConfigError(
+            f"cannot listen on {where}: {os.strerror(error.errno or 0)}. Choose another port, or stop what uses it."
+        ) from error
+    listener.setblocking(False)
     return listener
 
 
@@ -60,8 +58,10 @@ async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, g
         )
     )
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    stopping = asyncio.ensure_future(_stop_when(stop, server))
+    stopping = asyncio.ensure_future(stop.wait())
     try:
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
         await asyncio.wait((serving,))
     finally:
         server.should_exit = True
@@ -75,11 +75,6 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-async def _stop_when(stop: asyncio.Event, server: uvicorn.Server) -> None:
-    await stop.wait()
-    server.should_exit = True
 
 
 async def _cancel_requests(server: uvicorn.Server) -> None:

@@ -28,9 +28,6 @@ class ApiMiddleware:
         self._key = api_key.encode() if api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers = dict(scope["headers"])
         given = headers.get(REQUEST_ID, b"")
         request_id = given if _ALLOWED.fullmatch(given) else new_request_id().encode()

@@ -5,7 +5,7 @@ An optional field that is null means the same as one left out. Ranges of samplin
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -56,6 +56,9 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     user: str | None = None
     return_token_ids: bool | None = None
     kv_transfer_params: dict[str, Any] | None = None
+
+
+Body = TypeVar("Body", bound=GenerateBody)
 
 
 class CompletionBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -46,7 +46,6 @@ class PreparedRequest:
 
     request_id: str
     model: LoadedModel
-    body: GenerateBody
     sequences: list[PreparedSequence]
     wants_tokens: bool
     created: int = field(default_factory=lambda: int(time.time()))
@@ -81,7 +80,7 @@ def prepare_request(
             output = OutputProcessor(model.tokenizer, index, stops, own)
             sequences.append(PreparedSequence(request, prompt, copy == 0, output))
     wants_tokens = bool(body.return_token_ids) or prompts[0][1].logprobs is not None
-    return PreparedRequest(request_id, model, body, sequences, wants_tokens)
+    return PreparedRequest(request_id, model, sequences, wants_tokens)
 
 
 def _check(body: GenerateBody, model: LoadedModel, sampling: SamplingParams, count: int) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypedDict
+from typing import Generic, TypedDict
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from tandem.api.backend import ServingDetails
-from tandem.api.openai import Choice, PromptTokensDetails, ResponseBody, Usage
+from tandem.api.openai import Body, Choice, PromptTokensDetails, ResponseBody, Usage
 from tandem.api.output_processor import TextChunk
 from tandem.api.prepared_request import PreparedRequest
-from tandem.wire.messages import KvTransferParams, TokenLogprobs
+from tandem.wire.messages import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -24,7 +24,14 @@ class ChoiceFields(TypedDict):
     token_ids: list[int] | UnsetType
 
 
-class ResponseBuilder(ABC):
+class ResponseHead(TypedDict):
+    id: str
+    object: str
+    created: int
+    model: str
+
+
+class ResponseBuilder(ABC, Generic[Body]):
     """Builds the response to one request.
 
     Attributes:
@@ -35,42 +42,42 @@ class ResponseBuilder(ABC):
     OBJECT: str
     CHUNK_OBJECT: str
 
-    def __init__(self, request: PreparedRequest) -> None:
+    def __init__(self, request: PreparedRequest, body: Body) -> None:
         self.request = request
+        self.body = body
         self._id = self.ID_PREFIX + request.request_id
         self._begun: set[int] = set()
-        options = request.body.stream_options
+        options = body.stream_options
         self.usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
 
     def whole(self, chunks: list[TextChunk]) -> ResponseBody:
         """Return the whole response, from one chunk for each choice."""
-        return self._response(
-            self.OBJECT,
-            [self.choice(chunk, first=True) for chunk in chunks],
+        return ResponseBody(
+            **self._head(self.OBJECT),
+            choices=[self.choice(chunk, first=True) for chunk in chunks],
             usage=self._usage(),
             tandem=self._details(),
-            kv_transfer_params=chunks[0].kv_transfer_params,
-            first=True,
+            prompt_token_ids=self.prompt_token_ids(),
+            kv_transfer_params=chunks[0].kv_transfer_params or UNSET,
         )
 
     def event(self, chunk: TextChunk) -> ResponseBody:
         """Return one event of a stream."""
-        first = chunk.index not in self._begun
-        begins = not self._begun
+        first_event, first_of_choice = not self._begun, chunk.index not in self._begun
         self._begun.add(chunk.index)
-        return self._response(
-            self.CHUNK_OBJECT,
-            [self.chunk_choice(chunk, first)],
+        return ResponseBody(
+            **self._head(self.CHUNK_OBJECT),
+            choices=[self.chunk_choice(chunk, first_of_choice)],
             usage=self._usage() if self._usage_always else None if self.usage_at_end else UNSET,
             tandem=UNSET if chunk.finish_reason is None else chunk.details,
-            kv_transfer_params=chunk.kv_transfer_params,
-            first=begins,
+            prompt_token_ids=self.prompt_token_ids() if first_event else UNSET,
+            kv_transfer_params=chunk.kv_transfer_params or UNSET,
         )
 
     def usage_event(self) -> ResponseBody:
         """Return the last event of a stream with `stream_options.include_usage`."""
-        return self._response(self.CHUNK_OBJECT, [], usage=self._usage(), tandem=self._details())
+        return ResponseBody(**self._head(self.CHUNK_OBJECT), choices=[], usage=self._usage(), tandem=self._details())
 
     @abstractmethod
     def choice(self, chunk: TextChunk, first: bool) -> Choice: ...
@@ -83,31 +90,14 @@ class ResponseBuilder(ABC):
         return UNSET
 
     def choice_fields(self, chunk: TextChunk) -> ChoiceFields:
-        ids = [token.id for token in chunk.tokens] if self.request.body.return_token_ids else UNSET
+        ids = [token.id for token in chunk.tokens] if self.body.return_token_ids else UNSET
         return ChoiceFields(
             index=chunk.index, finish_reason=chunk.finish_reason, stop_reason=chunk.stop_reason, token_ids=ids
         )
 
-    def _response(
-        self,
-        object_name: str,
-        choices: list[Choice],
-        usage: Usage | UnsetType | None,
-        tandem: ServingDetails | list[ServingDetails | None] | UnsetType | None,
-        kv_transfer_params: KvTransferParams | None = None,
-        first: bool = False,
-    ) -> ResponseBody:
-        return ResponseBody(
-            id=self._id,
-            object=object_name,
-            created=self.request.created,
-            model=self.request.model.card.name,
-            choices=choices,
-            usage=usage,
-            tandem=tandem,
-            prompt_token_ids=self.prompt_token_ids() if first else UNSET,
-            kv_transfer_params=UNSET if kv_transfer_params is None else kv_transfer_params,
-        )
+    def _head(self, object_name: str) -> ResponseHead:
+        model = self.request.model.card.name
+        return ResponseHead(id=self._id, object=object_name, created=self.request.created, model=model)
 
     def _details(self) -> ServingDetails | list[ServingDetails | None] | None:
         details = [one.output.details for one in self.request.sequences]

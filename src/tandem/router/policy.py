@@ -1,8 +1,8 @@
 """Choose the engines that take a request. Pure.
 
-Load is what this frontend has sent and not seen the end of, plus what the engine says waits in its queue; among equals
+Load is the requests that this frontend has sent and not seen the end of, plus those in the engine's queue; among equals
 the engine that was chosen least recently goes first. Pairs that refused each other are not made again. One whose
-session was lost is made only where there is nothing else; its --kv-failure decides what becomes of the request.
+session was lost is made only where there is nothing else; its --kv-failure then decides about the request.
 """
 
 from __future__ import annotations
