@@ -1,4 +1,4 @@
-"""Engines of many shapes at once, and a router in the test's own process that takes any path it is told to."""
+"""Engines of many shapes at once, and a router in the test's own process that takes any route it is told to."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class Fleet:
 
         async def send() -> None:
             source = self._engine(prefill).register
-            self._connections.send(self._engine(decode), Introduce([PeerAddress(source.identity, source.peer_address)]))
+            self._connections.send(
+                self._engine(decode).sender, Introduce([PeerAddress(source.identity, source.peer_address)])
+            )
 
         self._call(send())
 

@@ -93,7 +93,6 @@ class Health(msgspec.Struct, frozen=True):
 class EngineState(enum.Enum):
     READY = "ready"
     LOST = "lost"
-    LEAVING = "leaving"
 
 
 class KnownEngine(Protocol):

@@ -94,19 +94,16 @@ class EngineConnections:
         stream = EngineStream(generate.request_id, engine, queue)
         self._streams[engine.sender, generate.request_id] = stream
         engine.active += 1
-        self.send(engine, generate)
+        self.send(engine.sender, generate)
         return stream
 
     def close(self, stream: EngineStream) -> None:
         """End a stream; the engine is told unless it is done. Idempotent."""
         if self._streams.pop((stream.engine.sender, stream.request_id), None) is not None and not stream.finished:
             stream.finish()
-            self.send(stream.engine, Abort(stream.request_id))
+            self.send(stream.engine.sender, Abort(stream.request_id))
 
-    def send(self, engine: EngineEntry, message: ToEngine) -> None:
-        self._send_to(engine.sender, message)
-
-    def _send_to(self, receiver: bytes, message: ToEngine) -> None:
+    def send(self, receiver: bytes, message: ToEngine) -> None:
         self.socket.send_multipart([receiver, self._codec.encode(message)])
 
     def _handle(self, sender: bytes, message: ToFrontend) -> None:
@@ -117,7 +114,7 @@ class EngineConnections:
                     self._deliver(sender, item)
             case EngineStatus():
                 engine = self.registry.heartbeat(sender, message, now)
-                self._send_to(sender, Registered(True, engine.register.connection) if engine else Registered(False))
+                self.send(sender, Registered(True, engine.register.connection) if engine else Registered(False))
                 self.on_change()
             case Register():
                 self._register(sender, message, now)
@@ -137,7 +134,7 @@ class EngineConnections:
             self._fail_all(known, f"the connection to {known.engine_id} broke")
         for earlier in self.registry.register(sender, message, now):
             self._fail_all(earlier, f"{earlier.engine_id} restarted")
-        self._send_to(sender, Registered(True, message.connection))
+        self.send(sender, Registered(True, message.connection))
         if known is None and self.introduce:  # an engine's own API is not what its operator waits for
             log.info("engine %s (%s) registered", message.identity, message.status.role)
             self._introduce_all()
@@ -154,12 +151,12 @@ class EngineConnections:
                 namesake.register.peer_address,
                 message.peer_address,
             )
-        self._send_to(sender, Registered(False))
+        self.send(sender, Registered(False))
 
     def _introduce_all(self) -> None:
         prefills = [PeerAddress(e.register.identity, e.register.peer_address) for e in self.registry.ready("prefill")]
         for engine in self.registry.ready("decode"):
-            self.send(engine, Introduce(prefills))
+            self.send(engine.sender, Introduce(prefills))
 
     def _deliver(self, sender: bytes, item: Tokens | Failed) -> None:
         stream = self._streams.get((sender, item.request_id))
@@ -192,5 +189,5 @@ class EngineConnections:
         for stream in self._streams.values():
             if stream.engine is engine and not stream.finished:
                 stream.finish()
-                self.send(engine, Abort(stream.request_id))  # it may be there after all
+                self.send(engine.sender, Abort(stream.request_id))  # it may be there after all
                 stream.put(EngineLost(why))

@@ -81,7 +81,6 @@ class EngineRegistry:
             return []
         replaced = [engine for engine in self if engine.engine_id == message.identity.engine_id]
         for engine in replaced:
-            engine.state = EngineState.LOST
             del self._engines[engine.sender]
         self._engines[sender] = EngineEntry(sender, message, message.status, now)
         return replaced
@@ -96,10 +95,8 @@ class EngineRegistry:
         return engine
 
     def leave(self, sender: bytes) -> EngineEntry | None:
-        engine = self._engines.pop(sender, None)
-        if engine is not None:
-            engine.state = EngineState.LEAVING
-        return engine
+        """Remove an engine. Return it if it was known."""
+        return self._engines.pop(sender, None)
 
     def discount(self, seconds: float) -> None:
         """Do not count `seconds` as silence of the engines: this process slept for as long."""
