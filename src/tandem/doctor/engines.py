@@ -30,7 +30,7 @@ class EngineView(msgspec.Struct, frozen=True):
     """An engine as GET /tandem/engines shows it. Fields that other versions may lack have defaults.
 
     Attributes:
-        state: what the router thinks of it: ready, lost or leaving.
+        state: what the router thinks of it: ready or lost.
         peer_address: HOST:PORT where other engines shake hands with it.
     """
 
