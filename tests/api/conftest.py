@@ -22,7 +22,7 @@ from tandem.api.loaded_model import ModelLoader
 from tandem.api.tokenizer import Tokenizer
 from tandem.ids import EngineIdentity
 from tandem.wire.messages import EngineStatus, Register, RequestCounts
-from tests.registrations import make_register
+from tests.support.registrations import make_register
 
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, hello there", "grüße aus köln, 東京 🙂🙃"] * 4

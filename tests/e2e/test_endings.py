@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.deployment import Deployment, flags
-from tests.e2e.families import prompt_of
-from tests.e2e.processes import survivors, until
+from tests.support.deployment import Deployment, flags
+from tests.support.families import prompt_of
+from tests.support.processes import survivors, until
 
 BOUND = 15.0
 """Seconds; a quiet machine needs a few."""

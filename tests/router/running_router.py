@@ -38,7 +38,7 @@ from tandem.wire.messages import (
 )
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
-from tests.registrations import make_register, make_status
+from tests.support.registrations import make_register, make_status
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from tandem.api.backend import EngineState
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import ALIVE_SECONDS, EngineRegistry
 from tandem.wire.messages import PeerInfo
-from tests.registrations import make_register, make_status
+from tests.support.registrations import make_register, make_status
 
 FIRST, SECOND = EngineIdentity("d0", "first"), EngineIdentity("d0", "second")
 

@@ -6,7 +6,7 @@ from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import NoRoute, OneModelPolicy, Route, SingleEnginePolicy, choose_route
 from tandem.wire.messages import PeerInfo, RequestCounts
-from tests.registrations import make_register
+from tests.support.registrations import make_register
 
 
 def engine(

@@ -33,7 +33,7 @@ from tandem.engine.start.launch import EngineProcesses
 from tandem.local_cluster import RouterProcess, start_engines, start_router, wait_ready
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
-from tests.shapes.reference import greedy
+from tests.support.reference import greedy
 
 PROMPT = [7, 3, 250, 9, 4] * 9
 SECONDS = 120.0

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any
 
 import tandem
-from tests.e2e.http import Http
-from tests.e2e.processes import session_of, survivors
+from tests.support.http import Http
+from tests.support.processes import session_of, survivors
 
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
