@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch>=2.11,<2.14
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test check lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tandem demo
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# The inner loop: all that starts no processes, in less than two minutes.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --ignore tests/shapes --ignore tests/netns $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
