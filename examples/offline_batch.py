@@ -19,5 +19,6 @@ with LLM(model, prefill=1, decode=1, kv_memory="256MiB") as llm:
     print(f"{sum(answer.tandem.bytes for answer in answers):,} bytes of KV moved from prefill to decode")
 
     # Text or token ids, stop strings, sampling with a seed.
-    for one in llm.generate(["Hello", [72, 69, 76]], SamplingParams(max_tokens=8, seed=7), stop=["\n"]):
+    prompts: list[str | list[int]] = ["Hello", [72, 69, 76]]
+    for one in llm.generate(prompts, SamplingParams(max_tokens=8, seed=7), stop=["\n"]):
         print(repr(one.prompt), "->", repr(one.text), one.finish_reason)

@@ -1,36 +1,35 @@
-"""What the children of tests/test_processes.py do; they import it by name."""
+"""Targets of the children of tests/test_processes.py, which import them by name."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 
-from tandem.errors import StartError
-
-Report = Callable[..., None]
+from tandem.errors import RankLost, StartError
+from tandem.reports import Ended, Following, Loading, Reporter
 
 
-def tell(report: Report, *values: object) -> None:
-    for value in values:
-        report("value", value)
+def load(report: Reporter, total: int) -> None:
+    for loaded in range(total):
+        report(Loading(loaded, total))
     stay(report)
 
 
-def stay(report: Report) -> None:
-    report("pid", os.getpid())
+def stay(report: Reporter) -> None:
+    report(Following())
     while True:
         time.sleep(60)
 
 
-def stay_whatever_comes(report: Report) -> None:
+def stay_whatever_comes(report: Reporter) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stay(report)
 
 
-def end(report: Report, code: int) -> None:
+def end(report: Reporter, code: int) -> None:
     print("one line")
     print("the last line", file=sys.stderr)
     sys.stdout.flush()
@@ -38,15 +37,23 @@ def end(report: Report, code: int) -> None:
     os._exit(code)
 
 
-def fail(report: Report, text: str) -> None:
+def end_well(report: Reporter, reason: str) -> None:
+    report(Ended(reason))
+
+
+def fail(report: Reporter, text: str) -> None:
     raise StartError(text)
 
 
-def stumble(report: Report) -> None:
+def lose_rank(report: Reporter, text: str) -> None:
+    raise RankLost(text)
+
+
+def stumble(report: Reporter) -> None:
     raise ValueError("a bug")
 
 
-def name_main(report: Report) -> None:
-    report("main", getattr(sys.modules["__main__"], "__file__", None))
-    report("modules", sorted(name for name in sys.modules if name.startswith(("pytest", "_pytest"))))
-    stay(report)
+def name_main(report: Reporter) -> None:
+    pytest_modules = sorted(name for name in sys.modules if name.startswith(("pytest", "_pytest")))
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    report(Ended(json.dumps({"main": main, "modules": pytest_modules})))

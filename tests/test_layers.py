@@ -18,7 +18,7 @@ ROWS = (
     {"engine"},
     {"router"},
     {"scheduling", "transfer", "models", "api", "processes"},
-    {"config", "console"},
+    {"config", "console", "reports"},
     {"flags"},
     {"wire"},
     {"kv", "ids", "logs", "deadlines", "model_folder"},

@@ -13,7 +13,8 @@ TandemError
     ├── Overloaded       503: try again later
     ├── Unavailable      503: no engine can take it, and why
     ├── EngineFailed     500: an engine was lost or broke while it worked on the request
-    │   └── EngineLost   the same, noticed by its silence: it may be heard again
+    │   ├── EngineLost   the same, noticed by its silence: it may be heard again
+    │   └── RankLost     a rank of this engine is gone; what ended it is for that rank to tell
     ├── KvLost           500: the prompt's KV was lost on the way, and the policy is to fail
     ├── KvRetry          503: the same, and the policy is to try another prefill engine
     └── TimedOut         504
@@ -112,6 +113,10 @@ class EngineFailed(RequestError):
 
 
 class EngineLost(EngineFailed):
+    pass
+
+
+class RankLost(EngineFailed):
     pass
 
 

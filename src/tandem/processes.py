@@ -1,4 +1,4 @@
-"""Child processes with an owner: a start deadline, their last words, and an end that leaves nothing behind.
+"""Child processes with an owner: it hears their reports and how they end, and none outlives it.
 
 Children come from one fork server which has imported the heavy modules once, so that sixteen ranks cost one import
 of torch. They do not import the caller's main module again.
@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from tandem.errors import EngineStopped, StartError, TandemError
+from tandem.reports import Ended, ErrorReport, Report, Reporter, error_report
 
 PRELOAD = ("tandem.engine.start.rank_process", "tandem.router.process")
 TERM_SECONDS = 4.0
+"""For children to end by themselves; longer than what an engine takes in good order (engine/timeouts.py)."""
 
 CHILD_DEFAULTS = {
     # Threads that wait for others give up their core: with spinning ones, two engines on one machine stall each other.
@@ -37,9 +39,8 @@ CHILD_DEFAULTS = {
 """Environment of the children where the user has set nothing; it must be there before torch is imported."""
 
 LAST_LINES = 20
-
-Report = Callable[..., None]
-"""What a child tells its owner: `report(word, value)`."""
+SETTLE_SECONDS = 0.5
+"""When one rank dies, others follow within moments; the one that knows why may be among them."""
 
 
 @dataclass(slots=True)
@@ -48,14 +49,16 @@ class Child:
 
     Attributes:
         name: for people.
-        reports: what it told, in order, not yet taken.
+        reports: not yet taken, in order.
+        endings: what it reported of its own end.
         lines: the last lines of what it printed.
     """
 
     name: str
     process: BaseProcess
     pipe: Connection
-    reports: deque[tuple[str, Any]] = field(default_factory=deque)
+    reports: deque[Report] = field(default_factory=deque)
+    endings: list[ErrorReport | Ended] = field(default_factory=list)
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     reader: threading.Thread | None = None
 
@@ -64,26 +67,26 @@ class Child:
         return self.process.is_alive()
 
     def join(self, seconds: float) -> None:
-        """Until it has ended; at once if it never started."""
+        """Wait until it has ended; return at once if it never started."""
         if self.process.pid is not None:
             self.process.join(seconds)
 
     def receive(self) -> None:
-        """Move what it told into `reports`."""
+        """Move what it has sent into `reports` and `endings`."""
         try:
             while not self.pipe.closed and self.pipe.poll():
-                self.reports.append(self.pipe.recv())
+                report: Report = self.pipe.recv()
+                if isinstance(report, ErrorReport | Ended):
+                    self.endings.append(report)
+                else:
+                    self.reports.append(report)
         except (EOFError, OSError):
             self.pipe.close()
 
     def exit_report(self) -> str:
-        """How it ended, and its last lines."""
-        self.receive()
+        """Return how it ended, with its last lines."""
         if self.reader is not None:
             self.reader.join(1.0)
-        for word, value in self.reports:
-            if word == "error":
-                return f"{self.name}: {value}"
         code = self.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
         tail = "\n".join(self.lines)
@@ -91,7 +94,7 @@ class Child:
 
 
 class ChildProcesses:
-    """All children of a command. Use as a context manager: whatever happens, none is left behind.
+    """All children of a command; as a context manager, it leaves none behind whatever happens.
 
     Args:
         echo: called with every line that a child prints.
@@ -114,8 +117,7 @@ class ChildProcesses:
         self.stop()
 
     def warm(self) -> None:
-        """Start importing now, beside whatever comes before the first child."""
-
+        """Let the fork server import now, beside whatever comes before the first child."""
         resource_tracker.ensure_running()  # by itself, as starting it unblocks SIGINT
         # Ctrl-C reaches the whole process group: the fork server inherits that it is not for it, while it imports.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -131,7 +133,7 @@ class ChildProcesses:
         ours, theirs = self._context.Pipe()
         out, out_write = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_child_main, args=(name, theirs, out_write, target, args), name=name, daemon=False
+            target=_child_main, args=(theirs, out_write, target, args), name=name, daemon=False
         )
         child = Child(name, process, ours)
         self.children.append(child)  # before it starts: an interrupt amid this leaves nobody behind
@@ -151,66 +153,54 @@ class ChildProcesses:
                 if self._echo is not None:
                     self._echo(line.rstrip("\n"))
 
-    def wait(self, children: Sequence[Child], seconds: float | None) -> bool:
-        """Until one of the children told something; False if the time is over.
+    def next_report(self, children: Sequence[Child], seconds: float | None) -> tuple[Child, Report] | None:
+        """Wait for the next report of one of these children and return it; None when the time is over.
 
-        Raises StartError when any child of the family ends.
+        Raises StartError or EngineStopped as `check` does, when any child ends.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
-            for child in children:
-                child.receive()
             self.check()
-            if any(child.reports for child in children):
-                return True
+            for child in children:
+                if child.reports:
+                    return child, child.reports.popleft()
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
-                return False
+                return None
             handles: list[Any] = [child.process.sentinel for child in self.children]
-            handles += [child.pipe for child in children if not child.pipe.closed]
+            handles += [child.pipe for child in self.children if not child.pipe.closed]
             connection.wait(handles, left)
 
     def check(self) -> None:
-        """Raises StartError with the last words of a child that has ended or told of an error.
+        """Raise StartError if a child has ended or reported an error, with the root causes as far as they are known.
 
-        Raises EngineStopped where children told that they were to end.
+        Raises EngineStopped instead where children reported that they end in good order.
         """
-        if self.ending:
-            return
         for child in self.children:
-            if not child.alive or any(word == "error" for word, _ in child.reports):
-                self._settle()
-                if (ended := self._ended()) is not None:
-                    raise EngineStopped(ended)
-                raise StartError("\n".join(self._exit_reports()))
+            child.receive()
+        if self.ending or not (self._errors() or any(not child.alive for child in self.children)):
+            return
+        self._settle()
+        errors = self._errors()
+        ended = [ending.reason for child in self.children for ending in child.endings if isinstance(ending, Ended)]
+        if ended and not errors:
+            raise EngineStopped(ended[0])
+        causes = [error.text for error in errors if error.is_root_cause] or [error.text for error in errors]
+        deaths = (child.exit_report() for child in self.children if not child.alive)
+        raise StartError("\n".join(dict.fromkeys(causes) or deaths))
+
+    def _errors(self) -> list[ErrorReport]:
+        return [error for child in self.children for error in child.endings if isinstance(error, ErrorReport)]
 
     def _settle(self) -> None:
-        """When one rank dies, others follow within moments; the one that knows why may be among them."""
-        deadline = time.monotonic() + 0.5
+        deadline = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < deadline and any(child.alive for child in self.children):
             connection.wait([c.process.sentinel for c in self.children if c.alive], 0.1)
         for child in self.children:
             child.receive()
 
-    def _ended(self) -> str | None:
-        """What a child told of its end in good order, if none told of an error."""
-        told = [report for child in self.children for report in child.reports]
-        if any(word == "error" for word, _ in told):
-            return None
-        return next((str(value) for word, value in told if word == "ended"), None)
-
-    def _exit_reports(self) -> list[str]:
-        """Told errors first, each once; how processes ended only if none told anything."""
-        for child in self.children:
-            child.receive()
-        told = [str(value) for child in self.children for word, value in child.reports if word == "error"]
-        known = [text for text in told if "was lost" not in text] or told
-        if known:
-            return list(dict.fromkeys(known))
-        return [child.exit_report() for child in self.children if not child.alive]
-
     def stop(self, seconds: float = TERM_SECONDS) -> None:
-        """Ask all to end, then make them. Idempotent."""
+        """Terminate all, and kill those that are still there after `seconds`. Idempotent."""
         self.ending = True
         deadline = time.monotonic() + seconds
         for child in self.children:
@@ -221,7 +211,7 @@ class ChildProcesses:
         self.kill()
 
     def kill(self) -> None:
-        """Now."""
+        """Kill all at once."""
         self.ending = True
         for child in self.children:
             if child.alive:
@@ -232,7 +222,7 @@ class ChildProcesses:
 
 @contextlib.contextmanager
 def ending_fork_server() -> Iterator[None]:
-    """For a command whose process ends with this: the fork server ends too, at once, even while it imports.
+    """End the fork server at once, even while it imports, when the body ends; the command's process ends with it.
 
     By itself it goes when it finds its owner gone, but it looks only once its imports are done.
     """
@@ -247,7 +237,7 @@ def ending_fork_server() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """multiprocessing has children import the main module again; ours need nothing of it."""
+    """Keep children from importing the main module, as multiprocessing has them do; ours need nothing of it."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -256,10 +246,8 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _child_main(
-    name: str, pipe: Connection, out: Connection, target: Callable[..., None], args: tuple[Any, ...]
-) -> None:
-    """First frame of every child."""
+def _child_main(pipe: Connection, out: Connection, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Run `target`; the first frame of every child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides; Ctrl-C reaches the whole process group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(out.fileno(), 1)
@@ -268,19 +256,24 @@ def _child_main(
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     threading.Thread(target=_die_with_owner, name="owner watch", daemon=True).start()
 
-    def report(word: str, value: Any = None) -> None:
+    def report(message: Report) -> None:
         with contextlib.suppress(OSError):
-            pipe.send((word, value))
+            pipe.send(message)
 
     try:
         target(report, *args)
     except TandemError as error:
-        report("error", str(error))
-        _exit(1)
+        end_child(report, error)
     except BaseException:
         traceback.print_exc()
         _exit(1)
     _exit(0)
+
+
+def end_child(report: Reporter, error: Exception) -> NoReturn:
+    """End this process, which is a child, with an error. Any of its threads may call it."""
+    report(error_report(error))
+    _exit(1)
 
 
 def _die_with_owner() -> None:
@@ -290,8 +283,8 @@ def _die_with_owner() -> None:
         os._exit(1)
 
 
-def _exit(code: int) -> None:
-    """Without the interpreter's teardown, which can hang on foreign threads (UCX, gloo, OpenMP)."""
+def _exit(code: int) -> NoReturn:
+    """End this process without the interpreter's teardown, which can hang on foreign threads (UCX, gloo, OpenMP)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -67,10 +67,3 @@ def test_many_writers_lose_nothing_and_each_keeps_its_order(mailbox: Mailbox[obj
         writer.join()
     for number in range(4):
         assert [item for item in taken if item[0] == number] == [(number, n) for n in range(500)]  # type: ignore[index]
-
-
-def test_one_item_can_be_awaited_and_none_is_an_answer(mailbox: Mailbox[object]) -> None:
-    assert mailbox.wait(0.0) is None
-    mailbox.put("a")
-    assert mailbox.wait(10.0) == "a"
-    assert mailbox.take() == []

@@ -27,7 +27,7 @@ from tandem.config import (
     TimeSection,
 )
 from tandem.engine.start.launch import rank_main
-from tandem.engine.start.place import RankPlace
+from tandem.engine.start.placement import RankPlacement
 from tandem.errors import RequestError
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
@@ -179,17 +179,14 @@ class Fleet:
             time=TimeSection(start_timeout=START_SECONDS, lease_ttl=30.0),
             run=RunSection(threads=1, log_level="warning"),
         )
-        meeting = f"{self._folder.name}/{shape.name}"
+        meeting = f"{self._folder.name}/{shape.name}" if parallel.world_size > 1 else None
+        folder = ModelFolder(str(model), "random")
         for rank in range(parallel.world_size):
-            place = RankPlace(
-                rank, rank, "127.0.0.1", meeting, (self.control,), None, ModelFolder(str(model), "random")
-            )
-            self._children.start(f"{shape.name} rank {rank}", rank_main, config, place)
+            placement = RankPlacement(rank, rank, "127.0.0.1", meeting, (self.control,), None, folder)
+            self._children.start(f"{shape.name} rank {rank}", rank_main, config, placement)
 
     def _wait(self, names: set[str]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while {member.engine_id for member in self._registry.ready("mixed")} != names:
             assert time.monotonic() < deadline, f"only {[m.engine_id for m in self._registry]} of {names} started"
-            for child in self._children.children:
-                child.reports.clear()
-            self._children.wait(self._children.children, 0.2)
+            self._children.next_report(self._children.children, 0.2)

@@ -15,7 +15,7 @@ from tandem.transfer.handshake import EngineDescriptor, check_envelopes, decode_
 from tandem.transfer.transports.base import Region
 from tests.transfer.engines import ENVELOPE, descriptor
 
-WHO = EngineIdentity("p0", "life")
+WHO = EngineIdentity("p0", "first")
 RANGES = st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda r: r[0] <= r[1])
 
 

@@ -111,10 +111,12 @@ def test_the_ranks_are_shown_with_the_agreed_identity() -> None:
     assert [(r.rank, r.tp_rank, r.pp_rank, r.node, r.pid) for r in ranks] == [
         (0, 0, 0, "host0", 100), (1, 1, 0, "host0", 101), (2, 0, 1, "host1", 102), (3, 1, 1, "host1", 103),
     ]  # fmt: skip
-    assert {(r.engine_id, r.incarnation) for r in ranks} == {("p0", records[0].identity.incarnation)}
+    identity = records[0].identity
+    assert identity is not None
+    assert {(r.engine_id, r.incarnation) for r in ranks} == {(identity.engine_id, identity.incarnation)}
 
 
-def test_every_life_is_new_also_under_a_configured_id() -> None:
+def test_every_incarnation_is_new_also_under_a_configured_id() -> None:
     first, second = new_identity("p0"), new_identity("p0")
     assert first.engine_id == second.engine_id == "p0"
     assert first.incarnation != second.incarnation

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tandem.errors import WireError
 from tandem.ids import EngineIdentity
-from tandem.transfer.thread import orders
+from tandem.transfer.thread import thread_messages as t
 from tandem.wire import messages as m
 from tandem.wire import peer_messages as p
 from tandem.wire.codec import Codec
@@ -59,25 +59,25 @@ TO_DECODE = [
     p.KvGone("incarnation", "r", "why"),
     p.Renewed("incarnation", 1, []),
 ]
-TO_MOVER = [
-    orders.OpenPeer("p", []),
-    orders.ClosePeer("p"),
-    orders.ReadOrder(1, "p", "r", [1], [2], 0, 16, True),
-    orders.StopThread(),
+TO_TRANSFER_THREAD = [
+    t.OpenPeer(1, []),
+    t.ClosePeer(1),
+    t.ReadOrder(1, 1, "r", [1], [2], 0, 16, True),
+    t.StopThread(),
 ]
-FROM_MOVER = [
-    orders.ThreadAlive(0),
-    orders.PeerOpened(0, "p", "why"),
-    orders.PeerClosed(0, "p"),
-    orders.ReadEnded(0, 1, 2, 3, 0.5, None),
+FROM_TRANSFER_THREAD = [
+    t.ThreadAlive(0),
+    t.PeerOpened(0, 1, "why"),
+    t.ReadEnded(0, 1, 2, 3, 0.5, None),
+    t.ReadQuiet(0, 1),
 ]
 CHANNELS: list[tuple[Any, list[Any]]] = [
     (m.ToEngine, TO_ENGINE),
     (m.ToFrontend, TO_FRONTEND),
     (p.ToPrefill, TO_PREFILL),
     (p.ToDecode, TO_DECODE),
-    (orders.ToTransferThread, TO_MOVER),
-    (orders.FromTransferThread, FROM_MOVER),
+    (t.ToTransferThread, TO_TRANSFER_THREAD),
+    (t.FromTransferThread, FROM_TRANSFER_THREAD),
 ]
 NAMES = ["to engine", "to frontend", "to prefill", "to decode", "to transfer thread", "from transfer thread"]
 CODECS: list[Codec[Any]] = [Codec(union) for union, _ in CHANNELS]

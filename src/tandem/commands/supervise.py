@@ -37,9 +37,7 @@ def supervised(body: Callable[[ChildProcesses, Console], int], preload: Sequence
 def wait_forever(children: ChildProcesses) -> None:
     """Wait until a signal comes or a child dies, and raise then."""
     while True:
-        children.wait(children.children, None)
-        for child in children.children:
-            child.reports = type(child.reports)(r for r in child.reports if r[0] in ("error", "ended"))
+        children.next_report(children.children, None)
 
 
 def _take_signals(children: ChildProcesses) -> None:

@@ -15,11 +15,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from tandem import __version__
 from tandem.config import EngineConfig
@@ -28,8 +26,9 @@ from tandem.doctor.ping import PingServer, ping_all
 from tandem.doctor.reads import BULK_BYTES, ProbeMemory, ReadProbe, measure_all
 from tandem.doctor.store_exchange import StoreExchange
 from tandem.engine.start.launch import published_host
-from tandem.engine.start.rendezvous import meet, open_store
+from tandem.engine.start.rendezvous import meet
 from tandem.engine.step.runner import pick_device
+from tandem.engine.store import Store, first_line, open_store, subspace
 from tandem.engine.world import TorchWorld
 from tandem.errors import ConfigError, EngineFailed, StartError, TandemError
 from tandem.ids import new_identity
@@ -94,7 +93,7 @@ class ClusterCheck:
         log(f"node {own} of {nodes} at {self._host}: waiting for the others at {self._parallel.master}")
         record = self._record()
         store = self._meet(record)
-        exchange = StoreExchange(PrefixStore("doctor", store), own, nodes)
+        exchange = StoreExchange(subspace(store, "doctor"), own, nodes)
         log(f"node {own}: {nodes} nodes met")
         report = self._ping_all(exchange)
         if not report.good:
@@ -107,14 +106,15 @@ class ClusterCheck:
             report = replace(report, all_reduce=self._all_reduce_seconds(world), clocks=_clocks(world))
             return self._read_all(report, exchange, world)
         except (EngineFailed, RuntimeError) as error:
-            raise StartError(f"a node was lost during the check: {_first_line(error)}") from None
+            raise StartError(f"a node was lost during the check: {first_line(error)}") from None
         finally:
             world.close()
 
-    def _meet(self, record: RankRecord) -> Any:
-        timeout = self._config.time.start_timeout
+    def _meet(self, record: RankRecord) -> Store:
+        timeout, master = self._config.time.start_timeout, self._parallel.master
+        assert master is not None
         deadline = time.monotonic() + timeout
-        store = open_store(self._parallel.master, None, self.own, timeout)
+        store = open_store(master, self.own, timeout)
         meet(store, record, self._parallel.nnodes, max(1.0, deadline - time.monotonic()))
         return store
 
@@ -160,13 +160,13 @@ class ClusterCheck:
         errors = {node.number: node.error for node in nodes if node.error is not None}
         return ClusterReport(nodes, [link for links in gathered for link in links], errors)
 
-    def _join(self, store: Any) -> TorchWorld:
+    def _join(self, store: Store) -> TorchWorld:
         one_rank_each = replace(self._parallel, tp=self._parallel.nnodes, pp=1)
         try:
             return TorchWorld(store, self.own, one_rank_each, self._device, self._host, COLLECTIVE_SECONDS)
         except RuntimeError as error:
             raise StartError(
-                f"the nodes reach each other, but torch.distributed does not connect: {_first_line(error)}; it uses"
+                f"the nodes reach each other, but torch.distributed does not connect: {first_line(error)}; it uses"
                 f" {interface_of(self._host) or self._host}: unset GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or set"
                 " --host"
             ) from None
@@ -212,8 +212,3 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error of torch; a C++ stack trace follows it."""
-    return str(error).splitlines()[0][:200]

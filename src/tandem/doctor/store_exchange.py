@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from tandem.engine.store import Store, first_line, wait_for_count
 from tandem.errors import StartError
 
-LAST_WORD_SECONDS = 5.0
 POLL_SECONDS = 0.02
 """Between two looks into the store; not shorter, since each delays the reads that are served meanwhile."""
 
@@ -23,11 +23,10 @@ class StoreExchange:
     All methods raise StartError when the store, which is on node 0, is lost.
 
     Args:
-        store: a torch.distributed store.
         own: the number of this node.
     """
 
-    def __init__(self, store: Any, own: int, nodes: int) -> None:
+    def __init__(self, store: Store, own: int, nodes: int) -> None:
         self._store = store
         self._nodes = nodes
         self.own = own
@@ -61,13 +60,12 @@ class StoreExchange:
     def finish(self) -> None:
         """Wait, on node 0, until all have read everything: the store ends with this process. Bounded."""
         self._call(self._store.add, "finished", 1)
-        deadline = time.monotonic() + LAST_WORD_SECONDS
-        while self.own == 0 and time.monotonic() < deadline and self._store.add("finished", 0) < self._nodes:
-            time.sleep(POLL_SECONDS)
+        if self.own == 0:
+            self._call(wait_for_count, self._store, "finished", self._nodes)
 
     @staticmethod
     def _call(method: Callable[..., Any], *arguments: object) -> Any:
         try:
             return method(*arguments)
         except RuntimeError as error:
-            raise StartError(f"node 0 was lost during the check: {str(error).splitlines()[0][:200]}") from None
+            raise StartError(f"node 0 was lost during the check: {first_line(error)}") from None

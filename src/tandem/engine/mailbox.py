@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import queue
 import socket
+from collections import deque
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -14,7 +15,7 @@ class Mailbox(Generic[T]):
     """Many writers, one reader. Readable (`fileno`) while something may be in it."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[T] = queue.SimpleQueue()
+        self._items: deque[T] = deque()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -23,32 +24,19 @@ class Mailbox(Generic[T]):
         return self._reader.fileno()
 
     def put(self, item: T) -> None:
-        self._queue.put(item)
-        try:
+        self._items.append(item)
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
             os.write(self._writer.fileno(), b"\0")
-        except BlockingIOError:
-            pass  # full of wake-ups already
 
     def take(self) -> list[T]:
-        """Everything that is there, without waiting."""
-        try:
+        """Return everything that is there, without waiting."""
+        with contextlib.suppress(BlockingIOError):
             while os.read(self._reader.fileno(), 4096):
                 pass
-        except BlockingIOError:
-            pass
         items = []
-        while True:
-            try:
-                items.append(self._queue.get_nowait())
-            except queue.Empty:
-                return items
-
-    def wait(self, seconds: float) -> T | None:
-        """The next item, or None if none comes in time."""
-        try:
-            return self._queue.get(timeout=seconds)
-        except queue.Empty:
-            return None
+        while self._items:
+            items.append(self._items.popleft())
+        return items
 
     def close(self) -> None:
         self._reader.close()

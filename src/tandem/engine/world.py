@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C import _distributed_c10d as stores
 
 from tandem.config import ParallelSection
+from tandem.engine.store import Store, subspace
 from tandem.models.collectives import Collectives, SoloCollectives, TorchCollectives, with_other_ranks
 from tandem.models.rank_position import RankPosition
 from tandem.wire.addresses import interface_of
 
 SMALL = 4096
+"""Bytes per rank that a gather moves at once."""
 
 
 class SoloWorld:
@@ -36,9 +37,6 @@ class SoloWorld:
     def receive_from_last_stage(self, tokens: int, width: int, dtype: torch.dtype) -> Tensor | None:
         return None
 
-    def close(self) -> None:
-        pass
-
 
 class TorchWorld:
     """An engine of several ranks over torch.distributed: gloo on CPU, NCCL on CUDA.
@@ -49,7 +47,7 @@ class TorchWorld:
     """
 
     def __init__(
-        self, store: Any, rank: int, parallel: ParallelSection, device: torch.device, host: str, timeout: float
+        self, store: Store, rank: int, parallel: ParallelSection, device: torch.device, host: str, timeout: float
     ) -> None:
         self.rank = rank
         self.size = parallel.world_size
@@ -61,9 +59,7 @@ class TorchWorld:
             if interface is not None:
                 os.environ.setdefault(variable, interface)
         wait = timedelta(seconds=timeout)
-        dist.init_process_group(
-            "gloo", store=stores.PrefixStore("world", store), rank=rank, world_size=self.size, timeout=wait
-        )
+        dist.init_process_group("gloo", store=subspace(store, "world"), rank=rank, world_size=self.size, timeout=wait)
         backend = "nccl" if device.type == "cuda" else "gloo"
         groups = [
             dist.new_group(list(range(stage * parallel.tp, (stage + 1) * parallel.tp)), backend=backend, timeout=wait)
@@ -75,7 +71,7 @@ class TorchWorld:
         )
 
     def all_gather(self, data: bytes) -> list[bytes]:
-        """One collective if everybody's data is small, else a second one for the rest."""
+        """Return the data of all ranks by rank, with one collective if everybody's is small, else with a second one."""
         width = SMALL
         while True:
             own = torch.zeros(8 + width, dtype=torch.uint8)
@@ -93,14 +89,14 @@ class TorchWorld:
             width = max(lengths)
 
     def send_to_next_stage(self, hidden: Tensor) -> None:
-        """Does not wait for the receiver, unless the last one sent is still under way."""
+        """Send without waiting for the receiver, unless what was sent last is still under way."""
         with with_other_ranks():
             if self._sending is not None:
                 self._sending[0].wait()
             self._sending = (dist.isend(hidden, self.rank + self.position.tp_size, group=self._pipe), hidden)
 
     def receive_from_last_stage(self, tokens: int, width: int, dtype: torch.dtype) -> Tensor | None:
-        """Hidden states [tokens, width] of the stage before; None on the first stage."""
+        """Return the hidden states [tokens, width] of the stage before; None on the first stage."""
         if self.position.is_first_stage:
             return None
         hidden = torch.empty(tokens, width, dtype=dtype, device=self._device)

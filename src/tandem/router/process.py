@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable
 from typing import Any, Literal
 
 import uvloop
@@ -19,6 +18,7 @@ from tandem.api.app import create_app, preload
 from tandem.api.http_server import serve
 from tandem.config import RouterConfig
 from tandem.errors import RequestError
+from tandem.reports import ControlPort, Health, Reporter
 from tandem.router.hub import Hub
 from tandem.router.registry import EngineRegistry
 from tandem.router.router import Router, pair_finder, single_finder
@@ -30,10 +30,8 @@ log = logging.getLogger(__name__)
 Kind = Literal["router", "engine"]
 
 
-def run_frontend(
-    report: Callable[..., None], kind: Kind, name: str, config: RouterConfig, listener: socket.socket
-) -> None:
-    """Serve until SIGTERM. Reports `control` with the port for engines, and `change` with a line per engine state.
+def run_frontend(report: Reporter, kind: Kind, name: str, config: RouterConfig, listener: socket.socket) -> None:
+    """Serve until SIGTERM. Reports the `ControlPort` for engines, and its `Health` whenever an engine changes.
 
     Args:
         name: of the process in log lines.
@@ -44,7 +42,7 @@ def run_frontend(
         runner.run(_serve(report, kind, config, listener))
 
 
-async def _serve(report: Callable[..., None], kind: Kind, config: RouterConfig, listener: socket.socket) -> None:
+async def _serve(report: Reporter, kind: Kind, config: RouterConfig, listener: socket.socket) -> None:
     key = load_key(config.access.cluster_key_file)
     context = zmq.asyncio.Context()
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, key)
@@ -64,7 +62,7 @@ async def _serve(report: Callable[..., None], kind: Kind, config: RouterConfig, 
     hub_task = asyncio.create_task(hub.run())
     hub_task.add_done_callback(lambda _: stop.set())
     loading = asyncio.create_task(_load_early(app, announcer.first))
-    report("control", port)
+    report(ControlPort(port))
     try:
         await serve(app, listener, stop, started=started, grace=1.0)
     finally:
@@ -93,7 +91,7 @@ class _Announcer:
         first: set once an engine has come.
     """
 
-    def __init__(self, report: Callable[..., None], backend: Router) -> None:
+    def __init__(self, report: Reporter, backend: Router) -> None:
         self._report = report
         self._backend = backend
         self._last: Any = None
@@ -107,4 +105,4 @@ class _Announcer:
         now = (health.ok, states)
         if now != self._last:
             self._last = now
-            self._report("health", {"ok": health.ok, "detail": health.detail, "engines": states})
+            self._report(Health(health.ok))

@@ -1,4 +1,4 @@
-"""How an engine describes itself to another, and what makes two engines fit."""
+"""The description that an engine gives of itself to another, and the check whether two engines fit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import sources_of_all
 from tandem.transfer.transports.base import RankEndpoint
 from tandem.wire.messages import MAX_RANKS, Count, Text
-from tandem.wire.peer_messages import Envelope
+from tandem.wire.peer_messages import Envelope, Hello
 
-PROTOCOL = (2, 2)
+PROTOCOL = (3, 3)
 """Lowest and highest version of the engine-to-engine protocol that this software speaks."""
 
 
 class RankDescriptor(msgspec.Struct, frozen=True):
-    """One rank: what part of the KV cache it holds, how that lies in memory, and how to reach it."""
+    """One rank: the part of the KV cache it holds, its layout in memory, and the way to reach it."""
 
     rank: Count
     tp_rank: Count
@@ -39,7 +39,7 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
     ranks: Annotated[list[RankDescriptor], Meta(min_length=1, max_length=MAX_RANKS)]
 
     def check(self) -> None:
-        """Raises WireError if the ranks are not 0..n-1, or a layout reaches outside of its rank's memory."""
+        """Raise WireError if the ranks are not 0..n-1, or a layout reaches outside of its rank's memory."""
         if [r.rank for r in self.ranks] != list(range(len(self.ranks))):
             raise WireError(f"ranks must be 0 to {len(self.ranks) - 1} in order; got {[r.rank for r in self.ranks]}")
         for rank in self.ranks:
@@ -59,7 +59,7 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
 
 
 def check_envelopes(ours: Envelope, theirs: Envelope) -> int:
-    """The highest protocol version that both speak. Raises PeerRefused naming the first field that does not fit."""
+    """Return the highest protocol version that both speak. Raises PeerRefused, naming the first field that differs."""
     version = min(ours.protocol[1], theirs.protocol[1])
     if version < max(ours.protocol[0], theirs.protocol[0]):
         raise PeerRefused("protocol", _range(ours.protocol), _range(theirs.protocol))
@@ -69,12 +69,21 @@ def check_envelopes(ours: Envelope, theirs: Envelope) -> int:
     return version
 
 
+def check_hello(envelope: Envelope, identity: EngineIdentity, hello: Hello) -> None:
+    """Raise PeerRefused if the sender does not fit, or means another engine or incarnation than this one."""
+    check_envelopes(envelope, hello.envelope)
+    if hello.expected_engine_id != identity.engine_id:
+        raise PeerRefused("engine_id", identity.engine_id, hello.expected_engine_id)
+    if hello.expected_incarnation not in (None, identity.incarnation):
+        raise PeerRefused("incarnation", identity.incarnation, str(hello.expected_incarnation))
+
+
 def _range(versions: tuple[int, int]) -> str:
     return f"{versions[0]} to {versions[1]}"
 
 
 def decode_descriptor(raw: msgspec.Raw) -> EngineDescriptor:
-    """Strictly; raises WireError."""
+    """Decode strictly. Raises WireError."""
     try:
         descriptor = msgspec.msgpack.decode(raw, type=EngineDescriptor)
     except msgspec.DecodeError as error:
@@ -86,9 +95,9 @@ def decode_descriptor(raw: msgspec.Raw) -> EngineDescriptor:
 def peers_needed(
     sources: Sequence[RankDescriptor], readers: Sequence[KvLayout], *, turn: int = 0
 ) -> list[list[RankDescriptor]]:
-    """The source ranks that each of our ranks reads from; `turn` as for `plan`.
+    """Return the source ranks that each of our ranks reads from; `turn` as for `plan`.
 
-    Raises PeerRefused if something is held by nobody.
+    Raises PeerRefused if nobody holds something that is needed.
     """
     try:
         chosen = sources_of_all([s.layout for s in sources], readers, turn=turn)

@@ -1,4 +1,4 @@
-"""Who an engine is: agreed once, over all of its ranks, before any connector exists.
+"""The identity of an engine: agreed once, over all of its ranks, before any connector exists.
 
 Every rank submits one record; the records are gathered on every rank in one collective, and every rank compares all
 of them in the same way. So all ranks come to the same end: the identity that the leader made, or the same error.
@@ -50,7 +50,7 @@ class World(Protocol):
 
 
 class RankRecord(msgspec.Struct, frozen=True):
-    """What a rank was configured with, and where it runs.
+    """The configuration of a rank, and the place where it runs.
 
     Attributes:
         engine_id: as configured; None if it was not.
@@ -88,7 +88,7 @@ class RankRecord(msgspec.Struct, frozen=True):
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    """What all ranks agree on, and how long the exchange took on this rank."""
+    """The identity and records that all ranks agree on; `seconds`: the exchange took on this rank."""
 
     identity: EngineIdentity
     records: list[RankRecord]
@@ -96,19 +96,9 @@ class Agreement(msgspec.Struct, frozen=True):
 
     @property
     def ranks(self) -> list[RankInfo]:
-        """As GET /tandem/engine shows them."""
-        return [
-            RankInfo(
-                r.rank,
-                r.tp_rank,
-                r.pp_rank,
-                r.host,
-                r.pid,
-                self.identity.engine_id,
-                self.identity.incarnation,
-            )
-            for r in self.records
-        ]
+        """Return the ranks as GET /tandem/engine shows them."""
+        engine_id, incarnation = self.identity.engine_id, self.identity.incarnation
+        return [RankInfo(r.rank, r.tp_rank, r.pp_rank, r.host, r.pid, engine_id, incarnation) for r in self.records]
 
 
 def agree(world: World, record: RankRecord) -> Agreement:
@@ -128,7 +118,7 @@ def agree(world: World, record: RankRecord) -> Agreement:
 
 
 def check_agreement(records: Sequence[RankRecord], fields: Sequence[str] = COMPARED) -> None:
-    """Raises StartError with one line that names the nodes, the field and both values, if any two differ."""
+    """Raise StartError with one line that names the nodes, the field and both values, if any two differ."""
     first = records[0]
     for field in fields:
         expected = getattr(first, field)

@@ -57,12 +57,14 @@ class Claim(msgspec.Struct, frozen=True, tag="claim"):
     Attributes:
         prompt: digest of the tokens whose KV is wanted; that of another prompt is not given out.
         early: the claim may come before the request itself (a router sends both at once).
+        number: tells the sender's claims apart; comes back in `Claimed`.
     """
 
     to: Name
     request_id: Name
     prompt: Name | None = None
     early: bool = True
+    number: Count = 0
 
 
 class Renew(msgspec.Struct, frozen=True, tag="renew"):
@@ -109,6 +111,7 @@ class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
 
     source: Name
     request_id: Name
+    number: Count = 0
 
 
 class KvComputed(msgspec.Struct, frozen=True, tag="kv_computed"):

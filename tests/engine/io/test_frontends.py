@@ -20,23 +20,23 @@ WHO = EngineIdentity("engine", "life")
 SECONDS = 10
 
 
-class FakeFront:
+class FakeFrontend:
     """A frontend that can go away and come back at the same port."""
 
     def __init__(self, sockets: Sockets[zmq.asyncio.Socket], port: int = 0) -> None:
         self._socket, self.port = sockets.bind(zmq.ROUTER, "127.0.0.1", port, SocketOptions(handover=True))
         self._heard: Codec[ToFrontend] = Codec(ToFrontend)
 
-    async def hear(self) -> ToFrontend:
+    async def receive(self) -> ToFrontend:
         _, data = await self._socket.recv_multipart()
         return self._heard.decode(data)
 
     async def registration(self) -> Register:
-        while not isinstance(message := await self.hear(), Register):
+        while not isinstance(message := await self.receive(), Register):
             pass
         return message
 
-    def say(self, message: object) -> None:
+    def send(self, message: object) -> None:
         self._socket.send_multipart([WHO.incarnation.encode(), msgspec.msgpack.encode(message)])
 
     def close(self) -> None:
@@ -47,34 +47,34 @@ def request(request_id: str) -> Generate:
     return Generate(request_id, [1, 2], 2, SamplingParams(max_tokens=4), 60.0)
 
 
-def test_when_the_connection_breaks_requests_are_given_up_and_the_front_is_told() -> None:
+def test_when_the_connection_breaks_requests_are_given_up_and_the_frontend_is_told() -> None:
     """What was on its way is lost, and neither side could know."""
 
     async def play() -> None:
         context = zmq.asyncio.Context()
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        before = FakeFront(sockets)
+        before = FakeFrontend(sockets)
         begun: asyncio.Queue[str] = asyncio.Queue()
         aborted: asyncio.Queue[str] = asyncio.Queue()
         events = FrontendEvents(
-            lambda frontend, generate: begun.put_nowait(generate.request_id), aborted.put_nowait, lambda introduce: None
+            lambda generate: begun.put_nowait(generate.request_id), aborted.put_nowait, lambda introduce: None
         )
         frontend = Frontend(
             Address("127.0.0.1", before.port), sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events
         )
         running = asyncio.create_task(frontend.run())
         assert (await before.registration()).connection == 0
-        before.say(Registered(True, 0))
-        before.say(request("r"))
+        before.send(Registered(True, 0))
+        before.send(request("r"))
         assert await begun.get() == "r"
-        assert isinstance(await before.hear(), Register | EngineStatus)
+        assert isinstance(await before.receive(), Register | EngineStatus)
         before.close()
         assert await aborted.get() == "r"
-        after = FakeFront(sockets, before.port)
-        after.say(Registered(True, 0))  # to something from before the break: it does not make the frontend know of it
+        after = FakeFrontend(sockets, before.port)
+        after.send(Registered(True, 0))  # to something from before the break: it does not make the frontend know of it
         assert (await after.registration()).connection == 1
-        after.say(Registered(True, 1))
-        while not isinstance(await after.hear(), EngineStatus):
+        after.send(Registered(True, 1))
+        while not isinstance(await after.receive(), EngineStatus):
             pass
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -88,14 +88,14 @@ def test_only_the_answer_to_the_last_registration_counts() -> None:
     async def play() -> None:
         context = zmq.asyncio.Context()
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        there = FakeFront(sockets)
-        events = FrontendEvents(lambda frontend, generate: None, lambda request_id: None, lambda introduce: None)
+        there = FakeFrontend(sockets)
+        events = FrontendEvents(lambda generate: None, lambda request_id: None, lambda introduce: None)
         address = Address("127.0.0.1", there.port)
         frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
         running = asyncio.create_task(frontend.run())
         for _ in range(3):
-            assert isinstance(await there.hear(), Register)
-            there.say(Registered(True, 7))
+            assert isinstance(await there.receive(), Register)
+            there.send(Registered(True, 7))
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         there.close()

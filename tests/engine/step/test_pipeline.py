@@ -1,4 +1,4 @@
-"""StepLoop and followers over real sockets; what they compute is played."""
+"""Leader and followers over real sockets; what they compute is played."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import zmq
 
 from tandem.engine.step import pipeline as pipelines
 from tandem.engine.step.pipeline import LEADER_SOCKET, Follower, Here, LeaderPipeline, follower_socket
-from tandem.errors import EngineFailed
+from tandem.errors import EngineFailed, RankLost
 from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.wire.keys import new_key
 from tandem.wire.sockets import Sockets
@@ -65,7 +65,7 @@ def test_a_rank_that_came_before_the_leader_was_ready_for_it_is_missed_when_it_g
     pipeline = bench.pipeline(2)
     pipeline.wait_for_followers()
     follower.close()
-    with pytest.raises(EngineFailed, match="rank 1 of this engine was lost"):
+    with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         wait_for_loss(pipeline)
 
 
@@ -73,7 +73,7 @@ def test_a_rank_that_goes_before_all_are_there_ends_the_wait(bench: Bench) -> No
     follower = bench.follower(1)
     assert bench.listener.poll(SECONDS * 1000)
     follower.close()
-    with pytest.raises(EngineFailed, match="rank 1 of this engine was lost"):
+    with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         bench.pipeline(3).wait_for_followers()
 
 
@@ -95,7 +95,7 @@ def test_a_follower_whose_leader_is_gone_before_it_could_connect_says_so(bench: 
     bench.listener.disable_monitor()
     bench.listener.close(linger=0)
     follower = bench.follower(1)
-    with pytest.raises(EngineFailed, match="the leader of this engine was lost"):
+    with pytest.raises(RankLost, match="the leader of this engine was lost"):
         Follower(object(), follower).run()  # type: ignore[arg-type]
 
 
@@ -105,7 +105,7 @@ def test_a_follower_whose_leader_goes_says_so(bench: Bench) -> None:
     pipeline.wait_for_followers()
     bench.listener.disable_monitor()
     bench.listener.close(linger=0)
-    with pytest.raises(EngineFailed, match="the leader of this engine was lost"):
+    with pytest.raises(RankLost, match="the leader of this engine was lost"):
         Follower(object(), follower).run()  # type: ignore[arg-type]
 
 
@@ -122,7 +122,7 @@ def test_a_halt_of_an_engine_that_failed_tells_the_follower_why(bench: Bench) ->
     pipeline = bench.pipeline(2)
     pipeline.wait_for_followers()
     pipeline.close("rank 2 of this engine was lost", failed=True)
-    with pytest.raises(EngineFailed, match="rank 2 of this engine was lost"):
+    with pytest.raises(RankLost, match="rank 2 of this engine was lost"):
         Follower(object(), follower).run()  # type: ignore[arg-type]
 
 
@@ -141,7 +141,7 @@ def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Ben
     follower = bench.follower(1)
     pipeline = LeaderPipeline(Broken(follower.close), bench.listener, 2)  # type: ignore[arg-type]
     pipeline.wait_for_followers()
-    with pytest.raises(EngineFailed, match="rank 1 of this engine was lost"):
+    with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         pipeline.submit(Batch(1, []))
 
 
@@ -161,7 +161,7 @@ def test_a_followers_collective_that_fails_is_explained_by_the_leader(bench: Ben
     pipeline.wait_for_followers()
     bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Batch(1, []))])
     broken = Broken(lambda: pipeline.close("rank 2 of this engine was lost", failed=True))
-    with pytest.raises(EngineFailed, match="rank 2 of this engine was lost"):
+    with pytest.raises(RankLost, match="rank 2 of this engine was lost"):
         Follower(broken, follower).run()  # type: ignore[arg-type]
 
 

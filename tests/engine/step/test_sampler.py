@@ -286,10 +286,9 @@ row_strategy = st.builds(
 def test_a_row_alone_gets_what_it_gets_in_company(rows: list[SampleAt], seed: int) -> None:
     logits = random_logits(len(rows), seed=seed)
     together = sample(logits, rows)
-    for index, row in enumerate(rows):
+    for index, (row, other) in enumerate(zip(rows, together, strict=True)):
         (alone,) = sample(logits[index : index + 1], [row])
-        assert alone.token_id == together[index].token_id
-        assert (alone.logprobs is None) == (together[index].logprobs is None)
-        in_company = together[index].logprobs
-        if alone.logprobs is not None and in_company is not None:
-            assert alone.logprobs.logprob == pytest.approx(in_company.logprob, abs=1e-5)
+        assert alone.token_id == other.token_id
+        assert (alone.logprobs is None) == (other.logprobs is None)
+        if alone.logprobs is not None and other.logprobs is not None:
+            assert alone.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-5)

@@ -5,21 +5,45 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from tandem.engine import commands
-from tandem.engine.commands import Command
 from tandem.engine.mailbox import Mailbox
+from tandem.engine.outbox import KvEvent
 from tandem.engine.step.step_loop import StepLoop
+from tandem.engine.step_commands import (
+    AbortRequest,
+    Command,
+    Fail,
+    KvArrived,
+    KvFailed,
+    LeasesEnded,
+    ReadsEnded,
+    Shutdown,
+    StartRequest,
+)
+from tandem.errors import RankLost
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
 from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
 from tandem.scheduling.scheduler import Scheduler
-from tandem.transfer.decode.pulls import Pull as Transfer
-from tandem.wire.messages import Address, Failed, Generate, KvTransferParams, Local, Prefill, PullKv, Tokens
+from tandem.transfer.decode.pull import Pull as Transfer
+from tandem.wire.messages import (
+    Address,
+    EngineCounters,
+    Failed,
+    Generate,
+    KvTransferParams,
+    KvUsage,
+    Local,
+    Prefill,
+    PullKv,
+    RequestCounts,
+    Tokens,
+)
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.invariants import check_scheduler
 
@@ -52,14 +76,15 @@ class FakePipeline:
         return None
 
 
-class FakeSwitchboard:
+class FakeOutbox:
     def __init__(self) -> None:
         self.order: list[str] = []
-        self.kv: list[Any] = []
+        self.kv: list[KvEvent] = []
+        self.counters: list[EngineCounters] = []
         self.outputs: list[tuple[int, Tokens | Failed]] = []
         self.changed = threading.Condition()
 
-    def post_kv(self, events: list[Any]) -> None:
+    def post_kv(self, events: list[KvEvent]) -> None:
         with self.changed:
             self.order.append("kv")
             self.kv += events
@@ -71,58 +96,62 @@ class FakeSwitchboard:
             self.outputs += [(frontend, item) for frontend, items in outputs.items() for item in items]
             self.changed.notify_all()
 
+    def post_status(self, kv: KvUsage, requests: RequestCounts, counters: EngineCounters) -> None:
+        with self.changed:
+            self.usage = kv
+            self.counters.append(counters)
+            self.changed.notify_all()
+
 
 class Rig:
-    """A leader in a thread of its own."""
+    """A step loop in a thread of its own. `before`: commands that it finds when it starts."""
 
-    def __init__(self, policy: Any = "recompute", depth: int = 1, blocks: int = 64, max_waiting: int = 8) -> None:
-        self.pool = BlockPool(blocks, BLOCK)
+    def __init__(
+        self, policy: Any = "recompute", depth: int = 1, max_waiting: int = 8, before: Sequence[Command] = ()
+    ) -> None:
+        self.pool = BlockPool(64, BLOCK)
         limits = Limits(max_num_seqs=4, max_batched_tokens=16, max_waiting=max_waiting, max_model_len=64)
         self.scheduler = Scheduler(limits, self.pool, [99], depth)
         self.mailbox: Mailbox[Command] = Mailbox()
+        self.send(*before)
         self.pipeline = FakePipeline(late=depth - 1)
-        self.board = FakeSwitchboard()
-        self.leader = StepLoop(self.scheduler, self.pool, self.pipeline, self.mailbox, "tcp", policy, PUBLISHED)
-        self.leader.attach(self.board)  # type: ignore[arg-type]
+        self.outbox = FakeOutbox()
+        loop = StepLoop(self.scheduler, self.pool, self.pipeline, self.mailbox, self.outbox, "tcp", policy, PUBLISHED)
         self.reason: list[str] = []
-        self.thread = threading.Thread(target=lambda: self.reason.append(self.leader.run()))
+        self.thread = threading.Thread(target=lambda: self.reason.append(loop.run()))
         self.thread.start()
 
     def start(self, request_id: str, tokens: list[int], kv: Any = None, frontend: int = 0, **fields: Any) -> None:
         time_left = fields.pop("time_left", 60.0)
         sampling = SamplingParams(**({"max_tokens": 3, "ignore_eos": True} | fields))
-        self.tell(
-            commands.StartRequest(
-                frontend, Generate(request_id, tokens, len(tokens), sampling, time_left, kv or Local())
-            )
-        )
+        self.send(StartRequest(frontend, Generate(request_id, tokens, len(tokens), sampling, time_left, kv or Local())))
 
-    def tell(self, *told: Command) -> None:
-        for command in told:
+    def send(self, *commands: Command) -> None:
+        for command in commands:
             self.mailbox.put(command)
 
     def until(self, found: Any) -> None:
-        with self.board.changed:
-            assert self.board.changed.wait_for(found, 20.0)
+        with self.outbox.changed:
+            assert self.outbox.changed.wait_for(found, 20.0)
 
     def of(self, request_id: str) -> list[Tokens | Failed]:
-        return [item for _, item in self.board.outputs if item.request_id == request_id]
+        return [item for _, item in self.outbox.outputs if item.request_id == request_id]
 
     def end_of(self, request_id: str) -> Tokens | Failed:
         """The terminal message, once it has come."""
         self.until(lambda: any(ends(item) for item in self.of(request_id)))
         return self.of(request_id)[-1]
 
-    def news(self, kind: type) -> list[Any]:
-        return [event for event in self.board.kv if isinstance(event, kind)]
+    def kv_events(self, kind: type) -> list[Any]:
+        return [event for event in self.outbox.kv if isinstance(event, kind)]
 
     def stop(self) -> None:
-        self.tell(commands.Shutdown("enough"))
+        self.send(Shutdown("enough"))
         self.thread.join(20)
         assert not self.thread.is_alive()
         assert self.reason == ["enough"]
         self.mailbox.close()
-        for request_id in {item.request_id for _, item in self.board.outputs}:
+        for request_id in {item.request_id for _, item in self.outbox.outputs}:
             assert [ends(item) for item in self.of(request_id)].count(True) <= 1, "a request has ended twice"
         check_scheduler(self.scheduler)
 
@@ -146,7 +175,7 @@ def rig(request: pytest.FixtureRequest) -> Any:
 
 def arrived(request_id: str, blocks: list[int], tokens: int, first_token: int) -> Transfer:
     pull = Transfer(request_id, "remote", "p0", True)
-    pull.source_blocks, pull.destination_blocks, pull.ready, pull.final = blocks, blocks, tokens, True
+    pull.source_blocks, pull.destination_blocks, pull.announced_tokens, pull.final = blocks, blocks, tokens, True
     pull.first_token, pull.bytes, pull.descriptors, pull.job_seconds = first_token, 640, 5, {1: 0.25}
     pull.final_at = time.monotonic()
     return pull
@@ -159,7 +188,7 @@ def tokens_of(items: list[Tokens | Failed]) -> list[int]:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_every_request_ends_with_one_message_to_its_own_front(rig: Any, depth: int) -> None:
+def test_every_request_ends_with_one_message_to_its_own_frontend(rig: Any, depth: int) -> None:
     it = rig(depth=depth)
     for number in range(6):
         it.start(f"r{number}", [number * 10, number * 10 + 1], frontend=number % 2)
@@ -168,7 +197,7 @@ def test_every_request_ends_with_one_message_to_its_own_front(rig: Any, depth: i
         assert isinstance(end, Tokens)
         assert (end.finish_reason, end.done) == ("length", True)
         assert tokens_of(it.of(f"r{number}")) == [number * 10 + 2, number * 10 + 3, number * 10 + 4]
-        assert {frontend for frontend, item in it.board.outputs if item.request_id == f"r{number}"} == {number % 2}
+        assert {frontend for frontend, item in it.outbox.outputs if item.request_id == f"r{number}"} == {number % 2}
 
 
 def test_stats_come_with_the_first_and_the_last_message(rig: Any) -> None:
@@ -188,18 +217,14 @@ def test_a_refused_request_fails_at_once_and_what_was_begun_for_it_is_undone(rig
         end = it.end_of(request_id)
         assert isinstance(end, Failed)
         assert (end.code, end.param) == ("invalid_request", "prompt")
-    assert it.board.kv == [PrefillEnded("prefill", [], ok=False), PullEnded("pull", quarantined=False)]
+    assert it.outbox.kv == [PrefillEnded("prefill", [], ok=False), PullEnded("pull", quarantined=False)]
 
 
 def test_too_many_are_told_when_to_come_again(rig: Any) -> None:
-    it = rig(max_waiting=1)
-    it.start("s", [1], SOURCE, time_left=60.0)
-    it.until(lambda: it.news(BlocksAllocated))
-    for number in range(12):  # at once, so that at least one finds another waiting
-        it.mailbox._queue.put(
-            commands.StartRequest(0, Generate(f"r{number}", [1], 1, SamplingParams(max_tokens=1), 60.0))
-        )
-    it.tell(commands.AbortRequest("s"))
+    at_once = [
+        StartRequest(0, Generate(f"r{number}", [1], 1, SamplingParams(max_tokens=1), 60.0)) for number in range(12)
+    ]
+    it = rig(max_waiting=1, before=at_once)
     found = [it.end_of(f"r{number}") for number in range(12)]
     refused = [end for end in found if isinstance(end, Failed)]
     assert len(refused) >= 1
@@ -212,32 +237,32 @@ def test_a_deadline_is_one_failure(rig: Any) -> None:
     end = it.end_of("r")
     assert isinstance(end, Failed)
     assert end.code == "timed_out"
-    it.until(lambda: it.news(PullEnded))
+    it.until(lambda: it.kv_events(PullEnded))
 
 
 def test_nothing_is_said_of_an_aborted_request(rig: Any) -> None:
     it = rig()
     it.start("r", [1], SOURCE)
-    it.until(lambda: it.news(BlocksAllocated))
-    it.tell(commands.AbortRequest("r"), commands.AbortRequest("unknown"))
-    it.until(lambda: it.news(PullEnded))
+    it.until(lambda: it.kv_events(BlocksAllocated))
+    it.send(AbortRequest("r"), AbortRequest("unknown"))
+    it.until(lambda: it.kv_events(PullEnded))
     it.start("s", [1])
     it.end_of("s")
     assert it.of("r") == []
-    it.tell(commands.ReadsEnded("r"))
+    it.send(ReadsEnded("r"))
 
 
 def test_a_prefill_announces_its_chunks_before_its_token_and_keeps_its_blocks_until_the_lease_ends(rig: Any) -> None:
     it = rig()
     it.start("r", list(range(20)), Prefill())  # two chunks of at most 16 tokens
     end = it.end_of("r")
-    chunks = it.news(ChunkComputed)
+    chunks = it.kv_events(ChunkComputed)
     assert [(c.num_tokens, c.final, c.token) for c in chunks] == [(16, False, None), (20, True, 20)]
-    assert it.board.order == ["kv", "kv", "outputs"]
+    assert it.outbox.order == ["kv", "kv", "outputs"]
     assert isinstance(end, Tokens)
     assert (end.token_ids, end.finish_reason, end.kv_transfer_params) == ([20], None, None)
     assert it.pool.usage().leased == 5
-    it.tell(commands.LeasesEnded(["r", "unknown"]), commands.LeasesEnded(["r"]))
+    it.send(LeasesEnded(["r", "unknown"]), LeasesEnded(["r"]))
     it.start("s", [1])
     it.end_of("s")
     assert it.pool.usage().leased == 0
@@ -247,7 +272,7 @@ def test_a_published_prefill_tells_what_a_foreign_proxy_needs(rig: Any) -> None:
     it = rig()
     it.start("r", list(range(6)), Prefill(published=True))
     params = it.end_of("r").kv_transfer_params
-    [chunk] = it.news(ChunkComputed)
+    [chunk] = it.kv_events(ChunkComputed)
     assert params == KvTransferParams(
         do_remote_prefill=True, remote_engine_id="p0", remote_incarnation="life", tp_size=2, remote_request_id="r",
         remote_block_ids=chunk.block_ids,
@@ -257,9 +282,9 @@ def test_a_published_prefill_tells_what_a_foreign_proxy_needs(rig: Any) -> None:
 def test_a_pull_goes_on_after_the_first_token_and_tells_how_it_was_moved(rig: Any) -> None:
     it = rig()
     it.start("r", list(range(8)), SOURCE)
-    it.until(lambda: it.news(BlocksAllocated))
-    [ready] = it.news(BlocksAllocated)
-    it.tell(commands.KvArrived(arrived("r", ready.block_ids, 8, 8)))
+    it.until(lambda: it.kv_events(BlocksAllocated))
+    [ready] = it.kv_events(BlocksAllocated)
+    it.send(KvArrived(arrived("r", ready.block_ids, 8, 8)))
     end = it.end_of("r")
     assert tokens_of(it.of("r")) == [9, 10]
     assert it.of("r")[0].index == 1
@@ -273,8 +298,8 @@ def test_a_pull_goes_on_after_the_first_token_and_tells_how_it_was_moved(rig: An
 def test_a_first_token_that_ends_the_request_is_told_with_its_end(rig: Any) -> None:
     it = rig()
     it.start("r", [1, 2], SOURCE, max_tokens=1)
-    it.until(lambda: it.news(BlocksAllocated))
-    it.tell(commands.KvArrived(arrived("r", it.news(BlocksAllocated)[0].block_ids, 2, 7)))
+    it.until(lambda: it.kv_events(BlocksAllocated))
+    it.send(KvArrived(arrived("r", it.kv_events(BlocksAllocated)[0].block_ids, 2, 7)))
     end = it.end_of("r")
     assert isinstance(end, Tokens)
     assert (end.index, end.token_ids, end.finish_reason, end.done) == (0, [7], "length", True)
@@ -288,8 +313,8 @@ def test_lost_kv_is_dealt_with_by_policy_and_its_blocks_wait_for_the_reads(
 ) -> None:
     it = rig(policy=policy)
     it.start("r", list(range(8)), SOURCE)
-    it.until(lambda: it.news(BlocksAllocated))
-    it.tell(commands.KvFailed("r", "the lease ended"))
+    it.until(lambda: it.kv_events(BlocksAllocated))
+    it.send(KvFailed("r", "the lease ended"))
     end = it.end_of("r")
     if code is None:
         assert tokens_of(it.of("r")) == [8, 9, 10]
@@ -298,11 +323,11 @@ def test_lost_kv_is_dealt_with_by_policy_and_its_blocks_wait_for_the_reads(
         assert isinstance(end, Failed)
         assert end.code == code
         assert "the lease ended" in end.message
-        assert it.news(PullEnded) == [PullEnded("r", quarantined=True)]
+        assert it.kv_events(PullEnded) == [PullEnded("r", quarantined=True)]
     it.start("s", [50])
     it.end_of("s")
     assert it.pool.usage().quarantined == 2
-    it.tell(commands.ReadsEnded("r"), commands.ReadsEnded("r"))
+    it.send(ReadsEnded("r"), ReadsEnded("r"))
     it.start("t", [60])
     it.end_of("t")
     assert it.pool.usage().quarantined == 0
@@ -310,23 +335,31 @@ def test_lost_kv_is_dealt_with_by_policy_and_its_blocks_wait_for_the_reads(
 
 def test_kv_that_arrives_for_a_request_that_has_ended_changes_nothing(rig: Any) -> None:
     it = rig()
-    it.tell(
-        commands.KvArrived(arrived("r", [1], 4, 7)), commands.KvFailed("r", "why"), commands.ReadsEnded("r")
+    it.send(
+        KvArrived(arrived("r", [1], 4, 7)), KvFailed("r", "why"), ReadsEnded("r")
     )  # fmt: skip
     it.start("s", [1])
     it.end_of("s")
     assert it.of("r") == []
 
 
-def test_the_snapshot_counts_what_was_done(rig: Any) -> None:
+def test_the_status_counts_what_was_done(rig: Any) -> None:
     it = rig()
     it.start("r", [1, 2])
     it.end_of("r")
     it.start("bad", [1] * 64)
     it.end_of("bad")
-    deadline = time.monotonic() + 20
-    while it.leader.snapshot.counters.output_tokens != 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    counters = it.leader.snapshot.counters
-    assert (counters.requests, counters.output_tokens) == (1, 3)
-    assert it.leader.snapshot.kv.blocks == 64
+    it.until(lambda: it.outbox.counters[-1].output_tokens == 3)
+    assert it.outbox.counters[-1].requests == 1
+    assert it.outbox.usage.blocks == 64
+
+
+def test_an_engine_that_fails_ends_the_loop_with_its_error() -> None:
+    mailbox: Mailbox[Command] = Mailbox()
+    pool = BlockPool(4, BLOCK)
+    scheduler = Scheduler(Limits(max_num_seqs=4, max_batched_tokens=16, max_waiting=8, max_model_len=64), pool, [99], 1)
+    loop = StepLoop(scheduler, pool, FakePipeline(), mailbox, FakeOutbox(), "tcp", "recompute", PUBLISHED)
+    mailbox.put(Fail(RankLost("rank 1 of this engine was lost")))
+    with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
+        loop.run()
+    mailbox.close()

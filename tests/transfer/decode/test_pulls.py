@@ -1,132 +1,577 @@
-"""What a request still has to read: every wanted token once, in whichever order things become known."""
+"""Decode engines and prefill engines, joined in memory; time and the ends of reads are the test's."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tandem.errors import WireError
-from tandem.transfer.decode.pulls import Pull
-from tandem.wire.peer_messages import KvComputed
+from tandem.transfer.decode import sessions as module
+from tandem.wire.messages import Address
+from tandem.wire.peer_messages import Claimed, KvComputed, Release, Renewed, Welcome
+from tests.transfer.engines import ENVELOPE
+from tests.transfer.pair import Decode, Network, Prefill
 
-SIZE = 4
-
-
-def ready(first: int, blocks: list[int], tokens: int, final: bool = False, token: int | None = None) -> KvComputed:
-    return KvComputed("life", "r", first, blocks, tokens, final, token)
+TTL = 10.0
 
 
-def pull() -> Pull:
-    return Pull("r", "r", "prefill-0", True)
+@pytest.fixture
+def net() -> Network:
+    return Network()
 
 
-def test_nothing_is_read_before_there_are_blocks_on_both_sides() -> None:
-    one = pull()
-    assert one.next_read(SIZE) is None
-    one.announced(ready(0, [5, 6], 8), 0.0)
-    assert one.next_read(SIZE) is None
-    one.allocated([1, 2, 3], 0, 10)
-    assert one.next_read(SIZE) == (0, 8)
-    assert one.next_read(SIZE) is None
+def pair(net: Network, ranks: int = 1) -> tuple[Prefill, Decode]:
+    return net.prefill(), net.decode(ranks=ranks)
 
 
-def test_a_block_that_may_still_grow_is_left_for_the_next_chunk() -> None:
-    one = pull()
-    one.allocated([1, 2, 3], 0, 10)
-    one.announced(ready(0, [5, 6], 7), 0.0)
-    assert one.next_read(SIZE) == (0, 4)
-    one.announced(ready(1, [6, 7], 10, True, 9), 1.0)
-    assert one.next_read(SIZE) == (4, 10)
-    assert (one.source_blocks, one.first_token, one.final_at) == ([5, 6, 7], 9, 1.0)
+# --- handshake -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_cached_is_not_read() -> None:
-    one = pull()
-    one.announced(ready(0, [5, 6, 7], 10, True, 9), 0.0)
-    one.allocated([1, 2, 3], 4, 10)
-    assert one.next_read(SIZE) == (4, 10)
+def test_a_pair_shakes_hands_in_one_round_trip_over_one_connection(net: Network) -> None:
+    prefill, decode = pair(net, ranks=2)
+    decode.introduce(prefill)
+    decode.introduce(prefill)
+    assert decode.states() == ["ready"]
+    for number in range(5):
+        prefill.offer(f"r{number}")
+        decode.pull(f"r{number}", prefill.names(f"r{number}"))
+    assert len(decode.reads) == 5
+    decode.end_reads()
+    assert len(prefill.ended) == 5
+    assert decode.connections == 1
+    assert (prefill.heard["Hello"], prefill.heard["Claim"]) == (1, 5)
+    assert decode.peers[0].handshake_time is not None
+    assert [[source.rank for source in order.sources] for order in decode.opened] == [[0], [0]]
 
 
-def test_a_prompt_that_is_all_cached_has_arrived_once_it_is_computed_over_there() -> None:
-    one = pull()
-    one.allocated([1, 2], 8, 8)
-    assert not one.arrived
-    one.announced(ready(0, [5, 6], 8, True, 9), 0.0)
-    assert one.next_read(SIZE) is None
-    assert one.arrived
+def test_other_software_that_speaks_a_common_version_is_welcome(net: Network) -> None:
+    other = msgspec.structs.replace(ENVELOPE, software="tandem 9.0", protocol=(2, 5))
+    prefill, decode = net.prefill(), net.decode(envelope=other)
+    decode.introduce(prefill)
+    assert decode.states() == ["ready"]
 
 
-def test_it_has_arrived_when_no_rank_reads_any_more() -> None:
-    one = pull()
-    one.allocated([1], 0, 4)
-    one.announced(ready(0, [5], 4, True, 9), 0.0)
-    assert not one.arrived
-    one.next_read(SIZE)
-    one.jobs[1] = {0}
-    assert not one.arrived
-    del one.jobs[1]
-    assert one.arrived
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("protocol", (3, 4), ("1 to 2", "3 to 4")),
+        ("fingerprint", "other weights", ("fingerprint", "other weights")),
+        ("kv_dtype", "bfloat16", ("float32", "bfloat16")),
+        ("connector", "nixl", ("tcp", "nixl")),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused_with_both_values(
+    net: Network, field: str, value: object, shown: tuple[str, str]
+) -> None:
+    prefill, decode = net.prefill(), net.decode(envelope=msgspec.structs.replace(ENVELOPE, **{field: value}))
+    decode.pull("r", prefill.names("r"))
+    assert decode.states() == ["refused"]
+    theirs, ours = shown
+    [peer] = decode.peers
+    assert decode.failed == [("r", f"{field} differs: ours is {ours}, theirs is {theirs}")]
+    assert peer.error == decode.failed[0][1]
+    assert peer.refusal is not None
+    assert (peer.refusal.field, peer.refusal.ours, peer.refusal.theirs) == (field, ours, theirs)
+    assert decode.quiet == ["r"]
 
 
-def test_who_gave_up_reads_no_more_and_never_arrives() -> None:
-    one = pull()
-    one.allocated([1], 0, 4)
-    one.announced(ready(0, [5], 4, True, 9), 0.0)
-    one.gave_up = "why"
-    assert one.next_read(SIZE) is None
-    assert not one.arrived
+def test_an_incarnation_that_has_refused_is_not_asked_again_but_what_answers_there_later_may_fit(net: Network) -> None:
+    prefill, decode = net.prefill(), net.decode(envelope=msgspec.structs.replace(ENVELOPE, connector="nixl"))
+    decode.pull("r", prefill.names("r"))
+    decode.pull("s", prefill.names("s"))
+    net.pass_time(module.RETRY_SECONDS + 1)
+    decode.pull("t", prefill.names("t"))
+    assert [request for request, _ in decode.failed] == decode.quiet == ["r", "s", "t"]
+    assert prefill.heard["Hello"] == 1
+    for request_id in ("u", "v"):
+        decode.pull(request_id, prefill.names(request_id, incarnation=None, foreign=True))
+        net.pass_time(module.RETRY_SECONDS + 1)
+    assert prefill.heard["Hello"] == 3
 
 
-def test_news_of_a_chunk_that_never_came_are_missed() -> None:
-    one = pull()
-    one.announced(ready(0, [5], 4), 0.0)
-    with pytest.raises(WireError, match="from 2 on"):
-        one.announced(ready(2, [7], 12, True, 9), 0.0)
+def test_another_engine_or_incarnation_than_was_meant_is_refused(net: Network) -> None:
+    prefill, decode = net.prefill("p0", "second"), net.decode()
+    decode.pull("r", prefill.names("r", incarnation="first"))
+    decode.pull("s", prefill.names("s", engine_id="p1"))
+    assert decode.states() == ["refused", "refused"]
+    reasons = dict(decode.failed)
+    assert "incarnation differs: ours is first, theirs is second" in reasons["r"]
+    assert "engine_id differs: ours is p1, theirs is p0" in reasons["s"]
 
 
-def test_more_tokens_than_blocks_are_a_contradiction() -> None:
-    one = pull()
-    one.announced(ready(0, [5], 5), 0.0)
-    assert "5 tokens" in (one.contradiction(SIZE) or "")
+def test_a_description_of_another_engine_than_the_one_that_answers_ends_the_session(net: Network) -> None:
+    prefill, decode = pair(net)
+    other = net.prefill("p1").welcome
+    prefill.welcome = msgspec.structs.replace(prefill.welcome, descriptor=other.descriptor)
+    decode.pull("r", prefill.names("r"))
+    assert "describes another engine" in decode.failed[0][1]
+    assert decode.states() == ["lost"]
 
 
-@pytest.mark.parametrize(("tokens", "final", "fits"), [(8, False, True), (8, True, False), (10, True, True)])
-def test_a_prompt_of_another_length_is_a_contradiction(tokens: int, final: bool, fits: bool) -> None:
-    one = pull()
-    one.announced(ready(0, [5, 6, 7], tokens, final), 0.0)
-    assert one.contradiction(SIZE) is None
-    one.allocated([1, 2, 3], 0, 10)
-    assert (one.contradiction(SIZE) is None) == fits
+def test_another_answer_than_a_welcome_ends_the_session(net: Network) -> None:
+    prefill, decode = pair(net)
+    net.lost = lambda message: isinstance(message, Welcome)
+    decode.pull("r", prefill.names("r"))
+    decode.pulls.received(1, Renewed("first", 0, []), net.now)
+    decode.tick()
+    assert "a welcome was expected" in decode.failed[0][1]
+    assert (decode.quiet, decode.states(), decode.connected) == (["r"], ["lost"], {})
 
 
-@given(st.data())
-@settings(max_examples=150, deadline=None)
-def test_every_wanted_token_is_read_once_whatever_comes_first(data: st.DataObject) -> None:
-    total = data.draw(st.integers(1, 40))
-    size = data.draw(st.sampled_from([1, 3, 4]))
-    cached = data.draw(st.integers(0, total))
-    ends = sorted(data.draw(st.sets(st.integers(1, total), max_size=4)) | {total})
-    blocks = list(range(100, 100 - -total // size + 1))
-    allocated_after = data.draw(st.integers(0, len(ends)))
-    one = pull()
-    reads: list[tuple[int, int]] = []
-    begin = 0
-    for number in range(len(ends) + 1):
-        if number == allocated_after:
-            one.allocated(list(range(total + 1)), cached, total)
-        if (span := one.next_read(size)) is not None:
-            reads.append(span)
-        if number == len(ends):
-            break
-        end = ends[number]
-        first = begin // size
-        one.announced(ready(first, blocks[first : -(-end // size)], end, end == total, 9), 0.0)
-        assert one.contradiction(size) is None
-        begin = end
-        if (span := one.next_read(size)) is not None:
-            reads.append(span)
-            # Only whole blocks are read before the last chunk: the rest of one may not be there yet.
-            assert end == total or span[1] % size == 0
-    assert [token for start, stop in reads for token in range(start, stop)] == list(range(cached, total))
-    assert one.arrived
+def test_a_rank_that_cannot_connect_ends_the_session_and_its_pulls_once(net: Network) -> None:
+    prefill, decode = pair(net, ranks=2)
+    decode.open_error = "no route"
+    decode.pull("r", prefill.names("r"))
+    assert decode.failed == [("r", "no route")]
+    assert (decode.quiet, decode.states(), len(decode.closed)) == (["r"], ["lost"], 1)
+
+
+def test_ranks_that_never_connect_end_the_session(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode._opens = lambda order, rank: lambda: None  # type: ignore[method-assign]
+    decode.pull("r", prefill.names("r"))
+    net.pass_time(61.0)
+    assert "did not connect" in decode.failed[0][1]
+    assert (decode.quiet, decode.states()) == (["r"], ["lost"])
+
+
+def test_an_engine_that_is_not_there_fails_its_pulls_and_is_asked_again_later(net: Network) -> None:
+    gone, decode = pair(net)
+    gone.die()
+    decode.pull("r", gone.names("r"))
+    net.pass_time(9.0)
+    assert decode.failed == []
+    net.pass_time(2.0)
+    assert decode.quiet == ["r"]
+    assert "no answer from p0" in decode.failed[0][1]
+    back = gone.restart(gone.identity.incarnation)
+    net.pass_time(module.RETRY_SECONDS)
+    back.offer("s")
+    decode.pull("s", back.names("s"))
+    assert len(decode.reads) == 1
+
+
+# --- pulls ---------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_are_read_as_they_come_and_the_blocks_go_back_once(net: Network) -> None:
+    prefill, decode = pair(net, ranks=2)
+    decode.pull("r", prefill.names("theirs"), tokens=10)  # claimed before the request
+    assert prefill.heard["Claim"]
+    prefill.begin("theirs")
+    prefill.chunk("theirs", 0, [5, 6], 6, False)
+    [first] = decode.reads
+    assert (first.start, first.stop, first.last, first.source_blocks) == (0, 4, False, [5, 6])
+    decode.end_reads()
+    assert decode.arrived == []
+    prefill.chunk("theirs", 1, [6, 7], 10, True, 99)
+    [last] = decode.reads
+    assert (last.start, last.stop, last.last, last.source_blocks) == (4, 10, True, [5, 6, 7])
+    decode.end(last, 0)
+    assert decode.arrived == []
+    assert prefill.ended == []
+    decode.end(last, 1)
+    [pull] = decode.arrived
+    assert (pull.request_id, pull.first_token, pull.bytes, pull.descriptors) == ("r", 99, 400, 8)
+    assert (prefill.ended, decode.failed, prefill.heard["Release"]) == (["theirs"], [], 1)
+    assert len(decode.pulls) == 0
+
+
+def test_an_aborted_prompt_fails_its_pull_also_where_the_claim_comes_later(net: Network) -> None:
+    prefill, decode = pair(net)
+    late = net.decode("d1")
+    late.introduce(prefill)
+    decode.pull("r", prefill.names("r"))
+    prefill.begin("r")
+    prefill.chunk("r", 0, [5, 6], 8, False)
+    assert len(decode.reads) == 1
+    net.lost = lambda message: isinstance(message, Release)
+    prefill.abort("r", "the client left")
+    late.pull("r", prefill.names("r"))
+    assert decode.failed == late.failed == [("r", "the client left")]
+    assert (late.quiet, decode.quiet) == (["r"], [])
+    decode.end_reads()
+    assert decode.quiet == ["r"]
+    net.pass_time(TTL + 1)
+    assert prefill.ended == ["r"]
+
+
+def test_a_failed_read_fails_the_pull_once_and_quiet_waits_for_all_ranks(net: Network) -> None:
+    prefill, decode = pair(net, ranks=2)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    [read] = decode.reads
+    decode.end(read, 1, "disconnected")
+    assert (decode.failed, decode.quiet) == ([("r", "disconnected")], [])
+    decode.end(read, 0, "disconnected")
+    decode.end(read, 0, "disconnected")
+    assert (decode.failed, decode.quiet) == ([("r", "disconnected")], ["r"])
+    assert decode.pulls.failures == 1
+
+
+def test_a_read_that_failed_and_may_still_write_is_not_quiet_before_it_is_told_so(net: Network) -> None:
+    prefill, decode = pair(net, ranks=2)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    [read] = decode.reads
+    decode.end(read, 0, "connection reset", peer_lost=True, may_still_write=True)
+    assert decode.failed == [("r", "connection reset")]
+    decode.end(read, 1, "connection reset", peer_lost=True)
+    decode.give_up("r")
+    net.pass_time(100 * TTL)
+    assert decode.quiet == []
+    assert decode.pulls.knows("r")
+    decode.quieten(read, 0)
+    decode.quieten(read, 0)
+    assert decode.quiet == ["r"]
+    assert not decode.pulls.knows("r")
+
+
+def test_a_broken_connection_between_ranks_ends_the_session_and_the_next_one_connects_again(net: Network) -> None:
+    prefill, decode = pair(net, ranks=2)
+    for request_id in ("r", "s"):
+        prefill.offer(request_id)
+        decode.pull(request_id, prefill.names(request_id))
+    read, other = decode.reads
+    decode.end(read, 0, "connection reset", peer_lost=True)
+    assert decode.states() == ["lost"]
+    assert decode.failed == [("r", "connection reset"), ("s", "connection reset")]
+    assert len(decode.closed) == 1
+    decode.end(read, 1)
+    decode.end(other, 0)
+    assert decode.quiet == ["r"]
+    decode.end(other, 1, "connection reset", peer_lost=True)
+    assert decode.quiet == ["r", "s"]
+    decode.reads.clear()
+    net.pass_time(module.RETRY_SECONDS)
+    decode.open_error = "it is still leaving"
+    decode.introduce(prefill)
+    assert len(decode.closed) == 2
+    assert decode.states() == ["lost"]
+    net.pass_time(module.RETRY_SECONDS)
+    decode.open_error = None
+    net.lost = lambda message: isinstance(message, Welcome)
+    decode.introduce(prefill)
+    assert decode.states() == ["lost"], "nobody should count on it before it is ready"
+    decode.pulls.received(3, prefill.welcome, net.now)
+    decode.tick()
+    net.deliver()
+    assert decode.states() == ["ready"]
+    prefill.offer("t")
+    decode.pull("t", prefill.names("t"))
+    assert len(decode.reads) == 1
+
+
+def test_who_gives_up_is_told_quiet_once_its_read_has_ended(net: Network) -> None:
+    prefill, decode = pair(net, ranks=2)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    [read] = decode.reads
+    decode.give_up("r")
+    decode.give_up("r")
+    decode.end(read, 0)
+    assert decode.quiet == []
+    decode.end(read, 1)
+    assert (decode.quiet, decode.arrived, decode.failed) == (["r"], [], [])
+    assert prefill.ended == ["r"]
+    decode.give_up("unknown")
+    assert decode.quiet == ["r", "unknown"]
+
+
+def test_giving_up_what_has_failed_already_waits_for_its_read_too(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.pull("r", prefill.names("r"))
+    prefill.begin("r")
+    prefill.chunk("r", 0, [5, 6], 8, False)
+    [read] = decode.reads
+    prefill.abort("r", "why")
+    assert len(decode.failed) == 1
+    decode.give_up("r")
+    assert decode.quiet == []
+    decode.end(read, 0)
+    assert decode.quiet == ["r"]
+
+
+def test_two_requests_that_name_the_same_kv_do_not_take_it_from_each_other(net: Network) -> None:
+    prefill, decode = pair(net)
+    prefill.offer("theirs")
+    decode.pull("r", prefill.names("theirs"))
+    decode.pull("s", prefill.names("theirs"))
+    assert [request for request, _ in decode.failed] == decode.quiet == ["s"]
+    decode.end_reads()
+    assert [pull.request_id for pull in decode.arrived] == ["r"]
+
+
+def test_announcements_that_do_not_follow_each_other_fail_the_pull(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.pull("r", prefill.names("r"), tokens=12)
+    decode.pulls.received(1, KvComputed("first", "r", 1, [6], 8, False), net.now)
+    decode.tick()
+    assert "from 1 on" in decode.failed[0][1]
+    assert (decode.reads, decode.quiet) == ([], ["r"])
+
+
+@pytest.mark.parametrize("tokens", [7, 9])
+def test_kv_of_a_prompt_of_another_length_is_not_used(net: Network, tokens: int) -> None:
+    prefill, decode = pair(net)
+    prefill.offer("r", tokens=8)
+    decode.pull("r", prefill.names("r"), tokens=tokens)
+    assert decode.failed == [("r", f"the prompt has {tokens} tokens here, 8 there")]
+    assert (decode.reads, decode.quiet) == ([], ["r"])
+
+
+# --- leases and lost engines ---------------------------------------------------------------------------------------
+
+
+def test_a_request_that_never_comes_fails_its_pull(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.pull("r", prefill.names("r"))
+    net.pass_time(TTL + 1)
+    assert (len(decode.failed), decode.quiet) == (1, ["r"])
+    assert len(prefill.offers) == 0
+
+
+def test_a_long_prompt_is_kept_by_renewals(net: Network) -> None:
+    prefill, decode = pair(net)
+    prefill.begin("r")
+    decode.pull("r", prefill.names("r"))
+    net.pass_time(3 * TTL)
+    assert 6 <= prefill.heard["Renew"] <= 12
+    prefill.chunk("r", 0, [5, 6], 8, True, 7)
+    net.pass_time(3 * TTL)
+    assert prefill.ended == []
+    decode.end_reads()
+    assert len(decode.arrived) == 1
+    assert prefill.ended == ["r"]
+
+
+def test_bytes_that_come_after_the_engine_was_lost_are_not_used(net: Network) -> None:
+    prefill, decode = pair(net)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    prefill.die()
+    net.pass_time(TTL + 1)
+    assert (len(decode.failed), decode.quiet, decode.states()) == (1, [], ["lost"])
+    decode.end_reads()
+    assert (decode.arrived, decode.quiet, len(decode.failed)) == ([], ["r"], 1)
+
+
+def test_an_engine_that_is_lost_is_noticed_without_any_request(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.introduce(prefill)
+    net.pass_time(5 * TTL)
+    assert decode.states() == ["ready"]
+    prefill.die()
+    net.pass_time(TTL + 1)
+    assert decode.states() == ["lost"]
+    assert "has not answered for" in (decode.peers[0].error or "")
+
+
+def test_bytes_of_a_lease_that_the_holder_has_ended_are_not_used(net: Network) -> None:
+    prefill, decode = pair(net)
+    for request_id in ("r", "s"):
+        prefill.offer(request_id)
+        decode.pull(request_id, prefill.names(request_id))
+    prefill.end_leases("r")
+    net.pass_time(TTL / 2)
+    decode.end_reads()
+    assert [request for request, _ in decode.failed] == decode.quiet == ["r"]
+    assert [pull.request_id for pull in decode.arrived] == ["s"]
+    assert decode.states() == ["ready"]
+
+
+def test_a_read_that_ends_after_its_lease_is_thrown_away(net: Network) -> None:
+    prefill, decode = pair(net)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    [read] = decode.reads
+    net.now += TTL  # the decode engine slept
+    decode.end(read, 0)
+    assert (decode.arrived, decode.quiet) == ([], ["r"])
+    assert decode.failed == [("r", "the lease ended before the read did")]
+
+
+def test_a_read_whose_claim_was_never_granted_is_thrown_away(net: Network) -> None:
+    """What is announced in answer to the claim of an earlier pull may be of blocks that are gone by now."""
+    prefill, decode = pair(net)
+    decode.introduce(prefill)
+    prefill.offer("r")
+    sent: list[Claimed | KvComputed] = []
+    net.lost = lambda message: isinstance(message, Claimed | KvComputed) and not sent.append(message)  # type: ignore[func-returns-value]
+    decode.pull("one", prefill.names("r"))
+    decode.give_up("one")
+    decode.pull("two", prefill.names("r"))
+    for late in sent:  # granted to the first pull, and on its way while the second one claims
+        decode.pulls.received(1, late, net.now)
+    decode.tick()
+    assert decode.reads == []
+    net.pass_time(TTL + 1)
+    assert decode.arrived == []
+    assert decode.quiet == ["one", "two"]
+
+
+def test_an_engine_that_restarted_refuses_its_old_sessions(net: Network) -> None:
+    first, decode = pair(net, ranks=2)
+    decode.introduce(first)
+    first.die()
+    second = first.restart("second")
+    decode.pull("r", first.names("r"))
+    assert decode.quiet == ["r"]
+    [(_, why)] = decode.failed
+    assert "restarted" in why
+    assert "second" in why
+    assert decode.states() == ["lost"]
+    assert len(decode.closed) == 1
+    decode.introduce(second)
+    second.offer("s")
+    decode.pull("s", second.names("s"))
+    assert len(decode.reads) == 1
+    assert decode.states() == ["ready"], "the first incarnation is forgotten"
+    assert second.heard["Hello"] == 1
+
+
+def test_a_read_in_progress_outlives_its_session_and_then_is_quiet_once(net: Network) -> None:
+    first, decode = pair(net, ranks=2)
+    first.offer("r")
+    decode.pull("r", first.names("r"))
+    [read] = decode.reads
+    first.die()
+    first.restart("second")
+    decode.pull("s", first.names("s"))
+    assert len(decode.failed) == 2
+    assert decode.quiet == ["s"]
+    decode.end(read, 0, "closed")
+    assert decode.quiet == ["s"]
+    decode.end(read, 1)
+    assert decode.quiet == ["s", "r"]
+    assert sorted(request for request, _ in decode.failed) == ["r", "s"]
+    assert decode.arrived == []
+
+
+def test_an_engine_that_left_is_forgotten_once_nothing_is_read_from_it(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.introduce(prefill)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    decode.introduce()
+    assert decode.states() == ["ready"]
+    decode.end_reads()
+    assert len(decode.arrived) == 1
+    decode.introduce()
+    assert decode.states() == []
+    assert (len(decode.closed), decode.connected) == (1, {})
+
+
+def test_a_dead_engine_delays_no_other(net: Network) -> None:
+    dead, alive, decode = net.prefill("p0"), net.prefill("p1"), net.decode(ranks=1)
+    dead.die()
+    decode.pull("r", dead.names("r"))
+    for number in range(3):
+        alive.offer(str(number))
+        decode.pull(str(number), alive.names(str(number)))
+    decode.end_reads()
+    assert len(decode.arrived) == 3
+    assert decode.states() == ["connecting", "ready"]  # nobody has waited for the dead one
+    assert decode.failed == []
+
+
+def test_an_announcement_that_was_lost_with_the_connection_is_asked_for_again(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.pull("r", prefill.names("r"))
+    net.lost = lambda message: isinstance(message, KvComputed)
+    prefill.offer("r")
+    net.lost = lambda message: False
+    assert decode.reads == []
+    net.pass_time(TTL + 1)
+    decode.end_reads()
+    assert prefill.ended == ["r"]
+    assert [pull.first_token for pull in decode.arrived] == [7]
+
+
+# --- what clients and foreign proxies may say ----------------------------------------------------------------------
+
+
+def test_a_wrong_address_does_not_harm_the_session_with_the_right_one(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.pull("r", prefill.names("r", address=Address("127.0.0.1", 9), foreign=True))
+    decode.introduce(prefill)
+    prefill.offer("s")
+    decode.pull("s", prefill.names("s"))
+    assert len(decode.reads) == 1
+    assert sorted(decode.states()) == ["connecting", "ready"]
+
+
+def test_sessions_with_and_without_a_known_incarnation_stand_side_by_side(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.introduce(prefill)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r", incarnation=None, foreign=True))
+    assert len(decode.reads) == 1
+    net.pass_time(3 * TTL)
+    assert decode.states() == ["ready", "ready"]
+    decode.end_reads()
+    assert len(decode.arrived) == 1
+
+
+def test_more_engines_than_there_may_be_fail_their_pulls_until_others_have_ended(
+    net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_INTRODUCED_SESSIONS", 1)
+    first, second, decode = net.prefill("p0"), net.prefill("p1"), net.decode(ranks=1)
+    decode.introduce(first)
+    decode.pull("r", second.names("r"))
+    assert decode.failed == [("r", "more than 1 prefill engines")]
+    assert decode.quiet == ["r"]
+    first.die()
+    net.pass_time(TTL + 1)
+    assert decode.states() == ["lost"]
+    second.offer("s")
+    decode.pull("s", second.names("s"))
+    assert len(decode.reads) == 1
+
+
+def test_engines_that_clients_name_take_no_place_from_those_of_the_router(
+    net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FOREIGN_SESSIONS", 2)
+    monkeypatch.setattr(module, "MAX_INTRODUCED_SESSIONS", 2)
+    prefill, decode = pair(net)
+    for port in range(1, 5):
+        decode.pull(f"r{port}", prefill.names("r", address=Address("127.0.0.1", port), foreign=True))
+    assert decode.failed == [
+        (request_id, "more than 2 prefill engines that clients named are in use") for request_id in ("r3", "r4")
+    ]
+    decode.introduce(prefill, net.prefill("p1"))
+    assert decode.states() == ["connecting", "connecting", "ready", "ready"]
+
+
+def test_a_foreign_session_that_nobody_uses_gives_way_the_one_that_ended_first(
+    net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FOREIGN_SESSIONS", 2)
+    engines, decode = [net.prefill(f"p{number}") for number in range(4)], net.decode(ranks=1)
+
+    def ask(number: int) -> None:
+        decode.pull(f"r{number}", engines[number].names("r", foreign=True))
+        decode.give_up(f"r{number}")
+        net.pass_time(0.5)
+
+    ask(0)
+    ask(1)
+    engines[1].die()
+    net.pass_time(TTL + 1)
+    assert decode.states() == ["ready", "lost"]
+    ask(2)
+    assert [peer.engine_id for peer in decode.peers] == ["p0", "p2"]
+    ask(3)
+    assert [peer.engine_id for peer in decode.peers] == ["p2", "p3"]
+    assert len(decode.connected) == 2
+
+
+def test_a_foreign_session_that_ended_is_shown_for_a_while_and_then_forgotten(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.pull("r", prefill.names("r", engine_id="other", foreign=True))
+    decode.introduce(prefill)
+    net.pass_time(30.0)
+    assert decode.states() == ["refused", "ready"]
+    net.pass_time(60.0)
+    assert decode.states() == ["ready"]

@@ -12,7 +12,7 @@ import zmq.asyncio
 from tandem.errors import EngineFailed
 from tandem.transfer.thread import leader_side as module
 from tandem.transfer.thread.leader_side import TransferThreads
-from tandem.transfer.thread.orders import FromTransferThread, PeerClosed, ThreadAlive
+from tandem.transfer.thread.thread_messages import FromTransferThread, PeerOpened, ThreadAlive
 from tandem.wire.codec import Codec
 from tandem.wire.sockets import SocketOptions, Sockets
 
@@ -31,11 +31,11 @@ def test_only_a_rank_speaks_for_itself_and_nonsense_ends_nothing() -> None:
             sockets.connect(zmq.DEALER, "127.0.0.1", port, SocketOptions(identity=b"%d" % rank)) for rank in (0, 1)
         ]
         bad: list[list[bytes]] = [
-            [b"no", b"message"], [], [b"\xff"], [codec.encode(ThreadAlive(1))], [codec.encode(PeerClosed(999, "p"))],
+            [b"no", b"message"], [], [b"\xff"], [codec.encode(ThreadAlive(1))], [codec.encode(PeerOpened(999, 1))],
         ]  # fmt: skip
         for frames in bad:
             await ranks[0].send_multipart(frames or [b""])
-        await ranks[0].send(codec.encode(PeerClosed(0, "p")))
+        await ranks[0].send(codec.encode(PeerOpened(0, 1)))
         found = [await heard.get()]
         assert not transfer_threads.ready.is_set()
         for rank, socket in enumerate(ranks):
@@ -46,7 +46,7 @@ def test_only_a_rank_speaks_for_itself_and_nonsense_ends_nothing() -> None:
         context.destroy(linger=0)
         return found
 
-    assert asyncio.run(asyncio.wait_for(play(), SECONDS)) == [PeerClosed(0, "p")]
+    assert asyncio.run(asyncio.wait_for(play(), SECONDS)) == [PeerOpened(0, 1)]
 
 
 def test_a_rank_that_falls_silent_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -20,14 +21,14 @@ from tandem.kv.layout import Axis, KvLayout, block_major, layer_major, token_maj
 from tandem.kv.runs import Runs
 from tandem.kv.shard import shard
 from tandem.transfer.handshake import RankDescriptor
-from tandem.transfer.thread.orders import (
+from tandem.transfer.thread.thread_messages import (
     ClosePeer,
     FromTransferThread,
     OpenPeer,
-    PeerClosed,
     PeerOpened,
     ReadEnded,
     ReadOrder,
+    ReadQuiet,
     StopThread,
     ThreadAlive,
 )
@@ -122,9 +123,7 @@ class Rig:
         self.step()
 
     def step(self) -> None:
-        self.transfer_thread._take_orders()
-        self.transport.poll()
-        self.transfer_thread._finish_jobs()
+        self.transfer_thread.step()
 
     def heard(self) -> list[FromTransferThread]:
         found = []
@@ -208,11 +207,11 @@ def test_any_shape_is_read_into_any_other_in_chunks(source: Any, destination: An
     memories = {f"p/{n}": fill(layout, src, kv) for n, layout in enumerate(there)}
     own = np.zeros(here[rank].nbytes, np.uint8)
     with rig(FakeTransport(memories, own), here, rank) as it:
-        it.tell(OpenPeer("p", descriptors(there)))
+        it.tell(OpenPeer(1, descriptors(there)))
         for job, (start, stop) in enumerate(pairwise(cuts)):
-            it.tell(ReadOrder(job, "p", "r", list(src), list(dst), start, stop, stop == total))
+            it.tell(ReadOrder(job, 1, "r", list(src), list(dst), start, stop, stop == total))
         opened, *ended = it.heard()
-    assert opened == PeerOpened(rank, "p")
+    assert opened == PeerOpened(rank, 1)
     assert [(e.job, e.error) for e in ended if isinstance(e, ReadEnded)] == [(n, None) for n in range(len(cuts) - 1)]
     layout = here[rank]
     wanted = kv[:, layout.layers.start : layout.layers.stop, :, layout.heads.start : layout.heads.stop]
@@ -238,9 +237,8 @@ def it(transport: FakeTransport) -> Iterator[Rig]:
         yield made
 
 
-def read(job: int, peer: str = "p", **fields: Any) -> ReadOrder:
-    plain = dict(source_blocks=[0, 1], destination_blocks=[2, 3], start=0, stop=8, last=True)
-    return ReadOrder(job, peer, "r", **(plain | fields))
+def read(job: int, session: int = 1, **fields: Any) -> ReadOrder:
+    return msgspec.structs.replace(ReadOrder(job, session, "r", [0, 1], [2, 3], 0, 8, True), **fields)
 
 
 def error_of(reports: Sequence[FromTransferThread]) -> str:
@@ -251,7 +249,7 @@ def error_of(reports: Sequence[FromTransferThread]) -> str:
 
 
 def test_bytes_and_descriptors_are_counted(it: Rig) -> None:
-    it.tell(OpenPeer("p", descriptors(THERE)), read(1))
+    it.tell(OpenPeer(1, descriptors(THERE)), read(1))
     _, ended = it.heard()
     assert isinstance(ended, ReadEnded)
     assert ended.bytes == 8 * LAYERS * 2 * HEADS * DIM * 4
@@ -261,7 +259,7 @@ def test_bytes_and_descriptors_are_counted(it: Rig) -> None:
 
 def test_a_read_ends_when_all_sources_have_and_not_before(it: Rig) -> None:
     it.transport.held = True
-    it.tell(OpenPeer("p", descriptors(THERE)), read(1))
+    it.tell(OpenPeer(1, descriptors(THERE)), read(1))
     it.heard()
     it.transport.waiting[0][1].state = ReadState.DONE
     it.step()
@@ -273,7 +271,7 @@ def test_a_read_ends_when_all_sources_have_and_not_before(it: Rig) -> None:
 
 def test_an_error_of_one_source_is_told_once_the_others_have_ended(it: Rig) -> None:
     it.transport.held = True
-    it.tell(OpenPeer("p", descriptors(THERE)), read(1))
+    it.tell(OpenPeer(1, descriptors(THERE)), read(1))
     it.heard()
     failed = it.transport.waiting.pop(0)[1]
     failed.state, failed.error = ReadState.FAILED, "p/0 is gone"
@@ -287,21 +285,42 @@ def test_an_error_of_one_source_is_told_once_the_others_have_ended(it: Rig) -> N
 def test_a_post_that_fails_halfway_waits_for_what_was_posted(it: Rig) -> None:
     it.transport.held = True
     it.transport.fail_posts_after = 1
-    it.tell(OpenPeer("p", descriptors(THERE)), read(1))
-    assert it.heard() == [PeerOpened(0, "p")]
+    it.tell(OpenPeer(1, descriptors(THERE)), read(1))
+    assert it.heard() == [PeerOpened(0, 1)]
     it.transport.held = False
     it.step()
     assert error_of(it.heard()) == "p/1 is lost"
 
 
-def test_closing_a_peer_ends_its_reads_and_then_says_so(it: Rig) -> None:
+def test_a_read_that_fails_while_its_bytes_may_still_arrive_is_reported_at_once_and_quiet_later(it: Rig) -> None:
     it.transport.held = True
-    it.tell(OpenPeer("p", descriptors(THERE)), OpenPeer("q", descriptors(THERE, "q")), read(1), read(2, "q"))
+    it.tell(OpenPeer(1, descriptors(THERE)), read(1))
     it.heard()
-    it.tell(ClosePeer("p"))
-    ended, closed = it.heard()
-    assert "disconnected" in error_of([ended])
-    assert closed == PeerClosed(0, "p")
+    (_, failing, _), (_, done, _) = it.transport.waiting
+    it.transport.waiting.clear()
+    failing.state, failing.error = ReadState.FAILING, "connection reset"
+    it.step()
+    assert it.heard() == []  # the other source is still being read
+    done.state = ReadState.DONE
+    it.step()
+    [ended] = it.heard()
+    assert isinstance(ended, ReadEnded)
+    assert (ended.error, ended.peer_lost, ended.may_still_write) == ("connection reset", True, True)
+    it.step()
+    assert it.heard() == []
+    failing.state = ReadState.FAILED
+    it.step()
+    assert it.heard() == [ReadQuiet(0, 1)]
+    it.step()
+    assert it.heard() == []
+
+
+def test_closing_a_peer_ends_its_reads(it: Rig) -> None:
+    it.transport.held = True
+    it.tell(OpenPeer(1, descriptors(THERE)), OpenPeer(2, descriptors(THERE, "q")), read(1), read(2, 2))
+    it.heard()
+    it.tell(ClosePeer(1))
+    assert "disconnected" in error_of(it.heard())
     it.tell(read(3))
     assert "not connected" in error_of(it.heard())
     it.transport.held = False
@@ -312,22 +331,22 @@ def test_closing_a_peer_ends_its_reads_and_then_says_so(it: Rig) -> None:
 
 
 def test_closing_an_unknown_peer_is_fine(it: Rig) -> None:
-    it.tell(ClosePeer("p"))
-    assert it.heard() == [PeerClosed(0, "p")]
+    it.tell(ClosePeer(1))
+    assert it.heard() == []
 
 
 def test_a_peer_that_cannot_be_reached_is_let_go_of_wholly(it: Rig) -> None:
     it.transport.refuse = {"p/1"}
-    it.tell(OpenPeer("p", descriptors(THERE)))
-    assert it.heard() == [PeerOpened(0, "p", "p/1 is not there")]
+    it.tell(OpenPeer(1, descriptors(THERE)))
+    assert it.heard() == [PeerOpened(0, 1, "p/1 is not there")]
     assert it.transport.connected == []
     it.transport.refuse.clear()
-    it.tell(OpenPeer("p", descriptors(THERE)), read(1))
+    it.tell(OpenPeer(1, descriptors(THERE)), read(1))
     assert [getattr(report, "error", "") for report in it.heard()] == [None, None]
 
 
 def test_a_peer_whose_layout_does_not_fit_is_an_error(it: Rig) -> None:
-    it.tell(OpenPeer("p", descriptors(THERE[:1])))
+    it.tell(OpenPeer(1, descriptors(THERE[:1])))
     [opened] = it.heard()
     assert isinstance(opened, PeerOpened)
     assert "holds heads" in (opened.error or "")
@@ -335,14 +354,14 @@ def test_a_peer_whose_layout_does_not_fit_is_an_error(it: Rig) -> None:
 
 
 def test_two_names_of_one_engine_do_not_take_its_connections_from_each_other(it: Rig) -> None:
-    it.tell(OpenPeer("p by name", descriptors(THERE)), OpenPeer("p by number", descriptors(THERE)))
-    it.tell(ClosePeer("p by name"))
+    it.tell(OpenPeer(1, descriptors(THERE)), OpenPeer(2, descriptors(THERE)))
+    it.tell(ClosePeer(1))
     it.heard()
-    it.tell(read(1, "p by number"))
+    it.tell(read(1, 2))
     [ended] = it.heard()
     assert isinstance(ended, ReadEnded)
     assert ended.error is None
-    it.tell(ClosePeer("p by number"))
+    it.tell(ClosePeer(2))
     assert it.transport.connected == []
 
 
@@ -359,7 +378,7 @@ def test_two_names_of_one_engine_do_not_take_its_connections_from_each_other(it:
     ],
 )
 def test_blocks_that_are_not_there_are_an_error_and_nothing_is_written(it: Rig, fields: dict[str, Any]) -> None:
-    it.tell(OpenPeer("p", descriptors(THERE)))
+    it.tell(OpenPeer(1, descriptors(THERE)))
     it.heard()
     it.tell(read(1, **fields))
     assert "KV layout" in error_of(it.heard())
@@ -367,16 +386,16 @@ def test_blocks_that_are_not_there_are_an_error_and_nothing_is_written(it: Rig, 
 
 
 def test_orders_that_cannot_be_read_are_dropped(it: Rig) -> None:
-    it.tell(b"\xc1", b"", OpenPeer("p", descriptors(THERE)), read(1))
+    it.tell(b"\xc1", b"", OpenPeer(1, descriptors(THERE)), read(1))
     assert [type(report) for report in it.heard()] == [PeerOpened, ReadEnded]
 
 
-def test_the_thread_says_that_it_is_there_obeys_and_stops(transport: FakeTransport) -> None:
+def test_the_thread_reports_that_it_is_alive_carries_out_orders_and_stops(transport: FakeTransport) -> None:
     died: list[BaseException] = []
     with rig(transport, HERE) as it:
         thread = start_transfer_thread(lambda: it.transfer_thread, "transfer_thread", died.append)
         assert it._reports.decode(it.leader.recv()) == ThreadAlive(0)
-        for order in (OpenPeer("p", descriptors(THERE)), read(1), StopThread()):
+        for order in (OpenPeer(1, descriptors(THERE)), read(1), StopThread()):
             it.leader.send(it._reports.encode(order))
         seen: list[type] = []
         while ReadEnded not in seen:
@@ -403,7 +422,7 @@ def test_a_thread_that_dies_says_why() -> None:
     assert str(died[0]) == "no memory to register"
 
 
-def test_a_mover_whose_leader_is_gone_ends_and_closes_its_transport() -> None:
+def test_a_transfer_thread_whose_leader_is_gone_ends_and_closes_its_transport() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     leader = context.socket(zmq.ROUTER)
     port = leader.bind_to_random_port("tcp://127.0.0.1")

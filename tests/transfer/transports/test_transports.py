@@ -67,8 +67,8 @@ def error_of(transport: Transport, endpoint: RankEndpoint, *triples: tuple[int, 
         read = transport.post(endpoint.agent, runs(*triples))
     except TransferError as error:
         return str(error)
-    poll_until(lambda: ended(read), transport)
-    assert (read.state is ReadState.FAILED) == (read.error is not None)
+    poll_until(lambda: read.state is not ReadState.IN_PROGRESS, transport)
+    assert (read.state is not ReadState.DONE) == (read.error is not None)
     return read.error
 
 
@@ -214,6 +214,24 @@ def test_a_peer_that_is_killed_fails_its_reads_and_its_next_life_is_read(
         assert np.array_equal(memory.bytes, pattern(SIZE, 4))
     read_all(transport, peer.endpoint.agent, (0, 0, MIB))
     assert np.array_equal(memory.bytes[:MIB], pattern(SIZE, 1)[:MIB])
+
+
+def test_a_read_that_a_killed_peer_failed_may_write_until_a_while_after_it_is_disconnected(
+    kind: str, transport: Transport
+) -> None:
+    with PeerProcess(kind, SIZE, seed=3, agent="killed") as killed:
+        transport.connect(killed.endpoint)
+        read_all(transport, "killed", (0, 0, MIB))
+        killed.kill()
+        read = transport.post("killed", runs((0, 0, SIZE)))
+        poll_until(lambda: read.state is not ReadState.IN_PROGRESS, transport)
+        assert read.state is (ReadState.FAILED if kind == "tcp" else ReadState.FAILING)
+        for _ in range(20):
+            poll_once(transport)
+        assert read.state is (ReadState.FAILED if kind == "tcp" else ReadState.FAILING), "it is connected still"
+        transport.disconnect("killed")
+        poll_until(lambda: read.state is ReadState.FAILED, transport)
+        assert read.error is not None
 
 
 @pytest.mark.parametrize("kind", TAKING_PART, scope="module", indirect=False)

@@ -3,258 +3,211 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
-import time
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import zmq
-import zmq.asyncio
+import msgspec
 
 from tandem.config import EngineConfig
-from tandem.engine import commands
-from tandem.engine.commands import Command
+from tandem.engine.io.event_loop_thread import EventLoopThread
 from tandem.engine.io.frontends import Frontend, FrontendEvents
+from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.mailbox import Mailbox
+from tandem.engine.outbox import KvEvent, Outputs
+from tandem.engine.step_commands import (
+    AbortRequest,
+    Command,
+    KvArrived,
+    KvFailed,
+    LeasesEnded,
+    ReadsEnded,
+    StartRequest,
+)
 from tandem.errors import EngineFailed, InvalidRequest
 from tandem.ids import prompt_digest
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
-from tandem.transfer.decode.consumer import Consumer, ConsumerEvents
+from tandem.transfer.decode.dialer import PeerDialer, PullEvents
 from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.prefill.listener import PeerListener
 from tandem.transfer.thread.leader_side import TransferThreads
-from tandem.wire.messages import Address, Failed, Generate, Introduce, Local, Prefill, PullKv, Register, Tokens
+from tandem.wire.messages import (
+    Address,
+    EngineCounters,
+    Generate,
+    KvUsage,
+    Prefill,
+    PullKv,
+    Register,
+    RequestCounts,
+)
 from tandem.wire.peer_messages import Envelope
-from tandem.wire.sockets import Sockets
 
-log = logging.getLogger(__name__)
-
-PUBLISHED_PATIENCE = 60.0
-"""Seconds for which KV that was published to a foreign proxy waits for its decode engine."""
-
-KvEvent = ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded
-
-
-@dataclass(frozen=True, slots=True)
-class Wiring:
-    """What the leader has bound and found out before the event loop starts. `register` may be called at any time."""
-
-    config: EngineConfig
-    descriptor: EngineDescriptor
-    envelope: Envelope
-    frontends: Sequence[Address]
-    context: zmq.asyncio.Context
-    sockets: Sockets[zmq.asyncio.Socket]
-    peer_socket: zmq.asyncio.Socket
-    transfer_socket: zmq.asyncio.Socket
-    register: Callable[[], Register]
+PUBLISHED_SECONDS = 60.0
+"""KV that was published to a foreign proxy waits so long for its decode engine: a proxy asks one after the other."""
 
 
 class LeaderEventLoop:
-    """Owns the event loop's thread. Other threads call `post_*`; what comes in goes to the mailbox.
+    """Joins frontends, peers and transfer threads with the step loop, whose `Outbox` this is.
+
+    Everything is made before the thread starts, and touched by the thread alone from then on; other threads call
+    `start`, `stop` and `post_*`. What comes in goes to the step loop's mailbox.
 
     Args:
-        end_process: ends this process, with the reason, when the step loop hangs and cannot.
+        descriptor: of this engine, for its peers.
+        registration: at the frontends; its status is kept up to date.
+        end_process: ends this process, with the error, when the step loop hangs and cannot.
     """
 
-    def __init__(self, wiring: Wiring, mailbox: Mailbox[Command], end_process: Callable[[str], None]) -> None:
-        self._wiring = wiring
+    def __init__(
+        self,
+        config: EngineConfig,
+        descriptor: EngineDescriptor,
+        envelope: Envelope,
+        registration: Register,
+        sockets: LeaderSockets,
+        frontends: Sequence[Address],
+        mailbox: Mailbox[Command],
+        end_process: Callable[[EngineFailed], None],
+    ) -> None:
+        self._access = config.access
+        self._registration = registration
+        self._status = registration.status
         self._mailbox = mailbox
-        self._end_process = end_process
-        self._step_loop_ended = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._frontends: list[Frontend] = []
-        self._started = threading.Event()
-        self._stopping: asyncio.Event | None = None
-        self._farewell = ""
-        self._thread = threading.Thread(target=self._main, name="event_loop", daemon=True)
-        self.listener: PeerListener | None = None
-        self.consumer: Consumer | None = None
+        self._thread = EventLoopThread(self._serve, mailbox, end_process)
+        self._transfer_socket = sockets.transfer
+        self._transfer_threads = TransferThreads(sockets.transfer, len(descriptor.ranks))
+        layouts = [rank.layout for rank in descriptor.ranks]
+        events = PullEvents(
+            arrived=lambda pull: mailbox.put(KvArrived(pull)),
+            failed=lambda request_id, why: mailbox.put(KvFailed(request_id, why)),
+            quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
+        )
+        self._dialer = PeerDialer(
+            descriptor.identity, envelope, layouts, self._transfer_threads, sockets.event_loop, events
+        )
+        self._listener = PeerListener(
+            sockets.peer,
+            descriptor.identity,
+            envelope,
+            descriptor,
+            config.time.lease_ttl,
+            on_ended=lambda request_ids: mailbox.put(LeasesEnded(request_ids)),
+        )
+        self._frontends = [self._frontend(number, address, sockets) for number, address in enumerate(frontends)]
+
+    def _frontend(self, number: int, address: Address, sockets: LeaderSockets) -> Frontend:
+        events = FrontendEvents(
+            generate=functools.partial(self._begin, number),
+            abort=lambda request_id: self._mailbox.put(AbortRequest(request_id)),
+            introduce=self._dialer.introduce,
+        )
+        incarnation = self._registration.identity.incarnation
+        return Frontend(address, sockets.event_loop, incarnation, self._current_registration, events)
 
     def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
-        """Returns once all transfer threads are there and the frontends are being called.
+        """Return once all transfer threads are there and the frontends are being called.
 
         Args:
             check_ranks: raises EngineFailed when a rank is lost; called again and again meanwhile.
         """
-        self._thread.start()
-        deadline = time.monotonic() + seconds
-        while not self._started.wait(0.1):
-            check_ranks()
-            if not self._thread.is_alive():
-                raise RuntimeError("the event loop did not start")
-            if time.monotonic() > deadline:
-                raise EngineFailed(f"the transfer threads of the ranks were not ready within {seconds:.0f} s")
+        self._thread.start(check_ranks, seconds)
 
     def stop(self, reason: str) -> None:
-        """Say goodbye and end the thread; bounded."""
-
-        def ask() -> None:
-            self._farewell = reason
-            if self._stopping is not None:
-                self._stopping.set()
-
-        self._step_loop_ended.set()
-        self._call(ask)
-        self._thread.join(2.0)
-
-    def post_outputs(self, outputs: dict[int, list[Tokens | Failed]]) -> None:
-        def send() -> None:
-            for frontend, items in outputs.items():
-                self._frontends[frontend].send(items)
-
-        self._call(send)
+        """Say goodbye to the frontends and end the thread; bounded."""
+        self._thread.stop(reason)
 
     def post_kv(self, events: list[KvEvent]) -> None:
         def handle() -> None:
             for event in events:
-                self._kv_event(event)
+                self._handle_kv_event(event)
 
-        self._call(handle)
+        self._thread.call(handle)
 
-    def _call(self, action: Callable[[], Any]) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(action)
+    def post_outputs(self, outputs: Outputs) -> None:
+        def send() -> None:
+            for number, items in outputs.items():
+                self._frontends[number].send(items)
+
+        self._thread.call(send)
+
+    def post_status(self, kv: KvUsage, requests: RequestCounts, counters: EngineCounters) -> None:
+        self._status = msgspec.structs.replace(self._status, kv=kv, requests=requests, counters=counters)
 
     # --- the thread ----------------------------------------------------------------------------------------------
 
-    def _main(self) -> None:
-        try:
-            self._loop.run_until_complete(self._run())
-            self._mailbox.put(commands.Shutdown("the event loop has ended"))
-        except EngineFailed as error:
-            self._fail(str(error))
-        except BaseException as error:
-            log.exception("the leader's event loop died")
-            self._fail(f"the event loop died: {error}")
-        finally:
-            self._loop.close()
-
-    def _fail(self, reason: str) -> None:
-        self._mailbox.put(commands.Shutdown(reason, failed=True))
-        if not self._step_loop_ended.wait(commands.STUCK_SECONDS):
-            self._end_process(reason)
-
-    async def _run(self) -> None:
-        wiring = self._wiring
-        self._stopping = asyncio.Event()
-        transfer_threads = TransferThreads(wiring.transfer_socket, len(wiring.descriptor.ranks))
-        self.consumer = Consumer(
-            wiring.descriptor.identity,
-            wiring.envelope,
-            [rank.layout for rank in wiring.descriptor.ranks],
-            transfer_threads,
-            wiring.sockets,
-            ConsumerEvents(
-                arrived=lambda pull: self._mailbox.put(commands.KvArrived(pull)),
-                failed=lambda request_id, why: self._mailbox.put(commands.KvFailed(request_id, why)),
-                quiet=lambda request_id: self._mailbox.put(commands.ReadsEnded(request_id)),
-            ),
-        )
-        self.listener = PeerListener(
-            wiring.peer_socket,
-            wiring.descriptor.identity,
-            wiring.envelope,
-            wiring.descriptor,
-            wiring.config.time.lease_ttl,
-            on_ended=lambda ids: self._mailbox.put(commands.LeasesEnded(ids)),
-        )
+    async def _serve(self, ready: Callable[[], None], stopping: asyncio.Future[str]) -> None:
         tasks = [
             asyncio.create_task(coroutine)
             for coroutine in (
-                transfer_threads.run(self.consumer.reported),
-                transfer_threads.watch(),
-                self.listener.run(),
-                self._serve_frontends(transfer_threads),
+                self._transfer_threads.run(self._dialer.reported),
+                self._transfer_threads.watch(),
+                self._listener.run(),
+                self._dialer.run(),
+                self._serve_frontends(ready),
             )
         ]
-        stopping = asyncio.create_task(self._stopping.wait())
         try:
-            done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            awaited: list[asyncio.Future[Any]] = [*tasks, stopping]
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
         finally:
             for frontend in self._frontends:
-                frontend.goodbye(self._farewell or "it failed")
-            transfer_threads.stop()
-            self.consumer.close()
-            await _cancel([*tasks, stopping])
-            wiring.transfer_socket.close(linger=500)
+                frontend.goodbye(stopping.result() if stopping.done() else "it failed")
+            self._transfer_threads.stop()
+            self._dialer.close()
+            await _cancel(tasks)
+            self._transfer_socket.close(linger=500)
 
-    async def _serve_frontends(self, transfer_threads: TransferThreads) -> None:
-        await transfer_threads.ready.wait()
-        for number, address in enumerate(self._wiring.frontends):
-            events = FrontendEvents(self._handler(number), self._abort, self._introduce)
-            self._frontends.append(
-                Frontend(
-                    address,
-                    self._wiring.sockets,
-                    self._wiring.descriptor.identity.incarnation,
-                    self._wiring.register,
-                    events,
-                )
-            )
-        self._started.set()
+    async def _serve_frontends(self, ready: Callable[[], None]) -> None:
+        await self._transfer_threads.ready.wait()
+        ready()
         async with asyncio.TaskGroup() as group:
             for frontend in self._frontends:
                 group.create_task(frontend.run())
 
-    def _handler(self, number: int) -> Callable[[Frontend, Generate], None]:
-        def generate(frontend: Frontend, message: Generate) -> None:
-            try:
-                self._begin(number, message)
-            except InvalidRequest as error:
-                frontend.send([Failed(message.request_id, error.code, str(error), error.param)])
-
-        return generate
+    def _current_registration(self) -> Register:
+        status = self._status
+        counters = msgspec.structs.replace(
+            status.counters,
+            kv_failures=self._dialer.failures,
+            leases_expired=self._listener.expired,
+            bad_messages=self._listener.bad_messages,
+        )
+        status = msgspec.structs.replace(status, peers=self._dialer.peers, counters=counters)
+        return msgspec.structs.replace(self._registration, status=status)
 
     def _begin(self, frontend: int, message: Generate) -> None:
-        """Raises InvalidRequest, and then nothing has begun."""
-        assert self.listener is not None
-        assert self.consumer is not None
+        """Hand a request to the step loop. Raises InvalidRequest, and then nothing has begun."""
         request_id, kv = message.request_id, message.kv
-        if self.listener.knows(request_id) or self.consumer.knows(request_id):
+        if self._listener.knows(request_id) or self._dialer.knows(request_id):
             raise InvalidRequest(f"request id {request_id} is in use; every request needs its own", param="request_id")
-        if isinstance(kv, PullKv) and kv.foreign and not self._wiring.config.access.allows(kv.address.host):
+        if isinstance(kv, PullKv) and kv.foreign and not self._access.allows(kv.address.host):
             raise InvalidRequest(
                 f"remote_host {kv.address.host} is not within this engine's --allow-peers", param="kv_transfer_params"
             )
-        start = commands.StartRequest(frontend, message)
-        match kv:
-            case PullKv():
-                self._mailbox.put(start)
-                self.consumer.open(request_id, kv, prompt_digest(message.token_ids))
-            case Prefill(published=published):
-                wait = PUBLISHED_PATIENCE if published else None
-                self.listener.begin(request_id, wait, prompt_digest(message.token_ids))
-                self._mailbox.put(start)
-            case Local():
-                self._mailbox.put(start)
+        if isinstance(kv, Prefill):  # before the step loop can compute a chunk of it
+            wait = PUBLISHED_SECONDS if kv.published else None
+            self._listener.begin(request_id, wait, prompt_digest(message.token_ids))
+        self._mailbox.put(StartRequest(frontend, message))
+        if isinstance(kv, PullKv):
+            self._dialer.open(request_id, kv, prompt_digest(message.token_ids))
 
-    def _abort(self, request_id: str) -> None:
-        self._mailbox.put(commands.AbortRequest(request_id))
-
-    def _introduce(self, message: Introduce) -> None:
-        assert self.consumer is not None
-        self.consumer.introduce(message)
-
-    def _kv_event(self, event: KvEvent) -> None:
-        assert self.listener is not None
-        assert self.consumer is not None
+    def _handle_kv_event(self, event: KvEvent) -> None:
         match event:
             case ChunkComputed():
-                self.listener.chunk(
+                self._listener.chunk(
                     event.request_id, event.first_block, event.block_ids, event.num_tokens, event.final, event.token
                 )
             case PrefillEnded(request_id=request_id, ok=ok):
                 if not ok:
-                    self.listener.abort(request_id, "the prefill ended early")
+                    self._listener.abort(request_id, "the prefill ended early")
             case BlocksAllocated():
-                self.consumer.allocated(event.request_id, event.block_ids, event.num_cached_tokens, event.num_tokens)
+                self._dialer.allocated(event.request_id, event.block_ids, event.num_cached_tokens, event.num_tokens)
             case PullEnded(request_id=request_id):
-                self.consumer.give_up(request_id, "the request has ended")
+                self._dialer.give_up(request_id, "the request has ended")
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

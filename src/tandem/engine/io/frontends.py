@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.errors import WireError
+from tandem.errors import InvalidRequest
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -29,30 +29,32 @@ from tandem.wire.messages import (
     ToFrontend,
     Tokens,
 )
+from tandem.wire.receiving import DroppedMessages, receive_messages
 from tandem.wire.sockets import SocketOptions, Sockets
 
 log = logging.getLogger(__name__)
 
-BEAT = 0.25
-SILENCE = 10.0
-COMPLAIN_SECONDS = 6.0
+BEAT_SECONDS = 0.25
+SILENCE_SECONDS = 10.0
+"""A frontend answers every heartbeat, so this many seconds without any are no accident."""
+WARN_SECONDS = 6.0
 MAX_QUEUED = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class FrontendEvents:
-    """What a frontend asks for; called in the event loop's thread."""
+    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise InvalidRequest."""
 
-    generate: Callable[[Frontend, Generate], None]
+    generate: Callable[[Generate], None]
     abort: Callable[[str], None]
     introduce: Callable[[Introduce], None]
 
 
 class Frontend:
-    """One frontend. Registers until it is known, beats, and is given up for its requests when it falls silent.
+    """The connection to one frontend: registers the engine, sends heartbeats, aborts requests when it falls silent.
 
     Args:
-        register: makes the registration with the current status in it.
+        register: returns the registration with the current status in it.
     """
 
     def __init__(
@@ -63,25 +65,26 @@ class Frontend:
         register: Callable[[], Register],
         events: FrontendEvents,
     ) -> None:
-        self.address = address
-        self.active: set[str] = set()
-        self.bad_messages = 0
+        self._address = address
+        self._active: set[str] = set()
         self._register = register
         self._events = events
         self._codec: Codec[ToEngine] = Codec(ToEngine)
+        self._dropped = DroppedMessages(log, f"frontend {address}")
         self._known = False
         self._breaks = 0
-        self._complain_at = time.monotonic() + COMPLAIN_SECONDS
+        self._warn_at = 0.0
         self._heard = time.monotonic()
         options = SocketOptions(identity=incarnation.encode(), hwm=MAX_QUEUED, monitor=zmq.EVENT_DISCONNECTED)
         self._socket = sockets.connect(zmq.DEALER, address.host, address.port, options)
         self._monitor = self._socket.get_monitor_socket()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Serve until cancelled."""
+        self._warn_at = time.monotonic() + WARN_SECONDS
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._receive())
+                group.create_task(receive_messages(self._socket, self._codec, self._handle, self._dropped))
                 group.create_task(self._beat())
                 group.create_task(self._watch())
         finally:
@@ -89,17 +92,17 @@ class Frontend:
             self._socket.close(linger=200)
 
     def send(self, items: list[Tokens | Failed]) -> None:
-        """What a step has for this frontend."""
+        """Send what a step has for this frontend."""
         for item in items:
             if isinstance(item, Failed) or item.done:
-                self.active.discard(item.request_id)
+                self._active.discard(item.request_id)
         self._send(Outputs(items))
 
     def goodbye(self, reason: str) -> None:
         self._send(Goodbye(reason))
 
     def _send(self, message: ToFrontend) -> None:
-        """Now or never: what a frontend that is not there cannot take must not pile up here."""
+        """Send now or never: what a frontend that is not there cannot take must not pile up here."""
         if not self._socket.closed:
             sending = self._socket.send(self._codec.encode(message), zmq.NOBLOCK)
             asyncio.ensure_future(sending).add_done_callback(_forget)
@@ -108,69 +111,63 @@ class Frontend:
         while True:
             registration = msgspec.structs.replace(self._register(), connection=self._breaks)
             self._send(registration.status if self._known else registration)
-            self._complain(time.monotonic())
-            await asyncio.sleep(BEAT)
-            if self.active and time.monotonic() - self._heard > SILENCE:
+            self._warn_unknown(time.monotonic())
+            await asyncio.sleep(BEAT_SECONDS)
+            if self._active and time.monotonic() - self._heard > SILENCE_SECONDS:
                 self._abandon("is silent")
 
-    def _complain(self, now: float) -> None:
-        """A frontend that does not answer is waited for; somebody should know."""
+    def _warn_unknown(self, now: float) -> None:
+        """Warn now and then while the frontend, for which this engine waits, does not answer."""
         if self._known:
-            self._complain_at = now + COMPLAIN_SECONDS
-        elif now > self._complain_at:
-            self._complain_at = now + 10 * COMPLAIN_SECONDS
+            self._warn_at = now + WARN_SECONDS
+        elif now > self._warn_at:
+            self._warn_at = now + 10 * WARN_SECONDS
             log.warning(
                 "the frontend at %s does not know this engine: is it started, is that its control port,"
                 " and has it the same cluster key?",
-                self.address,
+                self._address,
             )
 
     async def _watch(self) -> None:
-        """What was on its way when the connection broke may be lost, unnoticed: both sides begin anew."""
+        """Start over when the connection breaks: what was on its way may be lost, and neither side could know."""
         while True:
             await self._monitor.recv_multipart()
             self._abandon("cannot be reached")
 
     def _abandon(self, why: str) -> None:
-        """Give its requests up. A frontend that is there, or comes back, hears of it by the next registration."""
+        """Abort its requests. A frontend that is there, or comes back, learns of it from the next registration."""
         self._breaks += 1
         self._known = False
-        if self.active:
-            log.warning("frontend %s %s: %d of its requests are aborted", self.address, why, len(self.active))
-        for request_id in self.active:
+        if self._active:
+            log.warning("frontend %s %s: %d of its requests are aborted", self._address, why, len(self._active))
+        for request_id in self._active:
             self._events.abort(request_id)
-        self.active.clear()
+        self._active.clear()
 
-    async def _receive(self) -> None:
-        while True:
-            data = await self._socket.recv()
-            self._heard = time.monotonic()
-            try:
-                self._handle(self._codec.decode(data))
-            except WireError as error:
-                self.bad_messages += 1
-                log.warning("message of frontend %s dropped: %s", self.address, error)
-            except Exception:  # whatever one message does, the next one is served
-                self.bad_messages += 1
-                log.exception("a message of frontend %s could not be handled", self.address)
-
-    def _handle(self, message: ToEngine) -> None:
+    def _handle(self, _: bytes, message: ToEngine) -> None:
+        self._heard = time.monotonic()
         match message:
             case Registered(known=known, connection=connection):
-                if not known and self.active:
+                if not known and self._active:
                     self._abandon("has restarted")
                 self._known = known and connection == self._breaks
             case Generate():
-                self.active.add(message.request_id)
-                self._events.generate(self, message)
+                self._begin(message)
             case Abort(request_id=request_id):
-                self.active.discard(request_id)
+                self._active.discard(request_id)
                 self._events.abort(request_id)
             case Introduce():
                 self._events.introduce(message)
 
+    def _begin(self, message: Generate) -> None:
+        self._active.add(message.request_id)
+        try:
+            self._events.generate(message)
+        except InvalidRequest as error:
+            self.send([Failed(message.request_id, error.code, str(error), error.param)])
+
 
 def _forget(sent: asyncio.Future[Any]) -> None:
-    """A queue that is full (EAGAIN) belongs to a frontend that will be taken for lost; nothing to be done here."""
+    """Ignore a full queue (EAGAIN): it belongs to a frontend that will be taken for lost."""
     if not sent.cancelled():
         sent.exception()

@@ -1,30 +1,28 @@
-"""Starts the processes of one engine on this node and says when it is ready."""
+"""Starts the processes of one engine on this node."""
 
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
-import threading
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from tandem.api.http_server import bind
 from tandem.config import LOOPBACK, EngineConfig, RouterConfig
-from tandem.engine.start.place import RankPlace
+from tandem.engine.start.placement import RankPlacement
 from tandem.errors import ConfigError, StartError
 from tandem.model_folder import ModelFolder
 from tandem.processes import Child, ChildProcesses
+from tandem.reports import ControlPort, Reporter
 from tandem.router.process import run_frontend
 from tandem.wire.addresses import is_loopback, local_address_towards, own_addresses, resolve
 from tandem.wire.messages import Address
 
 
 def published_host(config: EngineConfig) -> str:
-    """The address under which others reach this node: as configured, else found from the route to the others.
+    """Return the address under which others reach this node: as configured, else by the route to the others.
 
-    Raises ConfigError, saying what to set, where it would be one that they cannot reach.
+    Raises ConfigError that says what to set where the others could not reach it.
     """
     parallel, network = config.parallel, config.network
     if network.host is not None:
@@ -35,8 +33,7 @@ def published_host(config: EngineConfig) -> str:
                 f" address in the cluster{_candidates()}"
             )
         return host
-    if parallel.nnodes > 1:
-        assert parallel.master is not None
+    if parallel.nnodes > 1 and parallel.master is not None:
         return _towards_master(parallel.master, parallel.node_rank)
     if network.router is not None:
         return local_address_towards(network.router.host, network.router.port)
@@ -51,8 +48,7 @@ def _towards_master(master: Address, node_rank: int) -> str:
         raise ConfigError(
             f"--master {master} is {host} on this node, which is this node itself; set --master to node 0's address"
         )
-    found = [address for address in own_addresses() if not is_loopback(address)]
-    if len(found) == 1:
+    if len(found := _reachable_addresses()) == 1:
         return found[0]
     raise ConfigError(
         f"--master {master} is {host} here, which other nodes cannot reach; set --host to this node's address in the"
@@ -61,13 +57,17 @@ def _towards_master(master: Address, node_rank: int) -> str:
 
 
 def _candidates() -> str:
-    found = [address for address in own_addresses() if not is_loopback(address)]
+    found = _reachable_addresses()
     return f" (it has {', '.join(found)})" if found else ""
+
+
+def _reachable_addresses() -> list[str]:
+    return [address for address in own_addresses() if not is_loopback(address)]
 
 
 @dataclass(slots=True)
 class EngineProcesses:
-    """The children of one engine on this node; the first one is its API on node 0."""
+    """The processes of one engine on this node: its ranks and, on node 0, its API."""
 
     config: EngineConfig
     model: ModelFolder
@@ -85,8 +85,8 @@ class EngineProcesses:
     def leader(self) -> Child | None:
         return self.ranks[0] if self.ranks and self.config.parallel.node_rank == 0 else None
 
-    def start_api(self, family: ChildProcesses) -> None:
-        """On node 0; binds the HTTP port, so that a port in use is known at once."""
+    def start_api(self, processes: ChildProcesses) -> None:
+        """Start the API on node 0. The HTTP port is bound here, so that a port in use is known at once."""
         if self.config.parallel.node_rank != 0:
             return
         config, network = self.config, self.config.network
@@ -95,72 +95,45 @@ class EngineProcesses:
         host, port = listener.getsockname()[:2]
         self.http = Address(host, port)
         name = f"{self.name} api"
-        self.api = family.start(name, run_frontend, "engine", name, api, listener)
+        self.api = processes.start(name, run_frontend, "engine", name, api, listener)
         listener.close()
 
-    def start_ranks(self, family: ChildProcesses, router: Address | None) -> None:
-        """Once the API's control port is known."""
-        frontends = [address for address in (router, self._own_control(family)) if address is not None]
-        parallel = self.config.parallel
-        if parallel.nnodes == 1 and parallel.world_size > 1:
-            self.folder = tempfile.TemporaryDirectory(prefix="tandem-")
-        meeting = os.path.join(self.folder.name, "meeting") if self.folder else None
-        for local_rank, rank in enumerate(parallel.local_ranks):
-            place = RankPlace(rank, local_rank, self.host, meeting, tuple(frontends), self.http, self.model)
-            child = family.start(f"{self.name} rank {rank}", rank_main, self.config, place)
+    def start_ranks(self, processes: ChildProcesses, router: Address | None) -> None:
+        """Start the ranks, once the API's control port is known."""
+        own_api = self._own_control(processes)
+        frontends = tuple(address for address in (router, own_api) if address is not None)
+        meeting = self._meeting()
+        for local_rank, rank in enumerate(self.config.parallel.local_ranks):
+            placement = RankPlacement(rank, local_rank, self.host, meeting, frontends, self.http, self.model)
+            child = processes.start(f"{self.name} rank {rank}", rank_main, self.config, placement)
             self.ranks.append(child)
 
-    def _own_control(self, family: ChildProcesses) -> Address | None:
+    def _own_control(self, processes: ChildProcesses) -> Address | None:
         if self.api is None:
             return None
-        return Address(LOOPBACK, control_port(family, self.api, self.config.time.start_timeout))
+        return Address(LOOPBACK, control_port(processes, self.api, self.config.time.start_timeout))
+
+    def _meeting(self) -> Address | str | None:
+        parallel = self.config.parallel
+        if parallel.world_size == 1:
+            return None
+        if parallel.nnodes > 1:
+            return parallel.master
+        self.folder = tempfile.TemporaryDirectory(prefix="tandem-")
+        return os.path.join(self.folder.name, "meeting")
 
 
-def control_port(family: ChildProcesses, frontend: Child, seconds: float) -> int:
-    """Where a frontend process listens for engines; waits until it says so."""
-    while True:
-        for word, value in frontend.reports:
-            if word == "control":
-                return int(value)
-        frontend.reports.clear()
-        if not family.wait([frontend], seconds):
-            raise StartError(f"{frontend.name} did not start within {seconds:.0f} s")
+def control_port(processes: ChildProcesses, frontend: Child, seconds: float) -> int:
+    """Wait until a frontend process reports where it listens for engines; return the port. Raises StartError."""
+    deadline = time.monotonic() + seconds
+    while (received := processes.next_report([frontend], deadline - time.monotonic())) is not None:
+        if isinstance(received[1], ControlPort):
+            return received[1].port
+    raise StartError(f"{frontend.name} did not start within {seconds:.0f} s")
 
 
-def rank_main(report: Callable[..., None], config: EngineConfig, place: RankPlace) -> None:
-    """First frame of a rank's process."""
-    from tandem import logs
-    from tandem.engine import commands
+def rank_main(report: Reporter, config: EngineConfig, placement: RankPlacement) -> None:
+    """Run a rank's process. What needs torch is imported here, so that it is imported by the child alone."""
     from tandem.engine.start.rank_process import run_rank
 
-    ranks = config.parallel.world_size
-    logs.set_up(config.name if ranks == 1 else f"{config.name} rank {place.rank}", config.run.log_level)
-    stop: list[Any] = []
-
-    def on_term(*_: object) -> None:
-        if stop:
-            stop[0].put(commands.Shutdown("it was told to stop"))
-        elif place.rank == 0 or not started.is_set() or config.parallel.node_rank != 0:
-            os._exit(143)
-
-    def end(text: str) -> None:
-        report("error", text)
-        os._exit(1)
-
-    def following() -> None:
-        started.set()
-        report("following")
-
-    started = threading.Event()
-    signal.signal(signal.SIGTERM, on_term)
-    reason = run_rank(
-        config,
-        place,
-        on_progress=lambda done, total: report("progress", (done, total)),
-        on_ready=lambda status: report("ready", status),
-        on_mailbox=stop.append,
-        on_following=following,
-        end_process=end,
-    )
-    if place.rank != 0:
-        report("ended", f"the engine was ended on node 0: {reason}")
+    run_rank(report, config, placement)

@@ -5,43 +5,36 @@ from __future__ import annotations
 import os
 import socket as hosts
 
-import msgspec
 import torch
 import zmq
 
 from tandem import __version__
 from tandem.config import EngineConfig
-from tandem.engine.start.place import RankPlace
+from tandem.engine.start.placement import RankPlacement
 from tandem.engine.step.runner import pick_device
 from tandem.ids import new_identity
 from tandem.models.fingerprint import fingerprint
 from tandem.models.model_config import ModelConfig, load_config
 from tandem.models.rank_position import check_split
-from tandem.transfer.handshake import PROTOCOL, RankDescriptor
+from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord
 from tandem.transfer.transports.registry import connector_name
 from tandem.wire.keys import load_key
-from tandem.wire.messages import Address
 from tandem.wire.sockets import Sockets
 
 
-class Published(msgspec.Struct, frozen=True):
-    """What every rank tells all others once its memory and transport are there. Sockets: the leader's only."""
-
-    descriptor: RankDescriptor
-    step_address: Address | None
-    transfer_address: Address | None
-
-
 class Rank:
-    """What one rank was configured with, found in the model and made for itself before it meets the others."""
+    """One rank before it meets the others: what it was configured with, and what it found in the model.
 
-    def __init__(self, config: EngineConfig, place: RankPlace) -> None:
+    Raises TandemError if that cannot work.
+    """
+
+    def __init__(self, config: EngineConfig, placement: RankPlacement) -> None:
         self.config = config
-        self.place = place
-        self.device = pick_device(config.model.device, place.local_rank)
+        self.placement = placement
+        self.device = pick_device(config.model.device, placement.local_rank)
         _set_threads(config, self.device)
-        self.model: ModelConfig = load_config(place.model.path)
+        self.model: ModelConfig = load_config(placement.model.path)
         check_split(self.model, config.parallel.tp, config.parallel.pp)
         self.dtype = self.model.torch_dtype(config.model.dtype)
         self.max_model_len = config.model.max_model_len or self.model.max_context
@@ -50,19 +43,20 @@ class Rank:
         self.key = load_key(config.access.cluster_key_file)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.sockets = Sockets(self.context, self.key)
-        self.fingerprint = fingerprint(place.model.path, self.model)
+        self.fingerprint = fingerprint(placement.model.path, self.model)
 
     def record(self) -> RankRecord:
-        config, parallel, rank = self.config, self.config.parallel, self.place.rank
+        """Return what all ranks compare. Every call on rank 0 makes a new identity."""
+        config, parallel, rank = self.config, self.config.parallel, self.placement.rank
         return RankRecord(
             rank=rank,
             tp_rank=rank % parallel.tp,
             pp_rank=rank // parallel.tp,
             node_rank=parallel.node_rank,
-            host=hosts.gethostname() if parallel.nnodes == 1 else f"{hosts.gethostname()} {self.place.host}",
+            host=hosts.gethostname() if parallel.nnodes == 1 else f"{hosts.gethostname()} {self.placement.host}",
             pid=os.getpid(),
             engine_id=config.engine_id,
-            model=self.place.model.name,
+            model=self.placement.model.name,
             fingerprint=self.fingerprint,
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
@@ -81,7 +75,7 @@ class Rank:
 
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
-    """All cores of the node for the ranks of one engine, unless told otherwise: engines seldom all compute at once."""
+    """Share all cores of the node among the engine's ranks, unless told otherwise: engines seldom compute at once."""
     if device.type != "cpu":
         return
     ranks = len(config.parallel.local_ranks)

@@ -1,184 +1,144 @@
-"""The life of one rank, from meeting the others to its end. Runs as a process of its own."""
+"""The process of one rank, from its start to its end."""
 
 from __future__ import annotations
 
+import functools
 import logging
-import socket as hosts
+import signal
 import time
 from collections.abc import Callable
 
-import msgspec
 import zmq
 
+from tandem import logs
 from tandem.config import EngineConfig
-from tandem.engine.commands import Command
-from tandem.engine.mailbox import Mailbox
-from tandem.engine.start.leading import Leading
-from tandem.engine.start.moving import Moving
-from tandem.engine.start.place import RankPlace
-from tandem.engine.start.rank import Published, Rank
-from tandem.engine.start.rendezvous import StartFailureWatch, meet, open_store
+from tandem.engine.io.leader_sockets import LeaderSockets
+from tandem.engine.start.engine_map import EngineMap, exchange
+from tandem.engine.start.leader import Leader
+from tandem.engine.start.placement import RankPlacement
+from tandem.engine.start.rank import Rank
+from tandem.engine.start.rendezvous import meet
+from tandem.engine.start.start_failure import StartFailureWatch
+from tandem.engine.start.transfer_start import TransferStart
 from tandem.engine.step.pipeline import Follower, follower_socket
 from tandem.engine.step.runner import KvMemory, Runner, kv_blocks
+from tandem.engine.step_commands import Shutdown
+from tandem.engine.store import clone, first_line, open_store
+from tandem.engine.timeouts import COLLECTIVE_SECONDS
 from tandem.engine.world import SoloWorld, TorchWorld
-from tandem.errors import EngineFailed, StartError, TandemError
-from tandem.kv.layout import KvLayout
+from tandem.errors import StartError
 from tandem.models.kv_cache import kv_layout
 from tandem.models.loader import load_decoder
+from tandem.processes import end_child
+from tandem.reports import Ended, Following, Loading, Ready, Reporter
 from tandem.transfer.handshake import RankDescriptor
-from tandem.transfer.identity import Agreement, RankRecord, agree
-from tandem.transfer.transports.base import RankEndpoint
+from tandem.transfer.identity import RankRecord, agree
 from tandem.wire.messages import EngineStatus
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_SECONDS = 60.0
-CAUSE_SECONDS = 2.0
 
-
-def run_rank(
-    config: EngineConfig,
-    place: RankPlace,
-    on_progress: Callable[[int, int], None],
-    on_ready: Callable[[EngineStatus], None],
-    on_mailbox: Callable[[Mailbox[Command]], None],
-    on_following: Callable[[], None],
-    end_process: Callable[[str], None],
-) -> str:
-    """Serve until stopped; returns why it ended.
+def run_rank(report: Reporter, config: EngineConfig, placement: RankPlacement) -> None:
+    """Serve as one rank of an engine until the engine ends.
 
     Args:
-        on_progress: bytes of weights loaded so far, and in all.
-        on_ready: called on rank 0 once the engine can serve.
-        on_mailbox: hands out the leader's mailbox, so that a signal handler can put a Shutdown in it.
-        on_following: called on the other ranks once they take their orders from rank 0.
-        end_process: ends this process, with the reason. Called in other threads, when another rank has failed and
-            the main thread may be waiting for it.
+        report: tells the launcher how the start goes, and of an end that it has not asked for.
 
     Raises:
         TandemError: the engine cannot start, or a rank was lost.
     """
-    life = _Life(Rank(config, place), end_process)
-    try:
-        return life.run(on_progress, on_ready, on_mailbox, on_following)
-    except Exception as error:
-        life.tell_others(error)
-        raise
+    alone = config.parallel.world_size == 1
+    logs.set_up(config.name if alone else f"{config.name} rank {placement.rank}", config.run.log_level)
+    reason = RankProcess(report, Rank(config, placement)).run()
+    if placement.rank != 0:
+        report(Ended(f"the engine was ended on node 0: {reason}"))
 
 
-class _Life:
+class RankProcess:
+    """One rank of an engine from meeting the others to the end.
+
+    Until it serves, SIGTERM ends the process at once.
     """
-    Args:
-        end_process: another rank has failed while the engine started, and said why.
-    """
 
-    def __init__(self, rank: Rank, end_process: Callable[[str], None]) -> None:
-        self.rank = rank
-        self._end_process = end_process
-        self._fate: StartFailureWatch | None = None
+    def __init__(self, report: Reporter, rank: Rank) -> None:
+        self._report = report
+        self._rank = rank
+        self._config = rank.config
+        # Called in other threads: when a rank has failed, the main thread may be waiting for it in a collective.
+        self._end_process = functools.partial(end_child, report)
 
-    def run(
-        self,
-        on_progress: Callable[[int, int], None],
-        on_ready: Callable[[EngineStatus], None],
-        on_mailbox: Callable[[Mailbox[Command]], None],
-        on_following: Callable[[], None],
-    ) -> str:
-        record = self.rank.record()
-        world = self._meet(record)
+    def run(self) -> str:
+        """Meet the other ranks and serve with them; return why the engine ended."""
+        rank, parallel, timeout = self._rank, self._config.parallel, self._config.time.start_timeout
+        record, meeting = rank.record(), rank.placement.meeting
+        if meeting is None:
+            return self._serve(SoloWorld(), record, end_start=lambda: None)
+        started = time.monotonic()
+        store = open_store(meeting, record.rank, timeout)
+        meet(store, record, parallel.world_size, max(1.0, timeout - (time.monotonic() - started)))
+        with StartFailureWatch(clone(store), record.rank, parallel.world_size, self._end_process) as watch:
+            wait = max(COLLECTIVE_SECONDS, timeout)
+            try:
+                world = TorchWorld(store, record.rank, parallel, rank.device, rank.placement.host, wait)
+            except RuntimeError as error:
+                raise StartError(f"the ranks met but could not connect: {first_line(error)}") from None
+            return self._serve(world, record, end_start=watch.end)
+
+    def _serve(self, world: SoloWorld | TorchWorld, record: RankRecord, end_start: Callable[[], None]) -> str:
+        """Agree, load, allocate, start the transfer thread, and run steps.
+
+        Args:
+            end_start: to be called when this rank can serve.
+        """
+        rank = self._rank
         try:
             agreement = agree(world, record)
         except StartError:
-            self._end_start()  # every rank has come to this error by itself
+            end_start()  # every rank comes to this error by itself
             raise
         log.info("engine %s: rank %d of %d agreed", agreement.identity, world.rank, world.size)
         decoder = load_decoder(
-            self.rank.place.model.path,
-            world.position,
-            world.collectives,
-            self.rank.dtype,
-            self.rank.device,
-            on_progress,
+            rank.placement.model.path, world.position, world.collectives, rank.dtype, rank.device, self._report_loading
         )
         memory = self._allocate(world)
         runner = Runner(decoder, memory, world)
-        leading = Leading(self.rank, agreement, self._end_process) if world.rank == 0 else None
-        transport = Moving(self.rank, agreement.identity, memory, self._end_process)
-        published = self._exchange(world, agreement, memory.layout, transport.endpoint(), leading)
-        transport.connect(published)
-        if leading is None:
-            self._end_start()
-            on_following()
-            return self._follow(runner, published)
+        sockets = LeaderSockets.bind(rank.placement.host, rank.sockets, rank.key) if world.rank == 0 else None
+        transfer = TransferStart(rank, agreement.identity, memory, self._end_process)
+        record = agreement.records[world.rank]
+        own = RankDescriptor(
+            world.rank, record.tp_rank, record.pp_rank, record.host, memory.layout, transfer.endpoint()
+        )
+        engine = exchange(world, own, sockets.addresses if sockets else None)
+        transfer.connect(engine)
+        if sockets is None:
+            return self._follow(runner, engine, end_start)
+        return self._lead(Leader(rank, agreement, engine, sockets, runner, self._end_process), end_start)
 
-        def ready(status: EngineStatus) -> None:
-            self._end_start()
-            on_ready(status)
-
-        return leading.run(runner, world, published, ready, on_mailbox)
-
-    def tell_others(self, error: Exception) -> None:
-        """While the engine starts: this rank has failed, and the others need not wait for it."""
-        if self._fate is None:
-            return
-        if isinstance(error, EngineFailed):
-            # A collective with a rank that has gone. If that one said why, it ends this process meanwhile.
-            time.sleep(CAUSE_SECONDS)
-        text = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
-        rank = self.rank.place.rank
-        self._fate.fail(f"rank {rank} on {hosts.gethostname()}: {text}", serves_store=rank == 0)
-
-    def _end_start(self) -> None:
-        if self._fate is not None:
-            self._fate.end()
-            self._fate = None
-
-    def _meet(self, record: RankRecord) -> SoloWorld | TorchWorld:
-        parallel, timeout = self.rank.config.parallel, self.rank.config.time.start_timeout
-        if parallel.world_size == 1:
-            return SoloWorld()
-        master = parallel.master if parallel.nnodes > 1 else None
-        started = time.monotonic()
-        store = open_store(master, self.rank.place.meeting_file, record.rank, timeout)
-        left = max(1.0, timeout - (time.monotonic() - started))
-        meet(store, record, parallel.world_size, left)
-        self._fate = StartFailureWatch(store.clone(), parallel.world_size - 1, self._end_process)
-        try:
-            return TorchWorld(
-                store, record.rank, parallel, self.rank.device, self.rank.place.host, max(COLLECTIVE_SECONDS, timeout)
-            )
-        except RuntimeError as error:
-            raise StartError(f"the ranks met but could not connect: {str(error).splitlines()[0]}") from None
+    def _report_loading(self, loaded: int, total: int) -> None:
+        self._report(Loading(loaded, total))
 
     def _allocate(self, world: SoloWorld | TorchWorld) -> KvMemory:
         """Allocate KV memory with as many blocks as the rank with the least room has."""
-        model, dtype, cache = self.rank.model, self.rank.dtype, self.rank.config.cache
-        block_bytes = kv_layout(model, world.position, 1, cache.block_size, dtype).nbytes
-        own = kv_blocks(block_bytes, cache.kv_memory, self.rank.device)
+        rank, cache = self._rank, self._config.cache
+        block_bytes = kv_layout(rank.model, world.position, 1, cache.block_size, rank.dtype).nbytes
+        own = kv_blocks(block_bytes, cache.kv_memory, rank.device)
         blocks = min(int.from_bytes(data, "little") for data in world.all_gather(own.to_bytes(8, "little")))
-        return KvMemory(kv_layout(model, world.position, blocks, cache.block_size, dtype), dtype, self.rank.device)
+        layout = kv_layout(rank.model, world.position, blocks, cache.block_size, rank.dtype)
+        return KvMemory(layout, rank.dtype, rank.device)
 
-    def _exchange(
-        self,
-        world: SoloWorld | TorchWorld,
-        agreement: Agreement,
-        layout: KvLayout,
-        endpoint: RankEndpoint,
-        leading: Leading | None,
-    ) -> list[Published]:
-        """Everybody's memory and the leader's addresses, to all ranks, over the world group."""
-        record = agreement.records[world.rank]
-        own = Published(
-            RankDescriptor(world.rank, record.tp_rank, record.pp_rank, record.host, layout, endpoint),
-            leading.step_address if leading else None,
-            leading.transfer_address if leading else None,
-        )
-        gathered = world.all_gather(msgspec.msgpack.encode(own))
-        return [msgspec.msgpack.decode(data, type=Published) for data in gathered]
+    def _lead(self, leader: Leader, end_start: Callable[[], None]) -> str:
+        def ready(status: EngineStatus) -> None:
+            end_start()
+            signal.signal(signal.SIGTERM, lambda *_: leader.mailbox.put(Shutdown("it was told to stop")))
+            self._report(Ready(status))
 
-    def _follow(self, runner: Runner, published: list[Published]) -> str:
-        address = published[0].step_address
-        assert address is not None
-        options = follower_socket(self.rank.place.rank)
-        socket = self.rank.sockets.connect(zmq.DEALER, address.host, address.port, options)
-        return Follower(runner, socket).run()
+        return leader.run(ready)
+
+    def _follow(self, runner: Runner, engine: EngineMap, end_start: Callable[[], None]) -> str:
+        end_start()
+        if self._config.parallel.node_rank == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the leader gets one too, and ends its followers
+        self._report(Following())
+        address = engine.leader.step
+        options = follower_socket(self._rank.placement.rank)
+        return Follower(runner, self._rank.sockets.connect(zmq.DEALER, address.host, address.port, options)).run()

@@ -1,33 +1,32 @@
-"""How a batch reaches all ranks of an engine and its result comes back."""
+"""Brings a batch to all ranks of an engine and its result back to the leader."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from collections import deque
 
 import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from tandem.engine.step.runner import Runner
-from tandem.errors import EngineFailed
+from tandem.engine.timeouts import CAUSE_SECONDS, FOLLOWERS_SECONDS, HALT_SECONDS
+from tandem.errors import EngineFailed, RankLost
 from tandem.scheduling.batch import Batch, StepResult
 from tandem.wire.sockets import SocketOptions
 
 log = logging.getLogger(__name__)
-
-FOLLOWER_SECONDS = 30
-CAUSE_SECONDS = 2
-HALT_SECONDS = 0.5
 
 # Monitored from before the first connection, as a connection that nobody saw begin could be lost unseen.
 LEADER_SOCKET = SocketOptions(handover=True, monitor=zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
 
 
 def follower_socket(rank: int) -> SocketOptions:
-    """The leader was listening before it told its address: where a connection fails, the leader is lost."""
+    """Return the options of a follower's socket.
+
+    The leader was listening before it told its address: where a connection fails, the leader is lost.
+    """
     return SocketOptions(identity=b"%d" % rank, monitor=zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
 
 
@@ -47,16 +46,18 @@ class SoloPipeline:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._results: deque[StepResult] = deque()
+        self._results: list[StepResult] = []
+
+    def wait_for_followers(self) -> None:
+        """Return at once: there are none."""
 
     def submit(self, batch: Batch) -> None:
         result = self._runner.run(batch)
-        assert result is not None
-        self._results.append(result)
+        if result is not None:
+            self._results.append(result)
 
     def results(self) -> list[StepResult]:
-        done = list(self._results)
-        self._results.clear()
+        done, self._results = self._results, []
         return done
 
     def fileno(self) -> int | None:
@@ -79,20 +80,20 @@ class LeaderPipeline:
         self._followers = [b"%d" % rank for rank in range(1, ranks)]
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepResult | Here)
-        self._results: deque[StepResult] = deque()
+        self._results: list[StepResult] = []
         self._monitor = socket.get_monitor_socket()
         self._open: set[int] = set()
         self._connections: dict[int, bytes] = {}
 
     def wait_for_followers(self) -> None:
-        """Returns when all are connected. They come from the collective that told them the address.
+        """Return when all are connected. They come from the collective that told them the address.
 
-        Raises EngineFailed when one does not come, or is lost meanwhile.
+        Raises EngineFailed when one does not come, RankLost when one is lost meanwhile.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
-        deadline = time.monotonic() + FOLLOWER_SECONDS
+        deadline = time.monotonic() + FOLLOWERS_SECONDS
         while missing := set(self._followers) - set(self._connections.values()):
             poller.poll(int(1000 * max(0.0, deadline - time.monotonic())))
             if time.monotonic() > deadline:
@@ -102,7 +103,7 @@ class LeaderPipeline:
             self._check_connections()
 
     def _check_connections(self) -> None:
-        """Raises EngineFailed if a rank's connection has ended; strangers who knock do not count."""
+        """Raise RankLost if a rank's connection has ended; those of strangers do not count."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
             connection = event["value"]
@@ -114,7 +115,7 @@ class LeaderPipeline:
                 raise _lost(rank)
 
     def _receive(self) -> StepResult | None:
-        """The next message, if it is a result."""
+        """Receive a message; return it if it is a result."""
         sender, *rest = self._socket.recv_multipart(copy=False)
         rank = sender.bytes
         if rank not in self._followers:
@@ -138,8 +139,8 @@ class LeaderPipeline:
         try:
             result = self._runner.run(batch)
         except EngineFailed:
-            # A collective with a rank that has just gone; the news of which one may be on its way.
-            if self._monitor.poll(CAUSE_SECONDS * 1000):
+            # A collective with a rank that has just gone; word of which one may be on its way.
+            if self._monitor.poll(int(1000 * CAUSE_SECONDS)):
                 self._check_connections()
             raise
         if result is not None:
@@ -150,8 +151,7 @@ class LeaderPipeline:
         while self._socket.poll(0):
             if (result := self._receive()) is not None:
                 self._results.append(result)
-        done = list(self._results)
-        self._results.clear()
+        done, self._results = self._results, []
         return done
 
     def fileno(self) -> int | None:
@@ -172,12 +172,12 @@ class LeaderPipeline:
             self._socket.send_multipart([follower, data])
 
 
-def _lost(rank: bytes) -> EngineFailed:
-    return EngineFailed(f"rank {rank.decode()} of this engine was lost")
+def _lost(rank: bytes) -> RankLost:
+    return RankLost(f"rank {rank.decode()} of this engine was lost")
 
 
 class Follower:
-    """The step loop of every rank but the leader's.
+    """The loop of every rank but the leader's: take a batch, compute, and answer if this rank samples.
 
     Args:
         socket: DEALER connected to the leader with `follower_socket`.
@@ -190,7 +190,7 @@ class Follower:
         self._decoder = msgspec.msgpack.Decoder(Batch | Halt)
 
     def run(self) -> str:
-        """Until the leader halts; returns why. Raises EngineFailed when the engine failed, or the leader is lost."""
+        """Serve until the leader halts; return why. Raises RankLost when the engine failed, or the leader is lost."""
         monitor = self._socket.get_monitor_socket()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -202,7 +202,7 @@ class Follower:
                 message = self._decoder.decode(self._socket.recv())
                 if isinstance(message, Halt):
                     if message.failed:
-                        raise EngineFailed(message.reason)
+                        raise RankLost(message.reason)
                     return message.reason
                 try:
                     result = self._runner.run(message)
@@ -212,12 +212,12 @@ class Follower:
                 if result is not None:
                     self._socket.send(self._encoder.encode(result))
             elif monitor in ready:
-                raise EngineFailed("the leader of this engine was lost")
+                raise RankLost("the leader of this engine was lost")
 
     def _explain(self) -> None:
-        """Raises EngineFailed with what the leader has to say about a collective that failed, if it says anything."""
+        """Raise RankLost with what the leader has to say about a collective that failed, if it says anything."""
         deadline = time.monotonic() + CAUSE_SECONDS
         while (left := deadline - time.monotonic()) > 0 and self._socket.poll(int(1000 * left)):
             message = self._decoder.decode(self._socket.recv())
             if isinstance(message, Halt):
-                raise EngineFailed(message.reason)
+                raise RankLost(message.reason)

@@ -1,4 +1,4 @@
-"""The step loop of an engine: schedule, run, apply, tell. Runs in the main thread of rank 0."""
+"""The step loop of an engine: schedule, run, apply, publish. Runs in the main thread of rank 0."""
 
 from __future__ import annotations
 
@@ -12,25 +12,33 @@ from typing import Protocol
 import msgspec
 
 from tandem.config import KvFailure
-from tandem.engine import commands
-from tandem.engine.commands import Command
-from tandem.engine.io.event_loop import KvEvent, LeaderEventLoop
 from tandem.engine.mailbox import Mailbox
-from tandem.errors import EngineFailed, KvLost, KvRetry, RequestError
+from tandem.engine.outbox import KvEvent, Outbox, Outputs
+from tandem.engine.step_commands import (
+    AbortRequest,
+    Command,
+    Fail,
+    KvArrived,
+    KvFailed,
+    LeasesEnded,
+    ReadsEnded,
+    Shutdown,
+    StartRequest,
+)
+from tandem.errors import KvLost, KvRetry, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Event, Finished, PrefillEnded, PullEnded, TokenOut
 from tandem.scheduling.scheduler import Scheduler
-from tandem.transfer.decode.pulls import Pull
+from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import (
     EngineCounters,
     Failed,
     Generate,
     KvTransferParams,
-    KvUsage,
+    Local,
     Prefill,
     PullKv,
-    RequestCounts,
     RequestStats,
     Tokens,
     clip,
@@ -39,7 +47,7 @@ from tandem.wire.messages import (
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.25
-SNAPSHOT_SECONDS = 0.1
+STATUS_SECONDS = 0.1
 
 
 class Pipeline(Protocol):
@@ -55,35 +63,26 @@ class Pipeline(Protocol):
         """Readable when a result may be there; None if results are there as soon as `submit` returns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """How the engine stood a moment ago."""
+@dataclass(slots=True)
+class _OpenRequest:
+    """A request in progress, as far as the step loop knows more of it than the scheduler.
 
-    kv: KvUsage
-    requests: RequestCounts
-    counters: EngineCounters
+    Attributes:
+        publish: its end tells a foreign proxy where the KV is.
+    """
 
-
-class _Account:
-    """What the leader keeps of a request beside the scheduler."""
-
-    __slots__ = ("first_out_at", "frontend", "publish", "pull")
-
-    def __init__(self, frontend: int, publish: bool) -> None:
-        self.frontend = frontend
-        self.publish = publish
-        self.pull: Pull | None = None
-        self.first_out_at: float | None = None
+    frontend: int
+    publish: bool
+    pull: Pull | None = None
+    first_out_at: float | None = None
 
 
 class StepLoop:
-    """Joins scheduler, ranks and the outside.
+    """Joins scheduler, ranks and event loop.
 
     Args:
-        published: what a foreign proxy is told of a request, less the request's own part.
-
-    Attributes:
-        snapshot: how the engine stands; other threads may read it.
+        outbox: takes tokens, KV events and status to the event loop.
+        published: transfer parameters for a foreign proxy, less the request's own part.
     """
 
     def __init__(
@@ -92,6 +91,7 @@ class StepLoop:
         pool: BlockPool,
         pipeline: Pipeline,
         mailbox: Mailbox[Command],
+        outbox: Outbox,
         transport: str,
         kv_failure: KvFailure,
         published: KvTransferParams,
@@ -100,32 +100,26 @@ class StepLoop:
         self._pool = pool
         self._pipeline = pipeline
         self._mailbox = mailbox
+        self._outbox = outbox
         self._transport = transport
         self._kv_failure = kv_failure
         self._published = published
-        self._accounts: dict[str, _Account] = {}
+        self._requests: dict[str, _OpenRequest] = {}
         self._leased: dict[str, list[int]] = {}
         self._stopping: str | None = None
         self._kv_bytes = 0
         self._kv_descriptors = 0
-        self._switchboard: LeaderEventLoop | None = None
-        self._snapshot_at = 0.0
-        self._take_snapshot(time.monotonic(), idle=True)
-
-    def attach(self, event_loop: LeaderEventLoop) -> None:
-        self._switchboard = event_loop
-
-    # --- the loop ------------------------------------------------------------------------------------------------
+        self._status_at = 0.0
 
     def run(self) -> str:
-        """Until told to stop; returns the reason."""
+        """Serve until told to stop; return the reason. Raises EngineFailed."""
         wait = select.poll()
         wait.register(self._mailbox.fileno(), select.POLLIN)
         if (results := self._pipeline.fileno()) is not None:
             wait.register(results, select.POLLIN)
         while self._stopping is None:
             for command in self._mailbox.take():
-                self._obey(command)
+                self._handle(command)
             now = time.monotonic()
             self._scheduler.expire(now)
             batch = self._scheduler.schedule(now)
@@ -133,35 +127,34 @@ class StepLoop:
                 self._pipeline.submit(batch)
             for result in self._pipeline.results():
                 self._scheduler.apply(result, time.monotonic())
-            self._tell(self._scheduler.drain())
-            self._take_snapshot(time.monotonic(), idle=batch is None)
+            self._publish(self._scheduler.drain())
+            self._post_status(time.monotonic(), idle=batch is None)
             if batch is None:
                 wait.poll(IDLE_SECONDS * 1000)
         return self._stopping
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
-    def _obey(self, command: Command) -> None:
-        now = time.monotonic()
-        scheduler = self._scheduler
+    def _handle(self, command: Command) -> None:
+        now, scheduler = time.monotonic(), self._scheduler
         match command:
-            case commands.StartRequest(frontend=frontend, generate=generate):
+            case StartRequest(frontend=frontend, generate=generate):
                 self._start(frontend, generate, now)
-            case commands.AbortRequest(request_id=request_id):
-                self._accounts.pop(request_id, None)
+            case AbortRequest(request_id=request_id):
+                self._requests.pop(request_id, None)
                 scheduler.abort(request_id)
-            case commands.KvArrived(pull=pull):
+            case KvArrived(pull=pull):
                 self._arrived(pull, now)
-            case commands.KvFailed(request_id=request_id, reason=reason):
+            case KvFailed(request_id=request_id, reason=reason):
                 self._kv_failed(request_id, reason, now)
-            case commands.ReadsEnded(request_id=request_id):
+            case ReadsEnded(request_id=request_id):
                 scheduler.read_ended(request_id)
-            case commands.LeasesEnded(request_ids=request_ids):
+            case LeasesEnded(request_ids=request_ids):
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
-            case commands.Shutdown(reason=reason, failed=True):
-                raise EngineFailed(reason)
-            case commands.Shutdown(reason=reason):
+            case Fail(error=error):
+                raise error
+            case Shutdown(reason=reason):
                 self._stopping = reason
 
     def _start(self, frontend: int, generate: Generate, now: float) -> None:
@@ -171,24 +164,28 @@ class StepLoop:
         except RequestError as error:
             log.info("request %s refused: %s", request_id, error)
             failed = Failed(request_id, error.code, str(error), error.param, error.retry_after)
-            self._send({frontend: [failed]}, [self._never_began(generate)])
+            self._post({frontend: [failed]}, self._undo_begin(generate))
             return
-        self._accounts[request_id] = _Account(frontend, isinstance(generate.kv, Prefill) and generate.kv.published)
+        self._requests[request_id] = _OpenRequest(frontend, isinstance(generate.kv, Prefill) and generate.kv.published)
         log.debug("request %s: %d tokens", request_id, len(generate.token_ids))
 
     @staticmethod
-    def _never_began(generate: Generate) -> KvEvent | None:
-        """Undoes what the event loop has begun for a request that is refused."""
-        if isinstance(generate.kv, Prefill):
-            return PrefillEnded(generate.request_id, [], ok=False)
-        return PullEnded(generate.request_id, quarantined=False) if isinstance(generate.kv, PullKv) else None
+    def _undo_begin(generate: Generate) -> list[KvEvent]:
+        """Return what ends the part of a refused request that the event loop has begun."""
+        match generate.kv:
+            case Prefill():
+                return [PrefillEnded(generate.request_id, [], ok=False)]
+            case PullKv():
+                return [PullEnded(generate.request_id, quarantined=False)]
+            case Local():
+                return []
 
     def _arrived(self, pull: Pull, now: float) -> None:
         self._kv_bytes += pull.bytes
         self._kv_descriptors += pull.descriptors
-        account = self._accounts.get(pull.request_id)
-        if account is not None:
-            account.pull = pull
+        request = self._requests.get(pull.request_id)
+        if request is not None:
+            request.pull = pull
         self._scheduler.kv_arrived(pull.request_id, pull.first_token if pull.first_token_expected else None, now)
 
     def _kv_failed(self, request_id: str, reason: str, now: float) -> None:
@@ -203,55 +200,54 @@ class StepLoop:
 
     # --- what goes out -------------------------------------------------------------------------------------------
 
-    def _tell(self, events: list[Event]) -> None:
-        """Tokens to the frontends, KV news to the event loop; one call for all that a step has."""
+    def _publish(self, events: list[Event]) -> None:
+        """Post tokens for the frontends and KV events; one call of each for all that a step has."""
         if not events:
             return
-        outputs: dict[int, list[Tokens | Failed]] = defaultdict(list)
-        news: list[KvEvent | None] = []
+        outputs: Outputs = defaultdict(list)
+        kv_events: list[KvEvent] = []
         last: dict[str, TokenOut] = {}
         for event in events:
             match event:
                 case TokenOut(request_id=request_id):
                     if (waiting := last.pop(request_id, None)) is not None:
-                        self._put(outputs, waiting, None)
+                        self._add_token(outputs, waiting, None)
                     last[request_id] = event
                 case Finished(request_id=request_id):
                     self._finish(outputs, event, last.pop(request_id, None))
                 case Failed(request_id=request_id):
-                    account = self._accounts.pop(request_id, None)
-                    if account is not None:
-                        outputs[account.frontend].append(event)
+                    request = self._requests.pop(request_id, None)
+                    if request is not None:
+                        outputs[request.frontend].append(event)
                 case PrefillEnded(request_id=request_id, block_ids=blocks):
                     self._leased[request_id] = blocks
-                    news.append(event)
+                    kv_events.append(event)
                 case ChunkComputed() | BlocksAllocated() | PullEnded():
-                    news.append(event)
+                    kv_events.append(event)
         for token in last.values():
-            self._put(outputs, token, None)
-        self._send(outputs, news)
+            self._add_token(outputs, token, None)
+        self._post(outputs, kv_events)
 
-    def _send(self, outputs: dict[int, list[Tokens | Failed]], news: list[KvEvent | None]) -> None:
-        assert self._switchboard is not None
+    def _post(self, outputs: Outputs, kv_events: list[KvEvent]) -> None:
         # KV first: a decode engine should hear that a chunk is there before anybody hears of the token.
-        if kv := [event for event in news if event is not None]:
-            self._switchboard.post_kv(kv)
+        if kv_events:
+            self._outbox.post_kv(kv_events)
         if outputs:
-            self._switchboard.post_outputs(outputs)
+            self._outbox.post_outputs(outputs)
 
-    def _put(self, outputs: dict[int, list[Tokens | Failed]], event: TokenOut, finished: RequestStats | None) -> None:
-        """A token, and with the first and last one how it was made. `finished`: this engine's part is done."""
-        account = self._accounts.get(event.request_id)
-        if account is None:
+    def _add_token(self, outputs: Outputs, event: TokenOut, finished: RequestStats | None) -> None:
+        """Add a token, with the first and the last one how it was made. `finished`: this engine's part is done."""
+        request = self._requests.get(event.request_id)
+        if request is None:
             return
         stats = finished
-        if account.first_out_at is None:
-            account.first_out_at = time.monotonic()
-            request = self._scheduler.get(event.request_id)
-            if stats is None and request is not None:
-                stats = self._with_transfer(request.stats(account.first_out_at), account)
-        params = self._params(event.request_id) if finished is not None and account.publish else None
-        outputs[account.frontend].append(
+        if request.first_out_at is None:
+            request.first_out_at = time.monotonic()
+            scheduled = self._scheduler.get(event.request_id)
+            if stats is None and scheduled is not None:
+                stats = self._with_transfer(scheduled.stats(request.first_out_at), request)
+        params = self._transfer_params(event.request_id) if finished is not None and request.publish else None
+        outputs[request.frontend].append(
             Tokens(
                 event.request_id,
                 event.index,
@@ -265,50 +261,46 @@ class StepLoop:
             )
         )
 
-    def _finish(self, outputs: dict[int, list[Tokens | Failed]], event: Finished, token: TokenOut | None) -> None:
-        account = self._accounts.get(event.request_id)
-        if account is None:
+    def _finish(self, outputs: Outputs, event: Finished, token: TokenOut | None) -> None:
+        request = self._requests.get(event.request_id)
+        if request is None:
             return
-        stats = self._with_transfer(event.stats, account)
+        stats = self._with_transfer(event.stats, request)
         if token is not None:
-            self._put(outputs, token, stats)
+            self._add_token(outputs, token, stats)
         else:
-            outputs[account.frontend].append(
+            outputs[request.frontend].append(
                 Tokens(event.request_id, 0, [], finish_reason=event.finish_reason, done=True, stats=stats)
             )
-        del self._accounts[event.request_id]
+        del self._requests[event.request_id]
         log.debug("request %s finished: %s", event.request_id, event.finish_reason)
 
-    def _with_transfer(self, stats: RequestStats, account: _Account) -> RequestStats:
-        """Add what was moved. `handoff_time`: from the news of the first token to the end of the first step here."""
-        pull = account.pull
+    def _with_transfer(self, stats: RequestStats, request: _OpenRequest) -> RequestStats:
+        """Add what was moved. `handoff_time`: from hearing of the first token to the end of the first step here."""
+        pull = request.pull
         if pull is None:
             return stats
         return msgspec.structs.replace(
             stats,
             transfer_time=pull.read_seconds,
-            handoff_time=max(0.0, account.first_out_at - pull.final_at) if account.first_out_at else 0.0,
-            blocks=self._pool.blocks_for(pull.ready) - pull.cached // self._pool.block_size,
+            handoff_time=max(0.0, request.first_out_at - pull.final_at) if request.first_out_at else 0.0,
+            blocks=self._pool.blocks_for(pull.announced_tokens) - pull.cached // self._pool.block_size,
             bytes=pull.bytes,
             descriptors=pull.descriptors,
             transport=self._transport,
             kv_source=pull.source_engine,
         )
 
-    def _params(self, request_id: str) -> KvTransferParams:
-        return msgspec.structs.replace(
-            self._published, remote_request_id=request_id, remote_block_ids=self._leased_blocks(request_id)
-        )
+    def _transfer_params(self, request_id: str) -> KvTransferParams:
+        scheduled = self._scheduler.get(request_id)
+        blocks = self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
+        return msgspec.structs.replace(self._published, remote_request_id=request_id, remote_block_ids=blocks)
 
-    def _leased_blocks(self, request_id: str) -> list[int]:
-        request = self._scheduler.get(request_id)
-        return self._leased.get(request_id) or (list(request.block_ids) if request else [])
+    # --- status --------------------------------------------------------------------------------------------------
 
-    # --- how it stands -------------------------------------------------------------------------------------------
-
-    def _take_snapshot(self, now: float, *, idle: bool) -> None:
-        """What other threads may look at; made here, as the scheduler belongs to this thread."""
-        if not idle and now - self._snapshot_at < SNAPSHOT_SECONDS:
+    def _post_status(self, now: float, *, idle: bool) -> None:
+        """Post what others may know of the scheduler, which belongs to this thread; while steps run, now and then."""
+        if not idle and now - self._status_at < STATUS_SECONDS:
             return
         totals = self._scheduler.totals
         counters = EngineCounters(
@@ -322,5 +314,5 @@ class StepLoop:
             kv_descriptors=self._kv_descriptors,
             steps=totals.steps,
         )
-        self._snapshot_at = now
-        self.snapshot = Snapshot(self._scheduler.kv_usage(), self._scheduler.counts(), counters)
+        self._status_at = now
+        self._outbox.post_status(self._scheduler.kv_usage(), self._scheduler.counts(), counters)

@@ -1,4 +1,4 @@
-"""Where decode engines shake hands with this engine, claim KV, renew and release it."""
+"""Answers decode engines that shake hands, claim KV, renew and release it: the shell around `Offers`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import zmq.asyncio
 
 from tandem.errors import PeerRefused
 from tandem.ids import EngineIdentity
-from tandem.transfer.handshake import EngineDescriptor, check_envelopes
-from tandem.transfer.prefill.offers import Client, Outcome, Producer
+from tandem.transfer.handshake import EngineDescriptor, check_hello
+from tandem.transfer.prefill.offers import Client, OfferEnded, Offers, Send
 from tandem.wire.codec import Codec
 from tandem.wire.peer_messages import Claim, Envelope, Hello, Refused, Release, Renew, ToDecode, ToPrefill, Welcome
 from tandem.wire.receiving import DroppedMessages, receive_messages
@@ -29,7 +29,10 @@ class PeerListener:
     """One ROUTER for all peers. A bad message is counted and dropped; the listener lives.
 
     Args:
-        on_ended: requests whose blocks may return to the pool.
+        on_ended: called with the requests whose blocks may return to the pool.
+
+    Attributes:
+        expired: requests so far that a reader had claimed and then fell silent.
     """
 
     def __init__(
@@ -48,12 +51,12 @@ class PeerListener:
         self._codec: Codec[ToPrefill] = Codec(ToPrefill, MAX_PEER_MESSAGE)
         self._welcome = Welcome(envelope, identity, lease_ttl, msgspec.Raw(self._codec.encode(descriptor)))
         self._ttl = lease_ttl
-        self._producer = Producer(identity.incarnation, lease_ttl)
+        self._offers = Offers(identity.incarnation, lease_ttl)
         self._dropped = DroppedMessages(log, "peer")
         self.expired = 0
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Serve peers until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(receive_messages(self._socket, self._codec, self._handle, self._dropped))
@@ -63,27 +66,31 @@ class PeerListener:
 
     @property
     def bad_messages(self) -> int:
-        """Messages of peers that were dropped so far."""
+        """Number of peers' messages that were dropped so far."""
         return self._dropped.count
 
     # --- what the engine says ------------------------------------------------------------------------------------
 
     def begin(self, request_id: str, wait: float | None = None, prompt: str | None = None) -> None:
         """The request has come here. `wait`: seconds for which its KV waits for a first claim; None for a lease."""
-        self._apply(self._producer.begin(request_id, self._ttl if wait is None else wait, prompt))
+        self._offers.begin(request_id, self._ttl if wait is None else wait, prompt)
+        self._act()
 
     def knows(self, request_id: str) -> bool:
-        """Whether a request of this id has come here whose blocks are not given back yet."""
-        return self._producer.knows(request_id)
+        """Return whether a request of this id has come here whose blocks are not given back yet."""
+        return self._offers.knows(request_id)
 
     def chunk(
         self, request_id: str, first_block: int, blocks: list[int], num_tokens: int, final: bool, token: int | None
     ) -> None:
-        now = time.monotonic()
-        self._apply(self._producer.chunk(request_id, first_block, blocks, num_tokens, final, token, now))
+        """A chunk of the prompt has been computed; `blocks` start at place `first_block` of the block table."""
+        self._offers.chunk(request_id, first_block, blocks, num_tokens, final, token, time.monotonic())
+        self._act()
 
     def abort(self, request_id: str, reason: str) -> None:
-        self._apply(self._producer.abort(request_id, reason, time.monotonic()))
+        """The request ends here before its prompt was computed."""
+        self._offers.abort(request_id, reason, time.monotonic())
+        self._act()
 
     # --- what peers say ------------------------------------------------------------------------------------------
 
@@ -97,19 +104,16 @@ class PeerListener:
             return
         match message:
             case Claim():
-                self._apply(self._producer.claim(client, message, now))
+                self._offers.claim(client, message, now)
             case Renew():
-                self._apply(self._producer.renew(client, message, now))
+                self._offers.renew(client, message, now)
             case Release():
-                self._apply(self._producer.release(client, message, now))
+                self._offers.release(client, message, now)
+        self._act()
 
     def _answer(self, hello: Hello) -> Welcome | Refused:
         try:
-            check_envelopes(self._envelope, hello.envelope)
-            if hello.expected_engine_id != self._identity.engine_id:
-                raise PeerRefused("engine_id", self._identity.engine_id, hello.expected_engine_id)
-            if hello.expected_incarnation not in (None, self._identity.incarnation):
-                raise PeerRefused("incarnation", self._identity.incarnation, str(hello.expected_incarnation))
+            check_hello(self._envelope, self._identity, hello)
         except PeerRefused as error:
             log.warning("decode engine %s refused: %s", hello.identity, error)
             return Refused(self._identity, error.field, error.ours, error.theirs)
@@ -119,17 +123,22 @@ class PeerListener:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            outcome = self._producer.expire(time.monotonic())
-            self.expired += len(outcome.expired)
-            for request_id in outcome.expired:
-                log.warning("request %s: lease ended; nobody read or released its KV", request_id)
-            self._apply(outcome)
+            self._offers.expire(time.monotonic())
+            self._act()
 
-    def _apply(self, outcome: Outcome) -> None:
-        for client, message in outcome.send:
-            self._send(client, message)
-        if outcome.ended:
-            self._on_ended(outcome.ended)
+    def _act(self) -> None:
+        ended = []
+        for action in self._offers.drain():
+            match action:
+                case Send(client=client, message=message):
+                    self._send(client, message)
+                case OfferEnded(request_id=request_id, expired=expired):
+                    ended.append(request_id)
+                    if expired:
+                        self.expired += 1
+                        log.warning("request %s: lease ended; nobody read or released its KV", request_id)
+        if ended:
+            self._on_ended(ended)
 
     def _send(self, client: Client, message: ToDecode) -> None:
         self._socket.send_multipart([client, self._codec.encode(message)])

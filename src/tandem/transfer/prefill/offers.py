@@ -1,4 +1,6 @@
-"""The prefill side of a hand-off: what is announced to whom, and how long blocks are kept. Pure; time is passed in.
+"""The prefill side of all hand-offs of an engine: offers, claims, leases. Pure; time is passed in.
+
+Events come in by methods, what is to be done about them is taken out with `drain`.
 
 A request's blocks are offered by the scheduler chunk by chunk and claimed by a decode engine; either may come first.
 Blocks go back when their readers release them or the lease ends, in no third way: aborting a request only makes its
@@ -41,16 +43,26 @@ class _Offer:
     aborted: str | None = None
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What to do after an event: messages to send, and requests whose blocks may return to the pool."""
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send to the decode engine of a connection."""
 
-    send: list[tuple[Client, ToDecode]] = field(default_factory=list)
-    ended: list[str] = field(default_factory=list)
-    expired: list[str] = field(default_factory=list)
+    client: Client
+    message: ToDecode
 
 
-class Producer:
+@dataclass(frozen=True, slots=True)
+class OfferEnded:
+    """The blocks of a request may return to the pool. `expired`: a reader had claimed them and fell silent."""
+
+    request_id: str
+    expired: bool = False
+
+
+Action = Send | OfferEnded
+
+
+class Offers:
     """Offers, claims and leases of one prefill engine.
 
     Args:
@@ -64,26 +76,32 @@ class Producer:
         self._leases = LeaseTable(ttl)
         self._offers: dict[str, _Offer] = {}
         self._early = 0
+        self._actions: list[Action] = []
 
     def __len__(self) -> int:
         return len(self._offers)
 
+    def drain(self) -> list[Action]:
+        """Return what is to be done since the last call, in order."""
+        actions, self._actions = self._actions, []
+        return actions
+
     def knows(self, request_id: str) -> bool:
-        """Whether the request has arrived and its blocks are not given back yet."""
+        """Return whether the request has arrived and its blocks are not given back yet."""
         offer = self._offers.get(request_id)
         return offer is not None and offer.known_by is None
 
-    def begin(self, request_id: str, wait: float, prompt: str | None = None) -> Outcome:
-        """The request has arrived. Once computed, its blocks wait so many seconds for a first claim."""
+    # --- what the engine says ------------------------------------------------------------------------------------
+
+    def begin(self, request_id: str, wait: float, prompt: str | None = None) -> None:
+        """The request has arrived. Once computed, its blocks wait for a first claim for `wait` seconds."""
         offer = self._offers.setdefault(request_id, _Offer(None, wait))
         if offer.known_by is not None:
             self._early -= 1
         offer.known_by, offer.wait, offer.prompt = None, wait, prompt
-        outcome = Outcome()
         for client in [client for client, wanted in offer.readers.items() if wanted != prompt]:
             del offer.readers[client]
-            outcome.send.append((client, KvGone(self._source, request_id, OTHER_PROMPT)))
-        return outcome
+            self._gone(client, request_id, OTHER_PROMPT)
 
     def chunk(
         self,
@@ -94,88 +112,96 @@ class Producer:
         final: bool,
         token: int | None,
         now: float,
-    ) -> Outcome:
+    ) -> None:
         """A chunk of the prompt has been computed; `blocks` start at place `first_block` of the block table."""
         offer = self._offers[request_id]
         offer.blocks[first_block:] = blocks
         offer.num_tokens, offer.final, offer.first_token = num_tokens, final, token
         if final:
             self._leases.hold(request_id, offer.blocks, now, wait=offer.wait)
-        ready = KvComputed(self._source, request_id, first_block, blocks, num_tokens, final, token)
-        return Outcome(send=[(client, ready) for client in offer.readers])
+        computed = KvComputed(self._source, request_id, first_block, blocks, num_tokens, final, token)
+        self._actions += [Send(client, computed) for client in offer.readers]
 
-    def claim(self, client: Client, message: Claim, now: float) -> Outcome:
+    def abort(self, request_id: str, reason: str, now: float) -> None:
+        """The request ends here before its prompt was computed. Its readers are told; their leases still hold."""
+        offer = self._offers.get(request_id)
+        if offer is None or offer.final:
+            return
+        offer.final, offer.aborted = True, reason
+        self._leases.hold(request_id, offer.blocks, now, wait=0.0)
+        self._gone_for_all(request_id, reason)
+
+    # --- what decode engines say -----------------------------------------------------------------------------------
+
+    def claim(self, client: Client, message: Claim, now: float) -> None:
         """A decode engine wants the request's KV, and is told of what is there already."""
         request_id = message.request_id
         offer = self._offers.get(request_id)
         if offer is None:
             if not message.early:
-                return Outcome(send=[(client, KvGone(self._source, request_id, "there is no KV of it (any more)"))])
+                self._gone(client, request_id, "there is no KV of it (any more)")
+                return
             if self._early >= MAX_EARLY_CLAIMS:
-                gone = KvGone(self._source, request_id, "too many claims wait for their requests")
-                return Outcome(send=[(client, gone)])
+                self._gone(client, request_id, "too many claims wait for their requests")
+                return
             self._early += 1
             offer = self._offers[request_id] = _Offer(now + self._ttl, self._ttl)
         if offer.aborted is not None:
-            return Outcome(send=[(client, KvGone(self._source, request_id, offer.aborted))])
+            self._gone(client, request_id, offer.aborted)
+            return
         if offer.known_by is None and message.prompt != offer.prompt:
-            return Outcome(send=[(client, KvGone(self._source, request_id, OTHER_PROMPT))])
+            self._gone(client, request_id, OTHER_PROMPT)
+            return
         self._leases.claim(request_id, client.hex(), now)
         offer.readers[client] = message.prompt
-        outcome = Outcome(send=[(client, Claimed(self._source, request_id))])
+        self._send(client, Claimed(self._source, request_id, message.number))
         if offer.num_tokens:
             blocks = list(offer.blocks)
-            ready = KvComputed(self._source, request_id, 0, blocks, offer.num_tokens, offer.final, offer.first_token)
-            outcome.send.append((client, ready))
-        return outcome
+            computed = KvComputed(self._source, request_id, 0, blocks, offer.num_tokens, offer.final, offer.first_token)
+            self._send(client, computed)
 
-    def renew(self, client: Client, message: Renew, now: float) -> Outcome:
+    def renew(self, client: Client, message: Renew, now: float) -> None:
         """Extend the leases that this client holds; the others are `gone`."""
         gone = self._leases.renew(client.hex(), message.request_ids, now)
-        return Outcome(send=[(client, Renewed(self._source, message.seq, gone))])
+        self._send(client, Renewed(self._source, message.seq, gone))
 
-    def release(self, client: Client, message: Release, now: float) -> Outcome:
+    def release(self, client: Client, message: Release, now: float) -> None:
         """The reader wants no more of these; ids it does not hold are ignored."""
-        outcome = Outcome()
         for request_id in message.request_ids:
             offer = self._offers.get(request_id)
             if offer is not None:
                 offer.readers.pop(client, None)
             if self._leases.release(request_id, client.hex(), now) is not None:
-                self._end(request_id, outcome)
-        return outcome
+                self._end(request_id)
 
-    def abort(self, request_id: str, reason: str, now: float) -> Outcome:
-        """The request ends here before its prompt was computed. Its readers are told; their leases still hold."""
-        outcome = Outcome()
-        offer = self._offers.get(request_id)
-        if offer is None or offer.final:
-            return outcome
-        offer.final, offer.aborted = True, reason
-        self._leases.hold(request_id, offer.blocks, now, wait=0.0)
-        outcome.send = [(client, KvGone(self._source, request_id, reason)) for client in offer.readers]
-        return outcome
+    # --- time ----------------------------------------------------------------------------------------------------
 
-    def expire(self, now: float) -> Outcome:
+    def expire(self, now: float) -> None:
         """End what no reader has asked for in time. A prompt that is still being computed cannot expire."""
-        outcome = Outcome()
         for lease in self._leases.expire(now):
-            if lease.blocks and self._offers[lease.request_id].readers:
-                outcome.expired.append(lease.request_id)
-            self._gone(lease.request_id, "the lease ended", outcome)
-            self._end(lease.request_id, outcome)
+            request_id = lease.request_id
+            expired = bool(lease.blocks and self._offers[request_id].readers)
+            self._gone_for_all(request_id, "the lease ended")
+            self._end(request_id, expired)
         if self._early:
             for request_id, offer in list(self._offers.items()):
                 if offer.known_by is not None and offer.known_by <= now:
                     self._early -= 1
-                    self._gone(request_id, "the request never came here", outcome)
+                    self._gone_for_all(request_id, "the request never came here")
                     del self._offers[request_id]
-        return outcome
 
-    def _gone(self, request_id: str, reason: str, outcome: Outcome) -> None:
-        gone = KvGone(self._source, request_id, reason)
-        outcome.send.extend((client, gone) for client in self._offers[request_id].readers)
+    # --- inside --------------------------------------------------------------------------------------------------
 
-    def _end(self, request_id: str, outcome: Outcome) -> None:
+    def _send(self, client: Client, message: ToDecode) -> None:
+        self._actions.append(Send(client, message))
+
+    def _gone(self, client: Client, request_id: str, reason: str) -> None:
+        self._send(client, KvGone(self._source, request_id, reason))
+
+    def _gone_for_all(self, request_id: str, reason: str) -> None:
+        for client in self._offers[request_id].readers:
+            self._gone(client, request_id, reason)
+
+    def _end(self, request_id: str, expired: bool = False) -> None:
         del self._offers[request_id]
-        outcome.ended.append(request_id)
+        self._actions.append(OfferEnded(request_id, expired))

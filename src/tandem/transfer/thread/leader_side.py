@@ -1,18 +1,19 @@
-"""The leader's side of its ranks' transfer threads: orders out, reports in."""
+"""The leader's side of its ranks' transfer threads: sends orders, receives reports."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineFailed, WireError
-from tandem.transfer.thread.orders import FromTransferThread, StopThread, ThreadAlive, ToTransferThread
+from tandem.errors import RankLost, WireError
+from tandem.transfer.thread.thread_messages import FromTransferThread, StopThread, ThreadAlive, ToTransferThread
 from tandem.wire.codec import Codec
+from tandem.wire.receiving import DroppedMessages, receive_messages
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +35,15 @@ class TransferThreads:
         self.ranks = ranks
         self._codec: Codec[FromTransferThread] = Codec(FromTransferThread)
         self._heard: dict[int, float] = {}
+        self._dropped = DroppedMessages(log, "transfer thread")
         self.ready = asyncio.Event()
 
     async def run(self, on_report: Callable[[FromTransferThread], None]) -> None:
         """Hand every report to `on_report`, until cancelled."""
-        while True:
-            sender, *rest = await self._socket.recv_multipart()
-            try:
-                message = self._codec.decode(rest[0] if len(rest) == 1 else b"")
-                if message.rank >= self.ranks or sender != b"%d" % message.rank:
-                    raise WireError(f"{sender!r} speaks for rank {message.rank}")
-            except WireError as error:
-                log.error("report of a transfer thread dropped: %s", error)
-                continue
+
+        def handle(sender: bytes, message: FromTransferThread) -> None:
+            if message.rank >= self.ranks or sender != b"%d" % message.rank:
+                raise WireError(f"{sender!r} speaks for rank {message.rank}")
             if isinstance(message, ThreadAlive):
                 self._heard[message.rank] = time.monotonic()
                 if len(self._heard) == self.ranks:
@@ -54,8 +51,10 @@ class TransferThreads:
             else:
                 on_report(message)
 
+        await receive_messages(self._socket, self._codec, handle, self._dropped)
+
     async def watch(self) -> None:
-        """Raises EngineFailed when a rank is not heard of any more."""
+        """Raise RankLost when a rank is not heard of any more."""
         await self.ready.wait()
         while True:
             before = time.monotonic()
@@ -63,13 +62,13 @@ class TransferThreads:
             overslept = time.monotonic() - before > 2 * WATCH_SECONDS
             silent = [r for r, heard in self._heard.items() if time.monotonic() - heard > SILENCE_SECONDS]
             if silent and not overslept:
-                raise EngineFailed(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
+                raise RankLost(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
 
-    def order(self, order: ToTransferThread, ranks: Iterable[int] | None = None) -> None:
-        """Send to these ranks, or to all."""
+    def order(self, order: ToTransferThread, rank: int | None = None) -> None:
+        """Send to this rank, or to all."""
         data = self._codec.encode(order)
-        for rank in range(self.ranks) if ranks is None else ranks:
-            self._socket.send_multipart([b"%d" % rank, data])
+        for number in range(self.ranks) if rank is None else [rank]:
+            self._socket.send_multipart([b"%d" % number, data])
 
     def stop(self) -> None:
         self.order(StopThread())

@@ -1,4 +1,4 @@
-"""The transfer thread of a rank: it alone owns the transport and turns orders into reads."""
+"""A rank's transfer thread: it alone owns the transport and turns orders into reads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tandem.errors import EngineFailed, PeerLost, TransferError, WireError
+from tandem.errors import PeerLost, RankLost, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import TransferPlan, plan
-from tandem.transfer.thread.orders import (
+from tandem.transfer.thread.thread_messages import (
     ClosePeer,
     FromTransferThread,
     OpenPeer,
-    PeerClosed,
     PeerOpened,
     ReadEnded,
     ReadOrder,
+    ReadQuiet,
     StopThread,
     ThreadAlive,
     ToTransferThread,
@@ -39,7 +39,7 @@ SPIN_SECONDS = 0.002
 BEAT_SECONDS = 1.0
 
 LEADER_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-"""What a transfer_thread wants to hear of the connection to its leader, from before it is made."""
+"""The events of the connection to its leader that a transfer thread watches, from before it is made."""
 
 
 @dataclass(slots=True)
@@ -57,10 +57,14 @@ class _Job:
     descriptors: int = 0
     error: str | None = None
     peer_lost: bool = False
+    reported: bool = False
+
+    def any(self, state: ReadState) -> bool:
+        return any(read.state is state for read in self.reads)
 
 
 class TransferThread:
-    """Runs in its own thread; everything in here is touched by that thread only.
+    """Everything in here is touched by its own thread only.
 
     Args:
         rank: this rank in its engine, which also spreads readers over replicas.
@@ -74,17 +78,17 @@ class TransferThread:
         self._transport = transport
         self._socket = socket
         self._monitor = socket.get_monitor_socket(LEADER_EVENTS)
-        self._linked = False
+        self._connected = False
         self._codec: Codec[ToTransferThread] = Codec(ToTransferThread)
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[int, _Peer] = {}
         self._jobs: dict[int, _Job] = {}
         self._running = True
-        self._greeted = False
+        self._answered = False
         self._last_post = 0.0
         self._beaten = 0.0
 
     def run(self) -> None:
-        """Serve orders until `StopThread` comes. Raises EngineFailed when the leader is lost."""
+        """Serve orders until `StopThread` comes. Raise RankLost when the leader is lost."""
         poller, watched = zmq.Poller(), None
         try:
             while self._running:
@@ -93,33 +97,37 @@ class TransferThread:
                 if handles != watched:
                     poller, watched = _poller([self._socket, self._monitor, *handles]), handles
                 poller.poll(self._wait_ms())
-                self._take_orders()
+                self.step()
                 if self._running and self._leader_is_lost():
-                    raise EngineFailed("the leader of this engine was lost")
-                self._transport.poll()
-                self._finish_jobs()
+                    raise RankLost("the leader of this engine was lost")
         finally:
             self._transport.close()
             self._socket.disable_monitor()
             self._socket.close(linger=0)
 
+    def step(self) -> None:
+        """Do once what there is to do, without waiting."""
+        self._take_orders()
+        self._transport.poll()
+        self._finish_jobs()
+
     def _leader_is_lost(self) -> bool:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
-            if event == zmq.EVENT_DISCONNECTED and self._linked:
+            if event == zmq.EVENT_DISCONNECTED and self._connected:
                 return True
-            self._linked |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._connected |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         return False
 
     def _beat(self, now: float) -> None:
-        """Say that this rank is there: until the leader has answered, and then again and again."""
-        if not self._greeted or now - self._beaten > BEAT_SECONDS:
+        """Report that this rank is alive: until the leader has sent something, then once in BEAT_SECONDS."""
+        if not self._answered or now - self._beaten > BEAT_SECONDS:
             self._beaten = now
             self._report(ThreadAlive(self._rank))
 
     def _wait_ms(self) -> int:
-        """Right after a read was posted it is worth spinning: small reads take less than a poll interval."""
-        if not self._jobs:
+        """Spin right after a read was posted: small reads take less than a poll interval."""
+        if all(job.reported for job in self._jobs.values()):
             return POLL_IDLE_MS
         return 0 if time.monotonic() - self._last_post < SPIN_SECONDS else POLL_BUSY_MS
 
@@ -132,20 +140,20 @@ class TransferThread:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._greeted = True
+            self._answered = True
             try:
                 message = self._codec.decode(data)
             except WireError as error:
                 log.error("rank %d: order dropped: %s", self._rank, error)
                 continue
-            self._obey(message)
+            self._handle(message)
 
-    def _obey(self, message: ToTransferThread) -> None:
+    def _handle(self, message: ToTransferThread) -> None:
         match message:
             case OpenPeer():
                 self._open(message)
-            case ClosePeer(peer=peer):
-                self._close(peer)
+            case ClosePeer(session=session):
+                self._close(session)
             case ReadOrder():
                 self._start(message)
             case StopThread():
@@ -157,20 +165,18 @@ class TransferThread:
             for source in message.sources:
                 self._transport.connect(source.endpoint)
             chosen = plan([s.layout for s in message.sources], self._layouts, self._rank)
-            self._peers[message.peer] = _Peer([s.endpoint.agent for s in message.sources], chosen)
+            self._peers[message.session] = _Peer([s.endpoint.agent for s in message.sources], chosen)
         except (TransferError, LayoutError) as problem:
             error = str(problem)
             self._disconnect([source.endpoint.agent for source in message.sources])
-        self._report(PeerOpened(self._rank, message.peer, error and clip(error)))
+        self._report(PeerOpened(self._rank, message.session, error and clip(error)))
 
-    def _close(self, name: str) -> None:
-        peer = self._peers.pop(name, None)
+    def _close(self, session: int) -> None:
+        peer = self._peers.pop(session, None)
         self._disconnect(peer.agents if peer else [])
-        self._finish_jobs()
-        self._report(PeerClosed(self._rank, name))
 
     def _disconnect(self, agents: Sequence[str]) -> None:
-        """From those that no other peer has too: an engine that is known by two addresses is two peers."""
+        """Disconnect from those that no other session needs: an engine that is known by two addresses has two."""
         used = {agent for peer in self._peers.values() for agent in peer.agents}
         for agent in agents:
             if agent not in used:
@@ -178,9 +184,9 @@ class TransferThread:
 
     def _start(self, order: ReadOrder) -> None:
         job = self._jobs[order.job] = _Job(order, time.monotonic())
-        peer = self._peers.get(order.peer)
+        peer = self._peers.get(order.session)
         if peer is None:
-            job.error = f"peer {order.peer} is not connected"
+            job.error = f"the peer of session {order.session} is not connected"
             return
         try:
             runs = peer.plan.runs(
@@ -196,16 +202,26 @@ class TransferThread:
         self._last_post = time.monotonic()
 
     def _finish_jobs(self) -> None:
+        """Report the jobs of which no read is in progress; keep those of which bytes may still arrive."""
         for number, job in list(self._jobs.items()):
-            if any(read.state is ReadState.IN_PROGRESS for read in job.reads):
+            if job.any(ReadState.IN_PROGRESS):
                 continue
-            failed = next((read.error or "read failed" for read in job.reads if read.state is ReadState.FAILED), None)
-            del self._jobs[number]
-            seconds = time.monotonic() - job.started
-            error, lost = job.error or failed, job.peer_lost or failed is not None
-            self._report(
-                ReadEnded(self._rank, number, job.bytes, job.descriptors, seconds, error and clip(error), lost)
-            )
+            may_still_write = job.any(ReadState.FAILING)
+            if not may_still_write:
+                del self._jobs[number]
+            if not job.reported:
+                self._report(self._ended(number, job, may_still_write))
+                job.reported = True
+            elif not may_still_write:
+                self._report(ReadQuiet(self._rank, number))
+
+    def _ended(self, number: int, job: _Job, may_still_write: bool) -> ReadEnded:
+        failed = next((read.error or "read failed" for read in job.reads if read.state is not ReadState.DONE), None)
+        error, lost = job.error or failed, job.peer_lost or failed is not None
+        seconds = time.monotonic() - job.started
+        return ReadEnded(
+            self._rank, number, job.bytes, job.descriptors, seconds, error and clip(error), lost, may_still_write
+        )
 
 
 def _poller(handles: list[Any]) -> zmq.Poller:
@@ -226,7 +242,7 @@ def start_transfer_thread(
     def body() -> None:
         try:
             make().run()
-        except EngineFailed as error:
+        except RankLost as error:
             on_failure(error)
         except BaseException as error:
             log.exception("%s: the transfer thread died", name)

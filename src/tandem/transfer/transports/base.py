@@ -39,13 +39,20 @@ class RankEndpoint(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReadState(enum.Enum):
+    """The state of a read: IN_PROGRESS, then DONE, FAILED, or FAILING and some time later FAILED.
+
+    FAILING: it will not be done, and yet bytes of it may still arrive, as where a transport gives up a connection with
+    its first error while other parts of the read are under way. After DONE and FAILED no byte of it arrives.
+    """
+
     IN_PROGRESS = "in_progress"
     DONE = "done"
+    FAILING = "failing"
     FAILED = "failed"
 
 
 class Read(Protocol):
-    """A read that was posted. It cannot be called back: until `state` is not IN_PROGRESS its bytes may still arrive."""
+    """A read that was posted. It cannot be called back: until it is DONE or FAILED its bytes may still arrive."""
 
     @property
     def state(self) -> ReadState: ...
@@ -73,7 +80,7 @@ class Transport(Protocol):
     def disconnect(self, agent: str) -> None:
         """Forget a peer: nothing more is posted to it.
 
-        Its reads end as FAILED, at once or as soon as the transport knows that no byte of them can arrive.
+        Its reads become FAILED, at once or as soon as the transport knows that no byte of them can arrive.
         """
 
     def post(self, agent: str, runs: Runs) -> Read:

@@ -7,7 +7,9 @@ What NIXL and UCX promise and what they do not, as measured with NIXL 1.5.1:
 - A read that was posted cannot be called back. Releasing its handle, and even removing the remote agent, succeeds
   at once, and yet the bytes arrive when a peer that was stopped continues. So a peer that is disconnected stays
   known to NIXL, and its reads stay IN_PROGRESS, until NIXL says of each that it ended. They end as FAILED then.
-- The first error on a connection is its last: UCX gives it up, so one failed piece means a lost peer. A peer whose
+- The first error on a connection is its last: UCX gives it up, so one failed piece means a lost peer. It makes several
+  requests of a piece and reports the first error while others may be under way. So a read that failed by an error is
+  FAILING until its peer is disconnected and a grace time has passed. A peer whose
   process was killed is noticed by the next read; the same name can be added again once it was removed.
 - With the settings of its Python class the progress thread of an agent never sleeps, so each rank would take a whole
   core; with a delay it sleeps until UCX has an event. See `agent.PROGRESS_DELAY_MICROSECONDS`.
@@ -39,14 +41,22 @@ MAX_PIECES_IN_FLIGHT = 32
 POST_SECONDS = 0.005
 CLOSE_SECONDS = 2.0
 
+GRACE_SECONDS = 1.0
+"""Parts of a read that failed may still be under way for this long after its peer's connection was torn down."""
+
 _DIGEST_BYTES = 16
 
 
 class NixlRead:
-    """A read in pieces: some wait, some are in flight. Not IN_PROGRESS means that no byte of it can arrive any more."""
+    """A read in pieces: some wait, some are in flight.
+
+    Attributes:
+        may_write: UCX gave it up with an error, and says nothing of the requests that it had made of a piece.
+    """
 
     def __init__(self, runs: Runs) -> None:
         self.error: str | None = None
+        self.may_write = False
         self.waiting = deque(runs.pieces(PIECE_BYTES, PIECE_RUNS))
         self.in_flight: list[Transfer] = []
 
@@ -58,7 +68,9 @@ class NixlRead:
     def state(self) -> ReadState:
         if not self.ended:
             return ReadState.IN_PROGRESS
-        return ReadState.DONE if self.error is None else ReadState.FAILED
+        if self.error is None:
+            return ReadState.DONE
+        return ReadState.FAILING if self.may_write else ReadState.FAILED
 
     def fail(self, error: str) -> None:
         """Post no more of it; pieces in flight are waited for. The first error stays."""
@@ -93,6 +105,7 @@ class NixlTransport:
         self._agent = NixlAgent(agent)
         self._region: Region | None = None
         self._peers: dict[str, _Peer] = {}
+        self._failing: deque[tuple[float, NixlRead]] = deque()  # in order of the time at which they are quiet
         self._in_flight = 0
         self._closed = False
 
@@ -172,6 +185,8 @@ class NixlTransport:
         self._post_pieces()
         for peer in list(self._peers.values()):
             self._drop_ended(peer)
+        while self._failing and self._failing[0][0] <= time.monotonic():
+            self._failing.popleft()[1].may_write = False
 
     def wait_on(self) -> Sequence[Any]:
         """Return nothing: NIXL has no descriptor to wait on. While reads are in progress, poll on a timer."""
@@ -188,11 +203,13 @@ class NixlTransport:
             self.poll()
             time.sleep(0.001)
         self._closed = True
-        for peer in self._peers.values():
-            for read in peer.reads:
-                read.in_flight.clear()
-        self._peers.clear()
         self._agent.close()
+        reads = [read for peer in self._peers.values() for read in peer.reads]
+        for read in [*reads, *(read for _, read in self._failing)]:
+            read.in_flight.clear()
+            read.may_write = False
+        self._peers.clear()
+        self._failing.clear()
 
     # --- progress of reads -------------------------------------------------------------------------------------
 
@@ -238,17 +255,19 @@ class NixlTransport:
         peer.lost = peer.lost or error
         for read in peer.reads:
             read.fail(f"read from {peer.endpoint.agent} failed: {error}")
+            read.may_write = True
 
     def _drop_ended(self, peer: _Peer) -> None:
         """Drop reads that ended, and with the last one a peer that is leaving."""
-        peer.reads = [read for read in peer.reads if not read.ended]
-        if not peer.leaving or peer.reads:
+        peer.reads = [read for read in peer.reads if not read.ended or read.may_write]
+        if not peer.leaving or not all(read.ended for read in peer.reads):
             return
         del self._peers[peer.endpoint.agent]
         try:
             self._agent.remove_remote(peer.endpoint.agent)
         except NixlError as error:
             log.debug("NIXL has forgotten %s by itself: %s", peer.endpoint.agent, error)
+        self._failing.extend((time.monotonic() + GRACE_SECONDS, read) for read in peer.reads)
 
     def _registered(self) -> Region:
         if self._closed:

@@ -11,16 +11,16 @@ from tandem.wire.messages import Count, Name, Seconds, Text
 
 
 class OpenPeer(msgspec.Struct, frozen=True, tag="open_peer"):
-    """Connect to these ranks of a peer engine: just those that this rank reads from."""
+    """Connect to these ranks of the peer engine of a session: just those that this rank reads from."""
 
-    peer: Name
+    session: Count
     sources: list[RankDescriptor]
 
 
 class ClosePeer(msgspec.Struct, frozen=True, tag="close_peer"):
-    """Forget a peer; its reads in progress end."""
+    """Disconnect from the peer of a session; its reads in progress fail."""
 
-    peer: Name
+    session: Count
 
 
 class ReadOrder(msgspec.Struct, frozen=True, tag="read"):
@@ -32,7 +32,7 @@ class ReadOrder(msgspec.Struct, frozen=True, tag="read"):
     """
 
     job: Count
-    peer: Name
+    session: Count
     request_id: Name
     source_blocks: list[Count]
     destination_blocks: list[Count]
@@ -51,29 +51,27 @@ ToTransferThread = OpenPeer | ClosePeer | ReadOrder | StopThread
 # --- what the leader receives ----------------------------------------------------------------------------------
 
 
-class ThreadAlive(msgspec.Struct, frozen=True, tag="mover_ready"):
+class ThreadAlive(msgspec.Struct, frozen=True, tag="thread_alive"):
     """First message of a transfer thread, and its heartbeat."""
 
     rank: Count
 
 
 class PeerOpened(msgspec.Struct, frozen=True, tag="peer_opened"):
+    """This rank is connected to the ranks it reads from; or it is not, and why."""
+
     rank: Count
-    peer: Name
+    session: Count
     error: Text | None = None
 
 
-class PeerClosed(msgspec.Struct, frozen=True, tag="peer_closed"):
-    rank: Count
-    peer: Name
-
-
 class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
-    """A read has ended on one rank: no byte of it arrives after this.
+    """A read has ended on one rank.
 
     Attributes:
         error: why its bytes are no good.
         peer_lost: the connection to the peer's rank is broken, so that no other read over it can succeed either.
+        may_still_write: it has failed, and yet bytes of it may arrive until `ReadQuiet`; else no byte arrives any more.
     """
 
     rank: Count
@@ -83,6 +81,14 @@ class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
     seconds: Seconds
     error: Text | None = None
     peer_lost: bool = False
+    may_still_write: bool = False
 
 
-FromTransferThread = ThreadAlive | PeerOpened | PeerClosed | ReadEnded
+class ReadQuiet(msgspec.Struct, frozen=True, tag="read_quiet"):
+    """No byte of a read that ended with `may_still_write` arrives any more on this rank."""
+
+    rank: Count
+    job: Count
+
+
+FromTransferThread = ThreadAlive | PeerOpened | ReadEnded | ReadQuiet

@@ -1,19 +1,17 @@
-"""What the leader's event loop tells its step loop."""
+"""Commands of the leader's event loop to its step loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.transfer.decode.pulls import Pull
+from tandem.errors import EngineFailed
+from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import Generate
-
-STUCK_SECONDS = 5.0
-"""A step loop ends within this time of hearing that a rank is lost, or it hangs in a collective with that rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartRequest:
-    """A request came from frontend number `frontend`."""
+    """A request has come from frontend number `frontend`."""
 
     frontend: int
     generate: Generate
@@ -21,11 +19,15 @@ class StartRequest:
 
 @dataclass(frozen=True, slots=True)
 class AbortRequest:
+    """Nobody waits for this request any more. Unknown ids are fine."""
+
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class KvArrived:
+    """All KV of a request is here."""
+
     pull: Pull
 
 
@@ -39,6 +41,8 @@ class KvFailed:
 
 @dataclass(frozen=True, slots=True)
 class ReadsEnded:
+    """No read into the blocks of a request is in progress any more."""
+
     request_id: str
 
 
@@ -51,10 +55,16 @@ class LeasesEnded:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """`failed`: not because somebody asked for it."""
+    """The engine is to end in good order."""
 
     reason: str
-    failed: bool = False
 
 
-Command = StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The engine cannot go on: end with this error."""
+
+    error: EngineFailed
+
+
+Command = StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown | Fail
