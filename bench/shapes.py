@@ -102,7 +102,7 @@ def row(fleet: Fleet, source: str, sink: str, tokens: int, connector: str) -> li
     for turn in range(ROUNDS):
         prompt = random.Random(f"{source} {sink} {turn}").choices(range(3, 250), k=tokens)
         _, last = fleet.answer(source, sink, prompt, 2)
-        how = last.how
+        how = last.details
         assert how is not None
         seconds.append(how.transfer_time)
     assert how is not None

@@ -4,11 +4,12 @@ TandemError
 ├── ConfigError          a flag, environment variable, file or combination of them that cannot work
 ├── ModelError           a model folder that cannot be served
 ├── StartError           ranks that do not come together, or disagree, when an engine starts
-├── WireError            a message that is not what its channel carries
+├── EngineStopped        an engine of several nodes was stopped in good order, on another node
+├── WireError            a message that its channel does not carry
 ├── TransferError        KV that could not be moved
 │   ├── PeerRefused      the two engines cannot share KV: says which field and both values
-│   └── PeerLost         the other engine, or one life of it, is gone
-└── RequestError         a request that ends without an answer; has an HTTP status
+│   └── PeerLost         the other engine, or one incarnation of it, is gone
+└── RequestError         a request that ends without an answer; has an HTTP status (500)
     ├── InvalidRequest   400: the client's mistake
     ├── Overloaded       503: try again later
     ├── Unavailable      503: no engine can take it, and why
@@ -17,7 +18,9 @@ TandemError
     │   └── RankLost     a rank of this engine is gone; what ended it is for that rank to tell
     ├── KvLost           500: the prompt's KV was lost on the way, and the policy is to fail
     ├── KvRetry          503: the same, and the policy is to try another prefill engine
-    └── TimedOut         504
+    └── TimedOut         504: the request did not end in time
+
+`tandem.api.http_errors` has the branches of RequestError that only HTTP knows.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class TandemError(Exception):
 
 
 class ConfigError(TandemError):
-    """What was configured cannot work."""
+    """The configuration cannot work."""
 
 
 class ModelError(TandemError):
@@ -39,8 +42,12 @@ class StartError(TandemError):
     """The ranks of an engine did not come together or disagree."""
 
 
+class EngineStopped(TandemError):
+    """An engine of several nodes was stopped in good order, on another node."""
+
+
 class WireError(TandemError):
-    """A message is not what its channel carries."""
+    """A message is not of its channel."""
 
 
 class TransferError(TandemError):
@@ -51,7 +58,7 @@ class PeerRefused(TransferError):
     """Two engines cannot share KV.
 
     Args:
-        field: what differs, for example `fingerprint`.
+        field: the one that differs, for example `fingerprint`.
         ours: this engine's value.
         theirs: the peer's value.
     """
@@ -63,12 +70,8 @@ class PeerRefused(TransferError):
         self.theirs = theirs
 
 
-class EngineStopped(TandemError):
-    """An engine of several nodes was stopped in good order, on another node."""
-
-
 class PeerLost(TransferError):
-    """The other engine, or one life of it, is gone."""
+    """The other engine, or one incarnation of it, is gone."""
 
 
 class RequestError(TandemError):
@@ -79,7 +82,7 @@ class RequestError(TandemError):
         code: a short machine-readable word; also how the error is named on the wire.
         param: the field of the request that is at fault, if one is.
         retry_after: seconds after which the client may try again, if it may.
-        engine: incarnation of the engine that said so, if one did.
+        engine: incarnation of the engine that reported it, if one did.
     """
 
     status = 500
@@ -140,5 +143,5 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {kind.code: kind for kind in _KI
 
 
 def request_error(code: str, message: str, param: str | None = None, retry_after: int | None = None) -> RequestError:
-    """The exception for an error that came over the wire; an unknown code becomes a plain RequestError."""
+    """Return the exception for an error that came over the wire; an unknown code becomes a plain RequestError."""
     return REQUEST_ERRORS.get(code, RequestError)(message, param=param, retry_after=retry_after)

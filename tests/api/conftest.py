@@ -1,14 +1,14 @@
-"""A small model folder, a backend that says what a test tells it to, and the application on a real socket."""
+"""A small model folder, a backend that sends what a test makes it send, and the application on a real socket."""
 
 import asyncio
 import http.client
 import json
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -16,10 +16,13 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tandem.api.app import create_app
-from tandem.api.backend import Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
+from tandem.api.backend import EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
 from tandem.api.http_server import bind, serve
-from tandem.api.tokens import Tokenizer
-from tandem.wire.messages import EngineStatus, KvUsage, RequestCounts
+from tandem.api.loaded_model import ModelLoader
+from tandem.api.tokenizer import Tokenizer
+from tandem.ids import EngineIdentity
+from tandem.wire.messages import EngineStatus, Register, RequestCounts
+from tests.registrations import make_register
 
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, hello there", "grüße aus köln, 東京 🙂🙃"] * 4
@@ -72,6 +75,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(byte_level())
 
 
+def token_id(tokenizer: tokenizers.Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None
+    return found
+
+
 def ids(text: str) -> list[int]:
     return list(_BYTE_LEVEL.encode(text).ids)
 
@@ -79,7 +88,7 @@ def ids(text: str) -> list[int]:
 _BYTE_LEVEL = byte_level()
 
 
-def how(prefix_tokens: int = 3) -> ServingDetails:
+def details(prefix_tokens: int = 3) -> ServingDetails:
     return ServingDetails(
         prefill_engine="p0",
         decode_engine="d0",
@@ -99,36 +108,31 @@ def how(prefix_tokens: int = 3) -> ServingDetails:
     )
 
 
-def status(engine_id: str = "d0", role: str = "decode") -> EngineStatus:
-    return EngineStatus(
-        engine_id=engine_id,
-        incarnation="i",
-        role=role,
-        model=MODEL,
-        fingerprint="f",
-        tp=1,
-        pp=1,
-        nnodes=1,
-        connector="tcp",
-        ranks=[],
-        kv=KvUsage(block_size=16, blocks=10, free=4, cached=3, leased=2, in_use=1),
-        requests=RequestCounts(waiting=1, waiting_for_kv=2, running=3),
-        peers=[],
-    )
+@dataclass
+class ListedEngine:
+    register: Register
+    status: EngineStatus
+    state: EngineState
 
 
-def say(*parts: str, finish: str = "stop") -> list[TokenDelta]:
-    """One delta for each part, then end-of-sequence."""
+def listed_engine(engine_id: str, role: str, state: EngineState) -> ListedEngine:
+    counts = RequestCounts(waiting=1, waiting_for_kv=2, running=3)
+    register = make_register(EngineIdentity(engine_id, "i"), role, requests=counts)
+    return ListedEngine(register, register.status, state)
+
+
+Step = TokenDelta | Exception | Literal["hang"]
+Script = Callable[[TokenRequest], Sequence[Step]]
+HANG: Literal["hang"] = "hang"
+
+
+def deltas(*parts: str, finish: str = "stop") -> list[TokenDelta]:
+    """Return one delta for each part, then end-of-sequence."""
     eos = ids(EOS)
-    deltas = [TokenDelta(ids(part), how=how()) for part in parts]
+    found = [TokenDelta(ids(part), details=details()) for part in parts]
     if finish == "length":
-        return [*deltas[:-1], TokenDelta(deltas[-1].token_ids, finish_reason="length", how=how())]
-    return [*deltas, TokenDelta(eos, finish_reason="stop", stop_token_id=eos[0], how=how())]
-
-
-HANG = "hang"
-Step = TokenDelta | Exception | str
-Script = Callable[[TokenRequest], list[Step]]
+        return [*found[:-1], TokenDelta(found[-1].token_ids, finish_reason="length", details=details())]
+    return [*found, TokenDelta(eos, finish_reason="stop", stop_token_id=eos[0], details=details())]
 
 
 @dataclass
@@ -136,13 +140,16 @@ class FakeBackend:
     """Answers every request with `script`'s steps: a delta is sent, an exception raised, HANG waits for ever."""
 
     folder: Path
-    script: Script = lambda request: say("hello", " world")
+    script: Script = lambda request: deltas("hello", " world")
     found: Health = field(default_factory=lambda: Health(True, "ready"))
     no_model: Exception | None = None
     requests: list[TokenRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     hanging: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)
+
+    def reset(self) -> None:
+        self.__dict__.update(FakeBackend(self.folder).__dict__)
 
     async def model(self) -> ModelCard:
         if self.no_model is not None:
@@ -171,11 +178,8 @@ class FakeBackend:
     def health(self) -> Health:
         return self.found
 
-    def engines(self) -> list[tuple[EngineStatus, str]]:
-        return [(status("p0", "prefill"), "ready"), (status("d0", "decode"), "lost")]
-
-    def describe_engine(self, status: EngineStatus) -> dict[str, Any]:
-        return {"engine_id": status.engine_id, "role": status.role}
+    def engines(self) -> list[ListedEngine]:
+        return [listed_engine("p0", "prefill", EngineState.READY), listed_engine("d0", "decode", EngineState.LOST)]
 
 
 @dataclass
@@ -191,13 +195,13 @@ class Reply:
     @property
     def error(self) -> dict[str, Any]:
         assert set(self.json) == {"error"}
-        error = self.json["error"]
+        error: dict[str, Any] = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}
         return error
 
     @property
     def events(self) -> list[Any]:
-        """Of a stream; `[DONE]` as it is."""
+        """Of a stream; `[DONE]` as a string."""
         lines = [line for line in self.body.decode().split("\n\n") if line]
         assert all(line.startswith("data: ") for line in lines)
         return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
@@ -210,7 +214,7 @@ class Api:
     port: int
     backend: FakeBackend
 
-    def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
+    def send(self, method: str, path: str, body: Any = None, headers: Mapping[str, str | bytes] | None = None) -> Reply:
         connection = self.connect()
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         connection.request(method, path, raw, headers or {})
@@ -246,7 +250,7 @@ def running(backend: FakeBackend, **options: Any) -> Iterator[Api]:
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        app = create_app(backend, **{"kind": "router"} | options)
+        app = create_app(backend, ModelLoader(backend), **{"kind": "router"} | options)
         loop.run_until_complete(serve(app, listener, stop, grace=1))
         loop.close()
 
@@ -269,8 +273,7 @@ def shared(folder: Path) -> Iterator[Api]:
 @pytest.fixture
 def api(shared: Api) -> Api:
     """A router's API whose backend is as new."""
-    fresh = FakeBackend(shared.backend.folder)
-    shared.backend.__dict__.update(fresh.__dict__)
+    shared.backend.reset()
     return shared
 
 
@@ -283,6 +286,5 @@ def shared_engine(folder: Path) -> Iterator[Api]:
 @pytest.fixture
 def engine_api(shared_engine: Api) -> Api:
     """An engine's API whose backend is as new."""
-    fresh = FakeBackend(shared_engine.backend.folder)
-    shared_engine.backend.__dict__.update(fresh.__dict__)
+    shared_engine.backend.reset()
     return shared_engine

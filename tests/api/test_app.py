@@ -8,9 +8,10 @@ import pytest
 
 from tandem.api.app import create_app
 from tandem.api.backend import Health, TokenDelta
+from tandem.api.loaded_model import ModelLoader
 from tandem.errors import ConfigError, Unavailable
 from tandem.wire.messages import KvTransferParams
-from tests.api.conftest import MODEL, MODEL_LEN, Api, FakeBackend, how, ids, running
+from tests.api.conftest import MODEL, MODEL_LEN, Api, FakeBackend, details, ids, running
 
 
 def test_the_model_is_listed(api: Api) -> None:
@@ -67,7 +68,7 @@ def test_a_request_id_is_taken_over_echoed_and_sent_on(api: Api) -> None:
 
 @pytest.mark.parametrize("bad", ["", "a b", "x" * 129, "ü", "a;b"])
 def test_a_request_id_that_is_too_long_or_strange_is_replaced(api: Api, bad: str) -> None:
-    reply = api.send("POST", "/v1/completions", {"prompt": "x"}, {"X-Request-Id": bad.encode()})  # type: ignore[dict-item]
+    reply = api.send("POST", "/v1/completions", {"prompt": "x"}, {"X-Request-Id": bad.encode()})
     assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
 
 
@@ -79,10 +80,10 @@ def test_errors_have_a_request_id_too(api: Api) -> None:
 def test_with_an_api_key_only_v1_is_closed(folder: Path) -> None:
     with running(FakeBackend(folder), api_key="sésame") as api:
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "sésame"}):
-            reply = api.send("POST", "/v1/completions", {"prompt": "x"}, {k: v.encode() for k, v in headers.items()})  # type: ignore[misc]
+            reply = api.send("POST", "/v1/completions", {"prompt": "x"}, {k: v.encode() for k, v in headers.items()})
             assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
         good = {"Authorization": "bearer sésame".encode()}
-        assert api.send("POST", "/v1/completions", {"prompt": "x"}, good).status == 200  # type: ignore[arg-type]
+        assert api.send("POST", "/v1/completions", {"prompt": "x"}, good).status == 200
         assert [api.get(path).status for path in ("/health", "/metrics", "/tandem/engines")] == [200, 200, 200]
         with pytest.raises(openai.AuthenticationError):
             api.client("wrong").models.list()
@@ -90,8 +91,9 @@ def test_with_an_api_key_only_v1_is_closed(folder: Path) -> None:
 
 @pytest.mark.parametrize("key", ["", " ", "key\n"])
 def test_an_api_key_that_nobody_could_send_is_refused(folder: Path, key: str) -> None:
+    backend = FakeBackend(folder)
     with pytest.raises(ConfigError, match="API key"):
-        create_app(FakeBackend(folder), kind="router", api_key=key)
+        create_app(backend, ModelLoader(backend), kind="router", api_key=key)
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(folder: Path) -> None:
@@ -105,17 +107,20 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(folder: Path) -> Non
 
 
 def test_a_router_shows_its_engines(api: Api) -> None:
-    assert api.get("/tandem/engines").json == {
-        "engines": [
-            {"engine_id": "p0", "role": "prefill", "state": "ready"},
-            {"engine_id": "d0", "role": "decode", "state": "lost"},
-        ]
-    }
+    engines = api.get("/tandem/engines").json["engines"]
+    assert [(one["engine_id"], one["role"], one["state"]) for one in engines] == [
+        ("p0", "prefill", "ready"),
+        ("d0", "decode", "lost"),
+    ]
     assert api.get("/tandem/engine").status == 404
 
 
 def test_an_engine_shows_itself(engine_api: Api) -> None:
-    assert engine_api.get("/tandem/engine").json == {"engine_id": "p0", "role": "prefill"}
+    engine = engine_api.get("/tandem/engine").json
+    assert (engine["engine_id"], engine["role"], engine["kv"]["free"]) == ("p0", "prefill", 4)
+    assert (engine["version"], engine["dtype"], engine["max_model_len"]) == ("0", "float32", 100)
+    assert (engine["peer_address"], engine["http_address"]) == ("127.0.0.1:20001", None)
+    assert not {"type", "state"} & engine.keys()
     assert engine_api.get("/tandem/engines").status == 404
 
 
@@ -124,7 +129,7 @@ def test_an_engine_hands_kv_parameters_to_the_backend_and_back_to_the_proxy(engi
         do_remote_prefill=True, remote_engine_id="p0", remote_host="h", remote_port=5, remote_block_ids=[1]
     )
     engine_api.backend.script = lambda request: [
-        TokenDelta(ids("h"), finish_reason="length", how=how(), kv_transfer_params=made)
+        TokenDelta(ids("h"), finish_reason="length", details=details(), kv_transfer_params=made)
     ]
     asked = {
         "do_remote_decode": True,

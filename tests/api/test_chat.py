@@ -5,11 +5,11 @@ import pytest
 
 from tandem.api.backend import TokenDelta
 from tandem.wire.messages import TokenLogprobs
-from tests.api.conftest import MODEL, MODEL_LEN, Api, byte_level, how, ids, say
+from tests.api.conftest import MODEL, MODEL_LEN, Api, byte_level, deltas, details, ids
 
 
 def prompt_of(api: Api) -> str:
-    """What the engine was sent, as text."""
+    """Return what the engine was sent, as text."""
     return byte_level().decode(api.backend.requests[-1].token_ids, skip_special_tokens=False)
 
 
@@ -82,8 +82,8 @@ def test_what_cannot_be_done_is_refused_and_reaches_no_engine(api: Api, fields: 
 def test_logprobs_of_a_chat_have_tokens_and_their_bytes(api: Api) -> None:
     token_ids = ids("🙂")
     api.backend.script = lambda request: (
-        [TokenDelta([i], [TokenLogprobs(-0.5, [(i, -0.5), (ids("h")[0], -1.0)])], how=how()) for i in token_ids]
-        + [TokenDelta([], finish_reason="length", how=how())]
+        [TokenDelta([i], [TokenLogprobs(-0.5, [(i, -0.5), (ids("h")[0], -1.0)])], details=details()) for i in token_ids]
+        + [TokenDelta([], finish_reason="length", details=details())]
     )
     content = api.chat(logprobs=True, top_logprobs=2).json["choices"][0]["logprobs"]["content"]
     assert bytes(byte for one in content for byte in one["bytes"]).decode() == "🙂"
@@ -132,8 +132,8 @@ def test_several_choices_stream_side_by_side(api: Api) -> None:
 def test_a_streamed_answer_is_the_whole_answer(api: Api) -> None:
     text = "grüße 🙂🙃 東京 x"
     api.backend.script = lambda request: [
-        *(TokenDelta([i], how=how()) for i in ids(text)),
-        TokenDelta([], finish_reason="length", how=how()),
+        *(TokenDelta([i], details=details()) for i in ids(text)),
+        TokenDelta([], finish_reason="length", details=details()),
     ]
     whole = api.chat(stop="never").json["choices"][0]["message"]["content"]
     parts = [
@@ -169,7 +169,7 @@ def test_the_official_client_raises_its_own_errors(api: Api) -> None:
 
 
 def test_a_chat_with_a_stop_string_never_shows_its_beginning(api: Api) -> None:
-    api.backend.script = lambda request: say("a<", "/s", "top>", "b")
+    api.backend.script = lambda request: deltas("a<", "/s", "top>", "b")
     events = api.chat(stream=True, stop="</stop>").events[:-1]
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "a"
     assert events[-1]["choices"][0]["stop_reason"] == "</stop>"

@@ -4,7 +4,7 @@ import pytest
 
 from tandem.api.backend import TokenDelta
 from tandem.wire.messages import TokenLogprobs
-from tests.api.conftest import EOS, MODEL, MODEL_LEN, Api, how, ids, say
+from tests.api.conftest import EOS, MODEL, MODEL_LEN, Api, deltas, details, ids
 
 
 def test_a_completion_has_openais_shape_and_tells_how_it_was_made(api: Api) -> None:
@@ -83,8 +83,8 @@ def test_logprobs_have_one_entry_for_each_token(api: Api) -> None:
     first = [TokenLogprobs(-0.5, [(i, -0.5), (w[0], -1.0)]) for i in h]
     second = [TokenLogprobs(float("-inf"), [(h[0], -0.1), (h[0] + 1, -2.0)]) for _ in w]
     api.backend.script = lambda request: [
-        TokenDelta(h, first, how=how()),
-        TokenDelta(w, second, finish_reason="length", how=how()),
+        TokenDelta(h, first, details=details()),
+        TokenDelta(w, second, finish_reason="length", details=details()),
     ]
     choice = api.complete(logprobs=2).json["choices"][0]
     found = choice["logprobs"]
@@ -109,7 +109,7 @@ def test_token_ids_of_prompt_and_output_come_when_asked_for(api: Api) -> None:
 def test_a_stop_string_over_several_tokens_ends_the_text_before_it_and_aborts_the_request(
     api: Api, stream: bool
 ) -> None:
-    api.backend.script = lambda request: say("one tw", "o th", "ree", " four")
+    api.backend.script = lambda request: deltas("one tw", "o th", "ree", " four")
     reply = api.complete(stop=["nothing", "two three"], stream=stream)
     choices = [event["choices"][0] for event in (reply.events[:-1] if stream else [reply.json])]
     assert "".join(choice["text"] for choice in choices) == "one "
@@ -120,7 +120,7 @@ def test_a_stop_string_over_several_tokens_ends_the_text_before_it_and_aborts_th
 
 def test_tokens_after_the_one_that_completes_a_stop_string_are_not_counted(api: Api) -> None:
     token_ids = ids("ab") + ids("xy") + ids("cd")
-    api.backend.script = lambda request: [TokenDelta(token_ids, finish_reason="length", how=how())]
+    api.backend.script = lambda request: [TokenDelta(token_ids, finish_reason="length", details=details())]
     reply = api.complete(stop="xy", return_token_ids=True).json
     assert reply["choices"][0]["text"] == "ab"
     assert reply["choices"][0]["token_ids"] == ids("ab") + ids("xy")
@@ -129,13 +129,13 @@ def test_tokens_after_the_one_that_completes_a_stop_string_are_not_counted(api: 
 
 
 def test_half_a_stop_string_at_the_end_is_text(api: Api) -> None:
-    api.backend.script = lambda request: say("one tw", finish="length")
+    api.backend.script = lambda request: deltas("one tw", finish="length")
     choice = api.complete(stop="two").json["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("one tw", "length")
 
 
 def test_stop_strings_within_the_first_min_tokens_are_text(api: Api) -> None:
-    api.backend.script = lambda request: say("a.", "b.", "c.")
+    api.backend.script = lambda request: deltas("a.", "b.", "c.")
     count = len(ids("a."))
     choice = api.complete(stop=".", min_tokens=count, max_tokens=9).json["choices"][0]
     assert choice["text"] == "a.b"
@@ -144,7 +144,7 @@ def test_stop_strings_within_the_first_min_tokens_are_text(api: Api) -> None:
 def test_a_stop_token_that_the_client_named_is_told_and_is_no_text(api: Api) -> None:
     stop = ids("x")[0]
     api.backend.script = lambda request: [
-        TokenDelta([*ids("a"), stop], finish_reason="stop", stop_token_id=stop, how=how())
+        TokenDelta([*ids("a"), stop], finish_reason="stop", stop_token_id=stop, details=details())
     ]
     choice = api.complete(stop_token_ids=[stop]).json["choices"][0]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("a", "stop", stop)

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.api.detokenizer import ByteDetokenizer, WindowDetokenizer, new_detokenizer
-from tandem.api.tokens import Tokenizer
-from tests.api.conftest import EOS, byte_fallback, byte_level
+from tandem.api.tokenizer import Tokenizer
+from tests.api.conftest import EOS, byte_fallback, byte_level, token_id
 
 BYTES = Tokenizer(byte_level())
 FALLBACK = Tokenizer(byte_fallback())
@@ -54,7 +54,7 @@ def test_a_byte_fallback_stream_is_the_text_of_all_its_tokens(token_ids: list[in
     assert "".join(texts(FALLBACK, token_ids)) == FALLBACK.decode(token_ids)
 
 
-FALLBACK_THE = [_RAW_FALLBACK.token_to_id("\u2581the")]
+FALLBACK_THE = [token_id(_RAW_FALLBACK, "\u2581the")]
 
 
 def test_bytes_that_are_no_character_do_not_keep_back_the_text_after_them() -> None:
@@ -83,7 +83,7 @@ def test_the_start_of_a_character_that_never_ends_comes_as_a_replacement_charact
 
 
 def test_special_tokens_are_no_text() -> None:
-    eos = _RAW.token_to_id(EOS)
+    eos = token_id(_RAW, EOS)
     assert "".join(texts(BYTES, [eos, *byte_level_ids("hello"), eos])) == "hello"
 
 

@@ -1,4 +1,4 @@
-"""How requests end when something goes wrong, or the client goes away."""
+"""Requests end when something goes wrong, or the client goes away."""
 
 import json
 from typing import Any
@@ -8,9 +8,9 @@ import pytest
 
 from tandem.api.backend import TokenDelta
 from tandem.errors import EngineFailed, InvalidRequest, Overloaded, RequestError, TimedOut, Unavailable
-from tests.api.conftest import HANG, MODEL, Api, how, ids, say
+from tests.api.conftest import HANG, MODEL, Api, deltas, details, ids
 
-SAID = TokenDelta(ids("hello"), how=how())
+SAID = TokenDelta(ids("hello"), details=details())
 KINDS = [
     (Overloaded("full", retry_after=7), 503, "overloaded", "7"),
     (Unavailable("no decode engine"), 503, "unavailable", "1"),
@@ -85,6 +85,6 @@ def test_a_stream_that_is_closed_by_the_official_client_is_aborted(api: Api) -> 
 
 
 def test_a_request_that_ended_by_itself_is_not_aborted(api: Api) -> None:
-    api.backend.script = lambda request: say("hello")
+    api.backend.script = lambda request: deltas("hello")
     assert api.complete(stream=True).events[-1] == "[DONE]"
     assert api.backend.aborted == []

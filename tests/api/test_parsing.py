@@ -150,7 +150,7 @@ def test_a_message_that_cannot_be_shown_to_the_model_is_refused(message: Any, wo
 
 
 def test_an_answer_of_ours_can_be_sent_back_as_the_official_client_writes_it() -> None:
-    answer = {
+    answer: dict[str, Any] = {
         "role": "assistant",
         "content": "x",
         "refusal": None,

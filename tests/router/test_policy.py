@@ -1,31 +1,31 @@
-"""Which engines take a request, from plain data."""
+"""Routing policies, from plain data."""
 
 from __future__ import annotations
 
 from tandem.ids import EngineIdentity
-from tandem.router.policy import Route, choose_route, choose_route_of_one_model
-from tandem.router.registry import EngineEntry
+from tandem.router.engine_registry import EngineEntry, EngineRegistry
+from tandem.router.policy import NoRoute, OneModelPolicy, Route, SingleEnginePolicy, choose_route
 from tandem.wire.messages import PeerInfo, RequestCounts
-from tests.router.scene import make_register
+from tests.registrations import make_register
 
 
-def member(
+def engine(
     engine_id: str,
     role: str,
     *,
     active: int = 0,
-    chosen: int = 0,
+    last_chosen: int = 0,
     waiting: int = 0,
     running: int = 0,
     fingerprint: str = "f",
 ) -> EngineEntry:
     register = make_register(
-        EngineIdentity(engine_id, f"life-of-{engine_id}"),
+        EngineIdentity(engine_id, f"incarnation-of-{engine_id}"),
         role,
         requests=RequestCounts(waiting=waiting, running=running),
         fingerprint=fingerprint,
     )
-    return EngineEntry(b"route", register, register.status, 0.0, active=active, chosen=chosen)
+    return EngineEntry(b"route", register, register.status, 0.0, active=active, last_chosen=last_chosen)
 
 
 def refuse(
@@ -36,109 +36,165 @@ def refuse(
     )
 
 
-def chosen(*members: EngineEntry, exclude: tuple[str, ...] = ()) -> tuple[str | None, str]:
-    path = choose_route(members, exclude)
-    assert isinstance(path, Route), path
-    return (path.prefill.engine_id if path.prefill else None), path.decode.engine_id
+def chosen(*engines: EngineEntry, exclude: tuple[str, ...] = ()) -> tuple[str | None, str]:
+    route = choose_route(engines, exclude)
+    assert isinstance(route, Route), route
+    return (route.prefill.engine_id if route.prefill else None), route.decode.engine_id
 
 
 def test_the_least_loaded_engine_of_each_role_is_chosen() -> None:
-    engines = [member("p0", "prefill", active=2), member("p1", "prefill", active=1)]
-    engines += [member("d0", "decode", waiting=1), member("d1", "decode", running=9)]
+    engines = [engine("p0", "prefill", active=2), engine("p1", "prefill", active=1)]
+    engines += [engine("d0", "decode", waiting=1), engine("d1", "decode", running=9)]
     assert chosen(*engines) == ("p1", "d1")
 
 
 def test_among_equals_the_one_chosen_least_recently_goes_first() -> None:
-    engines = [member("p0", "prefill", chosen=4), member("p1", "prefill", chosen=3), member("d0", "decode", chosen=4)]
+    engines = [
+        engine("p0", "prefill", last_chosen=4),
+        engine("p1", "prefill", last_chosen=3),
+        engine("d0", "decode", last_chosen=4),
+    ]
     assert chosen(*engines) == ("p1", "d0")
 
 
 def test_a_pair_goes_before_a_mixed_engine() -> None:
-    pair = member("p0", "prefill", active=5), member("d0", "decode", active=5)
-    assert chosen(*pair, member("m0", "mixed")) == ("p0", "d0")
+    pair = engine("p0", "prefill", active=5), engine("d0", "decode", active=5)
+    assert chosen(*pair, engine("m0", "mixed")) == ("p0", "d0")
 
 
 def test_a_mixed_engine_takes_what_no_pair_can() -> None:
-    prefill, decode = member("p0", "prefill"), member("d0", "decode")
-    assert chosen(prefill, member("m0", "mixed")) == (None, "m0")
+    prefill, decode = engine("p0", "prefill"), engine("d0", "decode")
+    assert chosen(prefill, engine("m0", "mixed")) == (None, "m0")
     refuse(decode, prefill)
-    assert chosen(prefill, decode, member("m0", "mixed")) == (None, "m0")
+    assert chosen(prefill, decode, engine("m0", "mixed")) == (None, "m0")
 
 
 def test_a_refused_pair_is_passed_over_for_a_busier_one() -> None:
-    p0, p1 = member("p0", "prefill"), member("p1", "prefill", active=9)
-    decode = member("d0", "decode")
+    p0, p1 = engine("p0", "prefill"), engine("p1", "prefill", active=9)
+    decode = engine("d0", "decode")
     refuse(decode, p0)
     assert chosen(p0, p1, decode) == ("p1", "d0")
 
 
 def test_a_pair_whose_session_was_lost_is_made_only_where_there_is_nothing_else() -> None:
-    prefill, decode = member("p0", "prefill"), member("d0", "decode")
+    prefill, decode = engine("p0", "prefill"), engine("d0", "decode")
     refuse(decode, prefill, "lost")
     assert chosen(prefill, decode) == ("p0", "d0")
-    assert chosen(prefill, decode, member("m0", "mixed")) == (None, "m0")
+    assert chosen(prefill, decode, engine("m0", "mixed")) == (None, "m0")
 
 
 def test_a_pair_whose_session_was_lost_is_passed_over_and_a_connecting_one_is_not() -> None:
-    p0, p1, decode = member("p0", "prefill"), member("p1", "prefill", active=9), member("d0", "decode")
+    p0, p1, decode = engine("p0", "prefill"), engine("p1", "prefill", active=9), engine("d0", "decode")
     refuse(decode, p0, "lost")
     refuse(decode, p1, "connecting", None)
     assert chosen(p0, p1, decode) == ("p1", "d0")
 
 
-def test_what_an_earlier_life_refused_does_not_count() -> None:
-    prefill, decode = member("p0", "prefill"), member("d0", "decode")
-    decode.peers["p0", "another-life"] = PeerInfo("p0", "another-life", "refused", "dtype differs")
+def test_what_an_earlier_incarnation_refused_does_not_count() -> None:
+    prefill, decode = engine("p0", "prefill"), engine("d0", "decode")
+    decode.peers["p0", "another-incarnation"] = PeerInfo("p0", "another-incarnation", "refused", "dtype differs")
     assert chosen(prefill, decode) == ("p0", "d0")
 
 
 def test_excluded_engines_are_not_chosen() -> None:
-    prefill = member("p0", "prefill")
-    engines = [prefill, member("d0", "decode"), member("d1", "decode", active=9)]
-    assert chosen(*engines, exclude=("life-of-d0",)) == ("p0", "d1")
+    prefill = engine("p0", "prefill")
+    engines = [prefill, engine("d0", "decode"), engine("d1", "decode", active=9)]
+    assert chosen(*engines, exclude=("incarnation-of-d0",)) == ("p0", "d1")
 
 
 def test_it_says_what_is_missing() -> None:
-    assert choose_route([]) == "no prefill and no decode engine is ready"
-    assert choose_route([member("p0", "prefill")]) == "no decode engine is ready"
-    assert choose_route([member("d0", "decode")]) == "no prefill engine is ready"
+    assert choose_route([]) == NoRoute("no prefill and no decode engine is ready")
+    assert choose_route([engine("p0", "prefill")]) == NoRoute("no decode engine is ready")
+    assert choose_route([engine("d0", "decode")]) == NoRoute("no prefill engine is ready")
 
 
 def test_it_says_why_no_pair_fits() -> None:
-    prefill, decode = member("p0", "prefill"), member("d0", "decode")
+    prefill, decode = engine("p0", "prefill"), engine("d0", "decode")
     refuse(decode, prefill)
-    assert choose_route([prefill, decode]) == (
+    assert choose_route([prefill, decode]) == NoRoute(
         "no prefill engine fits a decode engine: d0 cannot read from p0: dtype differs"
     )
 
 
-def of_weights(
-    *members: EngineEntry, exclude: tuple[str, ...] = (), current: str | None = None
-) -> tuple[str | None, str | None]:
-    """Who decodes, and the fingerprint that is served."""
-    path, weights = choose_route_of_one_model(members, exclude, current)
-    return (path.decode.engine_id if isinstance(path, Route) else None), weights
+def registered(*engines: EngineEntry) -> EngineRegistry:
+    registry = EngineRegistry()
+    for entry in engines:
+        registry.register(entry.engine_id.encode(), entry.register, now=0.0)
+    return registry
 
 
-OLD = member("old", "mixed", active=5, fingerprint="1")
-NEW = member("new", "mixed", fingerprint="2")
+def decodes(policy: OneModelPolicy, exclude: tuple[str, ...] = (), fingerprint: str | None = None) -> str | None:
+    route = policy.choose(exclude, fingerprint)
+    return route.decode.engine_id if isinstance(route, Route) else None
+
+
+OLD, NEW = engine("old", "mixed", fingerprint="1"), engine("new", "mixed", fingerprint="2")
 
 
 def test_engines_of_other_weights_under_the_same_name_are_not_used_however_free() -> None:
-    assert of_weights(OLD, NEW) == ("old", "1")
-    assert of_weights(NEW, OLD, current="1") == ("old", "1")
+    registry = registered(OLD, NEW)
+    policy = OneModelPolicy(registry)
+    assert decodes(policy) == "old"
+    registry.ready()[0].active = 5
+    assert decodes(policy) == "old"
 
 
-def test_new_weights_take_over_once_the_old_ones_have_no_path() -> None:
-    assert of_weights(NEW, current="1") == ("new", "2")
-    prefill = member("p0", "prefill", fingerprint="1")
-    assert of_weights(prefill, NEW, current="1") == ("new", "2")
+def test_weights_that_are_served_stay_though_others_registered_first() -> None:
+    registry = registered(NEW)
+    policy = OneModelPolicy(registry)
+    assert decodes(policy) == "new"
+    registry.leave(b"new")
+    registry.register(b"old", OLD.register, now=0.0)
+    assert decodes(policy) == "old"
+    registry.register(b"new", NEW.register, now=0.0)
+    assert decodes(policy) == "old"
+
+
+def test_new_weights_take_over_once_the_old_ones_have_no_route() -> None:
+    registry = registered(OLD, NEW, engine("p0", "prefill", fingerprint="1"))
+    policy = OneModelPolicy(registry)
+    assert decodes(policy) == "old"
+    registry.leave(b"old")
+    assert decodes(policy) == "new"
+    registry.register(b"old", OLD.register, now=0.0)
+    assert decodes(policy) == "new"
+
+
+def test_what_one_request_excludes_changes_no_weights_for_the_others() -> None:
+    policy = OneModelPolicy(registered(OLD, NEW))
+    assert decodes(policy, exclude=("incarnation-of-old",)) == "new"
+    assert decodes(policy) == "old"
+
+
+def test_a_request_with_output_goes_on_with_the_weights_that_made_it() -> None:
+    policy = OneModelPolicy(registered(OLD, NEW))
+    assert decodes(policy, fingerprint="2") == "new"
+    assert decodes(policy, exclude=("incarnation-of-new",), fingerprint="2") is None
+
+
+def test_engines_of_another_model_are_not_used_and_said_to_be_there() -> None:
+    other = make_register(EngineIdentity("d0", "x"), "decode", model="another")
+    registry = registered(engine("p0", "prefill"))
+    registry.register(b"d0", other, now=0.0)
+    assert OneModelPolicy(registry).choose() == NoRoute(
+        "no decode engine is ready; 1 engines of other models than tiny are not used"
+    )
 
 
 def test_a_prefill_and_a_decode_engine_of_different_weights_are_no_pair_even_before_they_say_so() -> None:
-    prefill, decode = member("p0", "prefill", fingerprint="1"), member("d0", "decode", fingerprint="2")
-    path, _ = choose_route_of_one_model([prefill, decode])
-    assert path == "no path through engines of the same weights: p0 (prefill) has 1, d0 (decode) has 2"
-    refuse(decode, prefill, error="fingerprint differs: ours is 2, theirs 1")
-    path, _ = choose_route_of_one_model([prefill, decode])
-    assert "d0 cannot read from p0: fingerprint differs" in str(path)
+    prefill, decode = engine("p0", "prefill", fingerprint="1"), engine("d0", "decode", fingerprint="2")
+    registry = registered(prefill, decode)
+    assert OneModelPolicy(registry).choose() == NoRoute(
+        "no route through engines of the same weights: p0 (prefill) has 1, d0 (decode) has 2"
+    )
+    refuse(registry.ready("decode")[0], prefill, error="fingerprint differs: ours is 2, theirs 1")
+    route = OneModelPolicy(registry).choose()
+    assert isinstance(route, NoRoute)
+    assert "d0 cannot read from p0: fingerprint differs" in route.reason
+
+
+def test_an_engines_own_api_uses_that_engine_whatever_its_role() -> None:
+    registry = registered(engine("p0", "prefill"))
+    policy = SingleEnginePolicy(registry)
+    assert policy.choose() == Route(registry.ready()[0], reason="sent to this engine directly")
+    assert policy.choose(("incarnation-of-p0",)) == NoRoute("the engine is not ready")

@@ -1,4 +1,4 @@
-"""Engines of many shapes at once, and a router in the test's own process that takes any path it is told to."""
+"""Engines of many shapes at once, and a router in the test's own process that takes any route it is told to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,10 +31,10 @@ from tandem.engine.start.placement import RankPlacement
 from tandem.errors import RequestError
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
-from tandem.router.hub import Hub, Inbox
-from tandem.router.policy import Route
-from tandem.router.registry import EngineRegistry
-from tandem.router.router import Router
+from tandem.router.engine_connections import EngineConnections, StreamQueue
+from tandem.router.engine_registry import EngineEntry, EngineRegistry
+from tandem.router.policy import NoRoute, Route
+from tandem.router.request_router import RequestRouter
 from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, Tokens
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
@@ -77,7 +77,7 @@ class Fleet:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._registry = EngineRegistry()
-        self._route: Route | str = "no route was chosen"
+        self._route: Route | NoRoute = NoRoute("no route was chosen")
         self.control = self._call(self._open())
         for shape in shapes:
             self._start(model, shape, connector)
@@ -93,21 +93,17 @@ class Fleet:
 
     def answer(self, prefill: str, decode: str, tokens: list[int], count: int) -> tuple[list[int], TokenDelta]:
         """Greedy output, and the last delta, which says how it was made."""
-        source, sink = self._registry.find(prefill), self._registry.find(decode)
-        assert source is not None
-        assert sink is not None
-        self._route = Route(sink, source)
+        self._route = Route(self._engine(decode), self._engine(prefill))
         return self._call(self._generate(tokens, count))
 
     def introduce(self, prefill: str, decode: str) -> None:
         """As a router does when both have registered: they shake hands, before any request."""
 
         async def send() -> None:
-            source, sink = self._registry.find(prefill), self._registry.find(decode)
-            assert source is not None
-            assert sink is not None
-            peer = PeerAddress(source.register.identity, source.register.peer_address)
-            self._hub.send(sink.route, Introduce([peer]))
+            source = self._engine(prefill).register
+            self._connections.send(
+                self._engine(decode).sender, Introduce([PeerAddress(source.identity, source.peer_address)])
+            )
 
         self._call(send())
 
@@ -115,18 +111,14 @@ class Fleet:
         """What the engine answers first to a message of a frontend; the request is then left to itself."""
 
         async def first() -> Tokens | RequestError:
-            member = self._registry.find(name)
-            assert member is not None
-            inbox: Inbox = asyncio.Queue()
-            self._hub.open(message, member, inbox)
-            return (await inbox.get())[1]
+            queue: StreamQueue = asyncio.Queue()
+            self._connections.open(message, self._engine(name), queue)
+            return (await queue.get())[1]
 
         return self._call(first())
 
     def status(self, name: str) -> EngineStatus:
-        member = self._registry.find(name)
-        assert member is not None
-        return member.status
+        return self._engine(name).status
 
     def wait_for_peer(self, decode: str, prefill: str) -> PeerInfo:
         """The decode engine's session with the prefill engine, once its status tells of it."""
@@ -138,7 +130,14 @@ class Fleet:
             time.sleep(0.05)
         raise AssertionError(f"{decode} never told of {prefill}")
 
+    def choose(self, exclude: Collection[str] = (), fingerprint: str | None = None) -> Route | NoRoute:
+        """The routing policy of its router: the route of the answer that is being made."""
+        return self._route
+
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _engine(self, name: str) -> EngineEntry:
+        return next(engine for engine in self._registry if engine.engine_id == name)
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(ANSWER_SECONDS)
@@ -146,15 +145,15 @@ class Fleet:
     async def _open(self) -> Address:
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), None)
         socket, port = sockets.bind(zmq.ROUTER, "127.0.0.1", 0, SocketOptions(handover=True))
-        self._hub = Hub(socket, self._registry, introduce=False)
-        self._router = Router(self._hub, self._registry, lambda *_: self._route, request_timeout=ANSWER_SECONDS)
-        self._hub_task = asyncio.create_task(self._hub.run())
+        self._connections = EngineConnections(socket, self._registry, introduce=False)
+        self._router = RequestRouter(self._connections, self, request_timeout=ANSWER_SECONDS)
+        self._receiving = asyncio.create_task(self._connections.run())
         return Address("127.0.0.1", port)
 
     async def _close(self) -> None:
-        self._hub_task.cancel()
-        await asyncio.gather(self._hub_task, return_exceptions=True)
-        self._hub.stop()
+        self._receiving.cancel()
+        await asyncio.gather(self._receiving, return_exceptions=True)
+        self._connections.stop()
 
     async def _generate(self, tokens: list[int], count: int) -> tuple[list[int], TokenDelta]:
         sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
@@ -187,6 +186,6 @@ class Fleet:
 
     def _wait(self, names: set[str]) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while {member.engine_id for member in self._registry.ready("mixed")} != names:
-            assert time.monotonic() < deadline, f"only {[m.engine_id for m in self._registry]} of {names} started"
+        while {engine.engine_id for engine in self._registry.ready("mixed")} != names:
+            assert time.monotonic() < deadline, f"only {[e.engine_id for e in self._registry]} of {names} started"
             self._children.next_report(self._children.children, 0.2)

@@ -90,10 +90,10 @@ def check(fleet: Fleet, model: Path, source: str, sink: str, length: int) -> Non
     tokens = prompt(length, PAIRS.index((source, sink)) if (source, sink) in PAIRS else 99)
     output, last = fleet.answer(source, sink, tokens, OUTPUT)
     assert output == greedy(model, tokens, OUTPUT)
-    assert last.how is not None
-    assert last.how.disaggregated, last.how.reason
-    assert last.how.recomputations == 0
-    assert last.how.bytes > 0
+    assert last.details is not None
+    assert last.details.disaggregated, last.details.reason
+    assert last.details.recomputations == 0
+    assert last.details.bytes > 0
 
 
 @pytest.mark.timeout(400)
@@ -115,10 +115,10 @@ def test_only_missing_blocks_are_read(six_head_fleet: Fleet, six_heads: Path) ->
     _, first = six_head_fleet.answer("tp2", "tp3", tokens, OUTPUT)
     output, second = six_head_fleet.answer("tp2", "tp3", tokens + prompt(16, 78), OUTPUT)
     assert output == greedy(six_heads, tokens + prompt(16, 78), OUTPUT)
-    assert first.how is not None
-    assert second.how is not None
-    assert second.how.prefix_tokens["tp3"] >= 96
-    assert second.how.bytes < first.how.bytes
+    assert first.details is not None
+    assert second.details is not None
+    assert second.details.prefix_tokens["tp3"] >= 96
+    assert second.details.bytes < first.details.bytes
 
 
 def test_every_rank_shows_the_one_identity(six_head_fleet: Fleet) -> None:

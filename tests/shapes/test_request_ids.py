@@ -45,5 +45,5 @@ def test_an_id_whose_kv_is_still_kept_is_refused(fleet: Fleet, model: Path) -> N
     assert "is in use" in str(again)
     output, last = fleet.answer(SOURCE.name, SINK.name, PROMPT[::-1], 4)
     assert output == greedy(model, PROMPT[::-1], 4)
-    assert last.how is not None
-    assert last.how.disaggregated
+    assert last.details is not None
+    assert last.details.disaggregated

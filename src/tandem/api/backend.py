@@ -1,13 +1,14 @@
-"""What the HTTP application needs of whatever generates the tokens. The router is one; tests bring another."""
+"""The interface between the HTTP application and whatever generates the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+import enum
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
 
 import msgspec
 
-from tandem.wire.messages import EngineStatus, KvTransferParams, TokenLogprobs
+from tandem.wire.messages import EngineStatus, KvTransferParams, Register, TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
 
@@ -15,7 +16,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     """The model that is served.
 
     Attributes:
-        name: what clients call it.
+        name: clients call it so.
         path: folder with tokenizer.json, tokenizer_config.json, generation_config.json.
         max_model_len: prompt and output together, in tokens.
         seed: for requests that bring none; None draws one for each.
@@ -31,7 +32,7 @@ class ModelCard(msgspec.Struct, frozen=True):
 class TokenRequest(msgspec.Struct, frozen=True):
     """One sequence to generate (a request with n > 1 is n of these).
 
-    `kv_transfer_params`: what a foreign PD proxy sent; only an engine's own API passes it on.
+    `kv_transfer_params`: sent by a foreign PD proxy; only an engine's own API passes it on.
     """
 
     request_id: str
@@ -40,8 +41,8 @@ class TokenRequest(msgspec.Struct, frozen=True):
     kv_transfer_params: KvTransferParams | None = None
 
 
-class ServingDetails(msgspec.Struct, frozen=True, omit_defaults=False):
-    """The `tandem` object of a response. Times in seconds, sizes in bytes.
+class ServingDetails(msgspec.Struct, frozen=True):
+    """The `tandem` object of a response: how it was made. Times in seconds, sizes in bytes.
 
     Attributes:
         disaggregated: whether another engine's prefill was used; if not, `reason` says why.
@@ -71,14 +72,14 @@ class TokenDelta(msgspec.Struct, frozen=True):
     Attributes:
         finish_reason: "stop" (eos or stop token id, which is then the last of `token_ids` and `stop_token_id`),
             "length", or None.
-        how: how it was made so far; on the first and last delta, and whenever more is known.
+        details: how the sequence was made so far; on the first and last delta, and whenever more is known.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_token_id: int | None = None
-    how: ServingDetails | None = None
+    details: ServingDetails | None = None
     kv_transfer_params: KvTransferParams | None = None
 
 
@@ -89,20 +90,32 @@ class Health(msgspec.Struct, frozen=True):
     detail: str
 
 
+class EngineState(enum.Enum):
+    READY = "ready"
+    LOST = "lost"
+
+
+class KnownEngine(Protocol):
+    """An engine that has registered: its registration, its last heartbeat, and whether it is there."""
+
+    register: Register
+    status: EngineStatus
+    state: EngineState
+
+
 class Backend(Protocol):
+    """Generates tokens. The request router is one; tests bring another."""
+
     async def model(self) -> ModelCard:
-        """The model; raises Unavailable while no engine has registered."""
+        """Return the model's card. Raises Unavailable while no engine has registered."""
 
     def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Deltas until one has a finish reason. Closing the generator early aborts the request everywhere.
+        """Yield deltas until one has a finish reason. Closing the generator early aborts the request everywhere.
 
         Raises a RequestError, before or between deltas; then nothing more comes.
         """
 
     def health(self) -> Health: ...
 
-    def engines(self) -> list[tuple[EngineStatus, str]]:
-        """Every engine known, with its state: ready, lost or leaving."""
-
-    def describe_engine(self, status: EngineStatus) -> dict[str, Any]:
-        """What /tandem/engine shows of it."""
+    def engines(self) -> Sequence[KnownEngine]:
+        """Return every engine known, in the order of registration."""

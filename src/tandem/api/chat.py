@@ -1,4 +1,4 @@
-"""/v1/chat/completions."""
+"""/v1/chat/completions: the prompt by the chat template, and the chat response objects."""
 
 from __future__ import annotations
 
@@ -17,52 +17,49 @@ from tandem.api.openai import (
     TokenLogprob,
     TopLogprob,
 )
-from tandem.api.output import TextChunk, Token
+from tandem.api.output_processor import TextChunk, Token
 from tandem.api.parsing import message_text, sampling_params
-from tandem.api.prepared_request import Caller, PreparedRequest, Prompt, prepare_request
+from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite
-from tandem.api.tokens import INLINE_CHARS
+from tandem.api.tokenizer import INLINE_CHARS
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
 
 
-async def prepare_chat(body: ChatBody, model: LoadedModel, caller: Caller) -> PreparedRequest:
+async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> PreparedRequest:
     """Raises InvalidRequest."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
-    text = await _rendered(body, model)
+    text = await _render(body, model)
     prompt = Prompt(await model.tokenizer.encode(text, add_special_tokens=False), text)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return prepare_request(caller, model, body, [(prompt, sampling_params(body, limit, logprobs, model.card.seed))])
+    sampling = sampling_params(body, limit, logprobs, model.card.seed)
+    return prepare_request(request_id, body, model, [(prompt, sampling)])
 
 
-class ChatBuilder(ResponseBuilder):
+class ChatBuilder(ResponseBuilder[ChatBody]):
     ID_PREFIX = "chatcmpl-"
     OBJECT = "chat.completion"
     CHUNK_OBJECT = "chat.completion.chunk"
 
-    def __init__(self, job: PreparedRequest, body: ChatBody) -> None:
-        super().__init__(job)
-        self._body = body
-
-    def choice(self, piece: TextChunk, first: bool) -> ChatChoice:
+    def choice(self, chunk: TextChunk, first: bool) -> ChatChoice:
         return ChatChoice(
-            **self.choice_fields(piece), message=AssistantMessage(piece.text), logprobs=self._logprobs(piece.tokens)
+            **self.choice_fields(chunk), message=AssistantMessage(chunk.text), logprobs=self._logprobs(chunk.tokens)
         )
 
-    def chunk_choice(self, piece: TextChunk, first: bool) -> ChatChunkChoice:
-        content = piece.text if piece.text or first else UNSET
+    def chunk_choice(self, chunk: TextChunk, first: bool) -> ChatChunkChoice:
+        content = chunk.text if chunk.text or first else UNSET
         delta = ChatDelta(content, "assistant" if first else UNSET)
-        return ChatChunkChoice(**self.choice_fields(piece), delta=delta, logprobs=self._logprobs(piece.tokens))
+        return ChatChunkChoice(**self.choice_fields(chunk), delta=delta, logprobs=self._logprobs(chunk.tokens))
 
     def prompt_token_ids(self) -> list[int] | UnsetType:
-        return self.job.sequences[0].prompt.token_ids if self._body.return_token_ids else UNSET
+        return self.request.sequences[0].prompt.token_ids if self.body.return_token_ids else UNSET
 
     def _logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
-        if not self._body.logprobs:
+        if not self.body.logprobs:
             return None
         return ChatLogprobs([self._token(token.id, token.logprobs) for token in tokens if token.logprobs is not None])
 
@@ -71,14 +68,14 @@ class ChatBuilder(ResponseBuilder):
         return TokenLogprob(*self._names(token_id, logprobs.logprob), top)
 
     def _names(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        tokenizer = self.job.model.tokenizer
+        tokenizer = self.request.model.tokenizer
         return tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id))
 
 
-async def _rendered(body: ChatBody, model: LoadedModel) -> str:
+async def _render(body: ChatBody, model: LoadedModel) -> str:
     messages = []
-    for place, message in enumerate(body.messages):
-        one = {"role": message.role, "content": message_text(message, place)}
+    for index, message in enumerate(body.messages):
+        one = {"role": message.role, "content": message_text(message, index)}
         messages.append(one if message.name is None else one | {"name": message.name})
     variables = body.chat_template_kwargs or {}
     if sum(len(one["content"]) for one in messages) <= INLINE_CHARS:

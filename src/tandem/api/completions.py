@@ -1,4 +1,4 @@
-"""/v1/completions."""
+"""/v1/completions: prompts as text or token ids, and the completion response objects."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from msgspec import UNSET
 
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import CompletionBody, CompletionChoice, CompletionLogprobs
-from tandem.api.output import TextChunk, Token
+from tandem.api.output_processor import TextChunk, Token
 from tandem.api.parsing import sampling_params
-from tandem.api.prepared_request import Caller, PreparedRequest, Prompt, prepare_request
+from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite, with_chosen
 from tandem.errors import InvalidRequest
 from tandem.wire.sampling import SamplingParams
@@ -16,46 +16,42 @@ from tandem.wire.sampling import SamplingParams
 DEFAULT_MAX_TOKENS = 16
 
 
-async def prepare_completion(body: CompletionBody, model: LoadedModel, caller: Caller) -> PreparedRequest:
+async def prepare_completion(request_id: str, body: CompletionBody, model: LoadedModel) -> PreparedRequest:
     """Raises InvalidRequest."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
     prompts = [await _prompt(one, model) for one in _prompts(body.prompt)]
-    return prepare_request(caller, model, body, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
+    return prepare_request(request_id, body, model, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
 
 
-class CompletionBuilder(ResponseBuilder):
+class CompletionBuilder(ResponseBuilder[CompletionBody]):
     ID_PREFIX = "cmpl-"
     OBJECT = CHUNK_OBJECT = "text_completion"
 
-    def __init__(self, job: PreparedRequest, body: CompletionBody) -> None:
-        super().__init__(job)
-        self._body = body
-
-    def choice(self, piece: TextChunk, first: bool) -> CompletionChoice:
-        prompt = self.job.sequences[piece.index].prompt
+    def choice(self, chunk: TextChunk, first: bool) -> CompletionChoice:
+        prompt = self.request.sequences[chunk.index].prompt
         return CompletionChoice(
-            **self.choice_fields(piece),
-            text=self._prompt_text(prompt) + piece.text if first and self._body.echo else piece.text,
-            logprobs=self._logprobs(piece.tokens) if self._body.logprobs is not None else None,
-            prompt_token_ids=prompt.token_ids if first and self._body.return_token_ids else UNSET,
+            **self.choice_fields(chunk),
+            text=self._prompt_text(prompt) + chunk.text if first and self.body.echo else chunk.text,
+            logprobs=self._logprobs(chunk.tokens) if self.body.logprobs is not None else None,
+            prompt_token_ids=prompt.token_ids if first and self.body.return_token_ids else UNSET,
         )
 
     chunk_choice = choice
 
     def _prompt_text(self, prompt: Prompt) -> str:
-        return self.job.model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        return self.request.model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
     def _logprobs(self, tokens: list[Token]) -> CompletionLogprobs:
-        text = self.job.model.tokenizer.token_text
+        text = self.request.model.tokenizer.token_text
         known = [(token, token.logprobs) for token in tokens if token.logprobs is not None]
         return CompletionLogprobs(
             tokens=[text(token.id) for token, _ in known],
-            token_logprobs=[finite(made.logprob) for _, made in known],
+            token_logprobs=[finite(logprobs.logprob) for _, logprobs in known],
             top_logprobs=[
-                {text(i): finite(value) for i, value in with_chosen(token.id, made)} for token, made in known
+                {text(i): finite(value) for i, value in with_chosen(token.id, logprobs)} for token, logprobs in known
             ],
             text_offset=[token.offset for token, _ in known],
         )
@@ -67,7 +63,7 @@ def _sampling(body: CompletionBody, prompt: Prompt, model: LoadedModel) -> Sampl
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """One of OpenAI's four ways to write prompts, as a list of prompts."""
+    """Return the prompts, which OpenAI's API can write in four ways, as a list."""
     if isinstance(prompt, str):
         return [prompt]
     ids = [one for one in prompt if isinstance(one, int)]

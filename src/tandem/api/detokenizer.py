@@ -1,11 +1,11 @@
-"""Token ids to text, one token at a time."""
+"""Turn token ids into text, one token at a time."""
 
 from __future__ import annotations
 
 import codecs
 from typing import Protocol
 
-from tandem.api.tokens import Tokenizer
+from tandem.api.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 MAX_CHAR_TOKENS = 4  # a character has up to four bytes in UTF-8, each of which may be a token
@@ -15,10 +15,10 @@ class Detokenizer(Protocol):
     """The texts of `push` and then `finish`, joined, are the text of all the tokens, without special tokens."""
 
     def push(self, token_id: int) -> str:
-        """The characters that are complete with this token."""
+        """Return the characters that are complete with this token."""
 
     def finish(self) -> str:
-        """What is left; bytes that are no character become U+FFFD."""
+        """Return the rest; bytes that are no character become U+FFFD."""
 
 
 def new_detokenizer(tokenizer: Tokenizer) -> Detokenizer:

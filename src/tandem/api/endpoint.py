@@ -1,4 +1,4 @@
-"""The life of one generating request over HTTP: body in, answer or events out, the client watched all the while."""
+"""One generating request over HTTP: body in, response or events out, the client watched throughout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Literal
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from tandem.api.backend import Backend
 from tandem.api.generation import generate
@@ -22,14 +23,14 @@ from tandem.api.http_errors import (
     unexpected,
 )
 from tandem.api.loaded_model import LoadedModel, ModelLoader
-from tandem.api.metrics import Metrics, Observation
+from tandem.api.metrics import Metrics, RequestMetrics
 from tandem.api.middleware import request_id_of
-from tandem.api.openai import Answer, GenerateBody
-from tandem.api.output import TextChunk, joined
+from tandem.api.openai import Body, ResponseBody
+from tandem.api.output_processor import TextChunk, joined
 from tandem.api.parsing import parse
-from tandem.api.prepared_request import Caller, Kind, PreparedRequest
+from tandem.api.prepared_request import PreparedRequest
 from tandem.api.response_builder import ResponseBuilder, encode
-from tandem.errors import RequestError
+from tandem.errors import InvalidRequest, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -40,83 +41,86 @@ STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-Body = TypeVar("Body", bound=GenerateBody)
+Kind = Literal["router", "engine"]
 
 
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Shared by all endpoints of an application; `create_app` explains them."""
+
+    backend: Backend
+    loader: ModelLoader
+    metrics: Metrics
+    kind: Kind
+    max_body: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateEndpoint(Generic[Body]):
-    """An ASGI application for one path.
+    """An ASGI application that answers POST requests of one path.
 
     A stream's status line is sent with its first event, so an error before it has its own HTTP status. After it,
     an error is one event with the error object, and the stream ends without `[DONE]`.
 
     Args:
         name: of the endpoint, for logs and metrics.
-        body: what the client sends.
-        prepare_request: makes the request ready; raises RequestError.
-        assembly: makes the answer.
-        max_body: bytes a body may have.
+        prepare: turns the body into sequences for the backend, by request id; raises RequestError.
     """
 
-    def __init__(
-        self,
-        name: str,
-        body: type[Body],
-        prepare_request: Callable[[Body, LoadedModel, Caller], Coroutine[Any, Any, PreparedRequest]],
-        assembly: Callable[[PreparedRequest, Body], ResponseBuilder],
-        backend: Backend,
-        loader: ModelLoader,
-        metrics: Metrics,
-        kind: Kind,
-        max_body: int,
-    ) -> None:
-        self._name = name
-        self._body = body
-        self._new_job = prepare_request
-        self._assembly = assembly
-        self._backend = backend
-        self._loader = loader
-        self._metrics = metrics
-        self._kind: Kind = kind
-        self._max_body = max_body
+    name: str
+    body_type: type[Body]
+    prepare: Callable[[str, Body, LoadedModel], Coroutine[Any, Any, PreparedRequest]]
+    builder_type: type[ResponseBuilder[Body]]
+    services: Services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        caller = Caller(request_id_of(scope), self._kind)
-        out = _Out(scope, receive, send)
-        with self._metrics.track(self._name) as observation:
+        request_id = request_id_of(scope)
+        writer = ResponseWriter(scope, receive, send)
+        with self.services.metrics.track(self.name) as metrics:
             try:
-                body = await read_body(scope, receive, self._max_body)
-                await unless_gone(receive, self._answer(body, caller, out, observation))
-                observation.outcome = "ok"
-            except ClientGone as error:
-                observation.failed(error)
+                body = await read_body(scope, receive, self.services.max_body)
+                await unless_gone(receive, self._respond(request_id, body, writer, metrics))
+                metrics.outcome = "ok"
+            except ClientGone:
+                metrics.outcome = "aborted"
             except RequestError as error:
-                observation.failed(error)
-                await out.error(error)
-            except Exception as error:
-                log.exception("request %s: %s failed", caller.request_id, self._name)
-                observation.failed(error)
-                await out.error(unexpected())
+                metrics.outcome = error.code
+                await writer.error(error)
+            except Exception:
+                log.exception("request %s: %s failed", request_id, self.name)
+                metrics.outcome = RequestError.code
+                await writer.error(unexpected())
             finally:
-                log.debug("request %s: %s ended: %s", caller.request_id, self._name, observation.outcome)
+                log.debug("request %s: %s ended: %s", request_id, self.name, metrics.outcome)
 
-    async def _answer(self, raw: bytes, caller: Caller, out: _Out, observation: Observation) -> None:
-        body = parse(raw, self._body)
-        model = await self._loader.get()
+    async def _respond(self, request_id: str, raw: bytes, writer: ResponseWriter, metrics: RequestMetrics) -> None:
+        body = parse(raw, self.body_type)
+        model = await self.services.loader.get()
         if body.model is not None and body.model != model.card.name:
             raise ModelNotFound(f"there is no model {body.model!r} here; it is {model.card.name!r}", param="model")
-        job = await self._new_job(body, model, caller)
-        self._metrics.prompt_tokens.inc(job.prompt_tokens)
-        _log_job(job, self._name)
-        assembly = self._assembly(job, body)
-        async with aclosing(generate(self._backend, job, observation)) as pieces:
+        if body.kv_transfer_params is not None and self.services.kind == "router":
+            raise InvalidRequest(
+                "kv_transfer_params is for an engine's own API; a router chooses engines itself",
+                param="kv_transfer_params",
+            )
+        request = await self.prepare(request_id, body, model)
+        self.services.metrics.prompt_tokens.inc(request.prompt_tokens)
+        self._log(request, body.user or "")
+        builder = self.builder_type(request, body)
+        async with aclosing(generate(self.services.backend, request, metrics)) as chunks:
             if body.stream:
-                await _stream(pieces, assembly, out)
+                await _stream(chunks, builder, writer)
             else:
-                await out.whole(assembly.whole(await _collect(pieces, len(job.sequences))))
+                await writer.whole(builder.whole(await _collect(chunks, len(request.sequences))))
+
+    def _log(self, request: PreparedRequest, user: str) -> None:
+        counts = f"{len(request.sequences)} sequences, {request.prompt_tokens} prompt tokens"
+        by_user = f", user {user[:128]!r}" if user else ""
+        log.info("request %s: %s, %s%s", request.request_id, self.name, counts, by_user)
 
 
-class _Out:
-    """Where an answer goes, and how much of it went."""
+class ResponseWriter:
+    """Sends a response, or the events of a stream, and knows whether the stream has begun."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -124,38 +128,35 @@ class _Out:
         self._send = send
         self._streaming = False
 
-    async def event(self, answer: Answer | dict[str, Any]) -> None:
+    async def event(self, content: ResponseBody | dict[str, Any]) -> None:
         if not self._streaming:
             self._streaming = True
             await self._send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        await self._part(b"data: " + encode(answer) + b"\n\n", more=True)
+        body = b"data: " + encode(content) + b"\n\n"
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def done(self) -> None:
-        await self._part(DONE, more=False)
+    async def end(self, last: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def whole(self, answer: Answer) -> None:
-        await json_response(answer)(self._scope, self._receive, self._send)
+    async def whole(self, content: ResponseBody) -> None:
+        await json_response(content)(self._scope, self._receive, self._send)
 
     async def error(self, error: RequestError) -> None:
         if not self._streaming:
             await error_response(error)(self._scope, self._receive, self._send)
             return
         await self.event(error_body(error))
-        await self._part(b"", more=False)
-
-    async def _part(self, body: bytes, more: bool) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self.end(b"")
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as it is known to be, and ClientGone."""
-    headers = dict(scope["headers"])
-    length = headers.get(b"content-length", b"0")
+    """Return the whole body. Raises BodyTooLarge as soon as it is known to be, and ClientGone."""
+    length = dict(scope["headers"]).get(b"content-length", b"0")
     if length.isdigit() and int(length) > limit:
         raise BodyTooLarge(f"the body has {int(length)} bytes; at most {limit} are taken")
     parts, size = [], 0
     while True:
-        message: Message = await receive()
+        message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         parts.append(message.get("body", b""))
@@ -167,7 +168,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Awaits `work`; cancels it and raises ClientGone when the client closes its connection first."""
+    """Await `work`; cancel it and raise ClientGone when the client closes its connection first."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_client_gone(receive))
     try:
@@ -186,22 +187,18 @@ async def _client_gone(receive: Receive) -> None:
         pass
 
 
-async def _stream(pieces: AsyncGenerator[TextChunk, None], assembly: ResponseBuilder, out: _Out) -> None:
-    async for piece in pieces:
-        await out.event(assembly.event(piece))
-    if assembly.usage_at_end:
-        await out.event(assembly.usage_event())
-    await out.done()
+async def _stream(
+    chunks: AsyncGenerator[TextChunk, None], builder: ResponseBuilder[Any], writer: ResponseWriter
+) -> None:
+    async for chunk in chunks:
+        await writer.event(builder.event(chunk))
+    if builder.usage_at_end:
+        await writer.event(builder.usage_event())
+    await writer.end(DONE)
 
 
-async def _collect(pieces: AsyncGenerator[TextChunk, None], choices: int) -> list[TextChunk]:
+async def _collect(chunks: AsyncGenerator[TextChunk, None], choices: int) -> list[TextChunk]:
     parts: list[list[TextChunk]] = [[] for _ in range(choices)]
-    async for piece in pieces:
-        parts[piece.index].append(piece)
+    async for chunk in chunks:
+        parts[chunk.index].append(chunk)
     return [joined(one) for one in parts]
-
-
-def _log_job(job: PreparedRequest, name: str) -> None:
-    counts = f"{len(job.sequences)} sequences, {job.prompt_tokens} prompt tokens"
-    user = (job.body.user or "")[:128]
-    log.info("request %s: %s, %s%s", job.caller.request_id, name, counts, f", user {user!r}" if user else "")

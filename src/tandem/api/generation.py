@@ -1,4 +1,4 @@
-"""Running a job: its sequences' pieces, as they come."""
+"""Generate the sequences of a prepared request, and merge their text chunks."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from tandem.api.backend import Backend
-from tandem.api.metrics import Observation
-from tandem.api.output import TextChunk
-from tandem.api.prepared_request import PreparedRequest, Sequence
+from tandem.api.metrics import RequestMetrics, TokenTimer
+from tandem.api.output_processor import TextChunk
+from tandem.api.prepared_request import PreparedRequest, PreparedSequence
 from tandem.errors import EngineFailed
 
-MAX_WAITING_PIECES = 256
+MAX_WAITING_CHUNKS = 256
 
 
-async def generate(backend: Backend, job: PreparedRequest, observation: Observation) -> AsyncGenerator[TextChunk, None]:
-    """Pieces of all choices, each choice's in order. Closing it aborts whatever still runs. Raises RequestError."""
-    runs = [_run(backend, one, job.wants_tokens, observation) for one in job.sequences]
-    async with aclosing(runs[0] if len(runs) == 1 else _merged(runs)) as pieces:
-        async for piece in pieces:
-            yield piece
+def generate(backend: Backend, request: PreparedRequest, metrics: RequestMetrics) -> AsyncGenerator[TextChunk, None]:
+    """Return the chunks of all choices, each choice's in order. Closing it aborts whatever still runs.
+
+    Raises RequestError.
+    """
+    runs = [_generate_one(backend, one, request.wants_tokens, TokenTimer(metrics)) for one in request.sequences]
+    return runs[0] if len(runs) == 1 else _merged(runs)
 
 
-async def _run(
-    backend: Backend, sequence: Sequence, wants_tokens: bool, observation: Observation
+async def _generate_one(
+    backend: Backend, sequence: PreparedSequence, wants_tokens: bool, timer: TokenTimer
 ) -> AsyncGenerator[TextChunk, None]:
-    """One sequence, until its finish or a stop string; then the backend's generator is closed, which aborts it."""
-    clock = observation.clock()
+    """Yield chunks until the finish or a stop string; then the backend's generator is closed, which aborts it."""
     async with aclosing(backend.generate(sequence.request)) as deltas:
         async for delta in deltas:
-            piece = sequence.output.feed(delta)
-            clock.tokens(len(piece.tokens))
-            if piece.text or piece.finish_reason is not None or (wants_tokens and piece.tokens):
-                yield piece
-            if piece.finish_reason is not None:
+            chunk = sequence.output.process(delta)
+            timer.record(len(chunk.tokens))
+            if chunk.text or chunk.finish_reason is not None or (wants_tokens and chunk.tokens):
+                yield chunk
+            if chunk.finish_reason is not None:
                 return
     raise EngineFailed("the engine stopped sending tokens and gave no reason")
 
 
 async def _merged(runs: list[AsyncGenerator[TextChunk, None]]) -> AsyncGenerator[TextChunk, None]:
-    """Pieces of several sequences as they come; the first error ends them all."""
-    queue: asyncio.Queue[TextChunk | BaseException | None] = asyncio.Queue(MAX_WAITING_PIECES)
-    tasks = [asyncio.create_task(_pump(run, queue)) for run in runs]
+    """Yield chunks of several sequences as they come; the first error ends them all."""
+    queue: asyncio.Queue[TextChunk | Exception | None] = asyncio.Queue(MAX_WAITING_CHUNKS)
+    tasks = [asyncio.create_task(_forward(run, queue)) for run in runs]
     left = len(tasks)
     try:
         while left:
             item = await queue.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 left -= 1
@@ -59,11 +59,11 @@ async def _merged(runs: list[AsyncGenerator[TextChunk, None]]) -> AsyncGenerator
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(run: AsyncGenerator[TextChunk, None], queue: asyncio.Queue[TextChunk | BaseException | None]) -> None:
+async def _forward(run: AsyncGenerator[TextChunk, None], queue: asyncio.Queue[TextChunk | Exception | None]) -> None:
     try:
-        async with aclosing(run) as pieces:
-            async for piece in pieces:
-                await queue.put(piece)
+        async with aclosing(run) as chunks:
+            async for chunk in chunks:
+                await queue.put(chunk)
         await queue.put(None)
-    except Exception as error:  # it is raised again where the pieces are read
+    except Exception as error:  # it is raised again where the chunks are read
         await queue.put(error)

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, and those that only HTTP knows.
+"""Errors in OpenAI's shape, and those that only HTTP knows: branches of the tree in `tandem.errors`.
 
 RequestError
 ├── InvalidRequest
@@ -65,7 +65,7 @@ class ClientGone(Exception):
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
+    """Return `{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
@@ -79,7 +79,7 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 
 def unexpected() -> RequestError:
-    """What a client is told of our own bug; the log has the traceback."""
+    """Return what a client is told of our own bug; the log has the traceback."""
     return RequestError("the server failed on this request; its log says why")
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.api.backend import Backend, ModelCard
+from tandem.api.chat_template import ChatTemplate, load_template
 from tandem.api.http_errors import ContextTooLong
-from tandem.api.template import ChatTemplate, load_template
-from tandem.api.tokens import Tokenizer, load_tokenizer
+from tandem.api.tokenizer import Tokenizer, load_tokenizer
 from tandem.errors import InvalidRequest, ModelError, RequestError
 
 
@@ -20,12 +20,12 @@ class LoadedModel:
     template: ChatTemplate
 
     def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
-        """How many tokens may follow the prompt.
+        """Return the number of tokens that may follow the prompt.
 
         Args:
-            asked: what the client wants; it must fit.
-            default: what it gets if it does not say, or less where less fits; None for all that fits.
-            field: of the request, where the prompt is.
+            asked: by the client; it must fit.
+            default: for a client that does not say, or less where less fits; None for all that fits.
+            field: of the body, where the prompt is.
         """
         room = self.card.max_model_len - prompt_len
         if room < 1 or (asked is not None and asked > room):
@@ -40,6 +40,7 @@ class LoadedModel:
         return room if default is None else min(default, room)
 
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
+        """Raise InvalidRequest for one that the vocabulary does not have."""
         size = self.tokenizer.vocab_size
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
             wrong = next(one for one in token_ids if not 0 <= one < size)
@@ -52,19 +53,22 @@ class ModelLoader:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._lock = asyncio.Lock()
-        self._served: LoadedModel | None = None
+        self._loaded: LoadedModel | None = None
 
     async def get(self) -> LoadedModel:
-        """Raises Unavailable while the backend knows no model; RequestError (500) if its folder cannot be used."""
+        """Return the model, loaded.
+
+        Raises Unavailable while the backend knows no model; RequestError (500) if its folder cannot be used.
+        """
         card = await self._backend.model()
         async with self._lock:
-            if self._served is None or self._served.card != card:
-                self._served = await self._load(card)
-            return self._served
+            if self._loaded is None or self._loaded.card != card:
+                self._loaded = await self._load(card)
+            return self._loaded
 
     async def _load(self, card: ModelCard) -> LoadedModel:
-        if self._served is not None and self._served.card.path == card.path:
-            return LoadedModel(card, self._served.tokenizer, self._served.template)
+        if self._loaded is not None and self._loaded.card.path == card.path:
+            return LoadedModel(card, self._loaded.tokenizer, self._loaded.template)
         folder = Path(card.path)
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, folder)

@@ -1,19 +1,18 @@
-"""Prometheus metrics of the API and, as their heartbeats tell, of the engines behind it."""
+"""Prometheus metrics of the API and, from their heartbeats, of the engines behind it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tandem.api.backend import Backend
-from tandem.api.http_errors import ClientGone
-from tandem.errors import RequestError
+from tandem.api.backend import Backend, EngineState
 from tandem.wire.messages import EngineCounters
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -21,6 +20,7 @@ FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30,
 BETWEEN_TOKENS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 1.6, 5, 15)
 WHOLE_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 300, 600)
 KV_STATES = ("free", "cached", "leased", "in_use")
+LABELS = ("engine_id", "role")
 REQUEST_STATES = ("waiting", "waiting_for_kv", "running")
 
 
@@ -45,56 +45,54 @@ class Metrics:
         self.output_tokens = Counter("tandem_output_tokens", "Tokens generated.", registry=registry)
 
     @contextmanager
-    def track(self, endpoint: str) -> Iterator[Observation]:
-        """Counts one request of `endpoint` from here on; the caller sets `outcome` before it leaves."""
+    def track(self, endpoint: str) -> Iterator[RequestMetrics]:
+        """Count one request of `endpoint` from here on; the caller sets `outcome` before it leaves."""
         running = self._running.labels(endpoint)
         running.inc()
-        observation = Observation(self)
+        request = RequestMetrics(self)
         try:
-            yield observation
+            yield request
         finally:
             running.dec()
-            self._requests.labels(endpoint, observation.outcome).inc()
-            if observation.outcome == "ok":
-                self._whole.observe(time.monotonic() - observation.started)
+            self._requests.labels(endpoint, request.outcome).inc()
+            if request.outcome == "ok":
+                self._whole.observe(time.monotonic() - request.started)
 
     def expose(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class Observation:
-    """One request. `outcome`: "ok", "aborted" or an error's code."""
+@dataclass(slots=True)
+class RequestMetrics:
+    """Metrics of one request.
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-        self.started = time.monotonic()
-        self.first_token: float | None = None
-        self.outcome = "aborted"
+    Attributes:
+        outcome: "ok", "aborted" or an error's code.
+        first_token: whether any of its sequences has a token.
+    """
 
-    def failed(self, error: BaseException) -> None:
-        known = error.code if isinstance(error, RequestError) else RequestError.code
-        self.outcome = "aborted" if isinstance(error, ClientGone) else known
-
-    def clock(self) -> TokenClock:
-        return TokenClock(self)
+    metrics: Metrics
+    outcome: str = "aborted"
+    started: float = field(default_factory=time.monotonic)
+    first_token: bool = False
 
 
-class TokenClock:
-    """Times of one sequence's tokens. Tokens that come together share the time since the last ones."""
+class TokenTimer:
+    """Times one sequence's tokens. Tokens that come together share the time since the last ones."""
 
-    def __init__(self, observation: Observation) -> None:
-        self._observation = observation
+    def __init__(self, request: RequestMetrics) -> None:
+        self._request = request
         self._last: float | None = None
 
-    def tokens(self, count: int) -> None:
+    def record(self, count: int) -> None:
         if not count:
             return
         now = time.monotonic()
-        metrics = self._observation.metrics
+        metrics = self._request.metrics
         metrics.output_tokens.inc(count)
-        if self._observation.first_token is None:
-            self._observation.first_token = now
-            metrics.first_token.observe(now - self._observation.started)
+        if not self._request.first_token:
+            self._request.first_token = True
+            metrics.first_token.observe(now - self._request.started)
         if self._last is not None:
             for _ in range(count):
                 metrics.between_tokens.observe((now - self._last) / count)
@@ -102,38 +100,36 @@ class TokenClock:
 
 
 class _EngineCollector(Collector):
-    """Reads the engines' last statuses when somebody asks."""
+    """Reads the engines' last statuses when /metrics is asked for."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def collect(self) -> Iterable[Metric]:
-        up = GaugeMetricFamily("tandem_engine_ready", "1 if requests may go to it.", labels=("engine_id", "role"))
-        blocks = GaugeMetricFamily(
-            "tandem_engine_kv_blocks", "KV blocks by state.", labels=("engine_id", "role", "state")
-        )
+        ready = GaugeMetricFamily("tandem_engine_ready", "1 if requests may go to it.", labels=LABELS)
+        blocks = GaugeMetricFamily("tandem_engine_kv_blocks", "KV blocks by state.", labels=(*LABELS, "state"))
         requests = GaugeMetricFamily(
-            "tandem_engine_live_requests", "Requests in the engine by state.", labels=("engine_id", "role", "state")
+            "tandem_engine_live_requests", "Requests in the engine by state.", labels=(*LABELS, "state")
         )
         counters = {
-            name: CounterMetricFamily(f"tandem_engine_{name}", _COUNTERS[name], labels=("engine_id", "role"))
-            for name in _COUNTERS
+            name: CounterMetricFamily(f"tandem_engine_{name}", text, labels=LABELS) for name, text in _COUNTERS.items()
         }
-        for status, state in self._backend.engines():
+        for engine in self._backend.engines():
+            status = engine.status
             labels = (status.engine_id, status.role)
-            up.add_metric(labels, float(state == "ready"))
+            ready.add_metric(labels, float(engine.state is EngineState.READY))
             for name in KV_STATES:
                 blocks.add_metric((*labels, name), getattr(status.kv, name))
             for name in REQUEST_STATES:
                 requests.add_metric((*labels, name), getattr(status.requests, name))
-            for name, family in counters.items():
-                family.add_metric(labels, getattr(status.counters, name))
-        return [up, blocks, requests, *counters.values()]
+            for name, counter in counters.items():
+                counter.add_metric(labels, getattr(status.counters, name))
+        return [ready, blocks, requests, *counters.values()]
 
 
 _COUNTERS = {
-    field.name: f"{field.name.replace('_', ' ')} since the engine started.".capitalize()
-    for field in msgspec.structs.fields(EngineCounters)
+    counter.name: f"{counter.name.replace('_', ' ')} since the engine started.".capitalize()
+    for counter in msgspec.structs.fields(EngineCounters)
 }
 
 

@@ -1,9 +1,10 @@
-"""What every request passes: its id and, on /v1, the API key."""
+"""Give every request its id and, on /v1, check the API key."""
 
 from __future__ import annotations
 
 import hmac
 import re
+from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,9 +16,9 @@ _ALLOWED = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
 
 class ApiMiddleware:
-    """ASGI middleware.
+    """Takes over or makes the request id, and lets in only those with the API key.
 
-    A client's X-Request-Id is taken over if it is 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
+    A client's X-Request-Id is taken over if it has 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
     response has it. With an API key, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
     /tandem/ are open.
     """
@@ -27,9 +28,6 @@ class ApiMiddleware:
         self._key = api_key.encode() if api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers = dict(scope["headers"])
         given = headers.get(REQUEST_ID, b"")
         request_id = given if _ALLOWED.fullmatch(given) else new_request_id().encode()
@@ -54,5 +52,5 @@ class ApiMiddleware:
 
 
 def request_id_of(scope: Scope) -> str:
-    found = scope.get("tandem.request_id")
-    return found if isinstance(found, str) else new_request_id()
+    """Return the id that the middleware has given to this request."""
+    return cast(str, scope["tandem.request_id"])

@@ -1,11 +1,11 @@
-"""What clients send and get: OpenAI's completion and chat objects with vLLM's and Tandem's extra fields.
+"""Bodies of requests and responses: OpenAI's completion and chat objects with vLLM's and Tandem's extra fields.
 
 An optional field that is null means the same as one left out. Ranges of sampling fields are SamplingParams'.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -21,7 +21,7 @@ N = Annotated[int, Meta(ge=1, le=MAX_N)]
 LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Stop = Annotated[str, Meta(min_length=1)]
 
-# --- what clients send -------------------------------------------------------------------------------------------
+# --- bodies of requests -------------------------------------------------------------------------------------------
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +58,9 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_transfer_params: dict[str, Any] | None = None
 
 
+Body = TypeVar("Body", bound=GenerateBody)
+
+
 class CompletionBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
@@ -79,7 +82,7 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-# --- what they get -----------------------------------------------------------------------------------------------
+# --- bodies of responses ------------------------------------------------------------------------------------------
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -158,13 +161,13 @@ class ChatChunkChoice(Choice, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
     """A whole response or one event of a stream.
 
     Attributes:
         usage: null in the events before the usage event, if that was asked for.
-        tandem: how it was made: an object, or for several choices a list in the order of their index; in a stream in
-            the event that finishes a choice (of that choice), and in the usage event.
+        tandem: how the response was made: an object, or for several choices a list in the order of their index; in a
+            stream in the event that finishes a choice (of that choice), and in the usage event.
         prompt_token_ids: of a chat; completions have it in each choice.
     """
 

@@ -1,4 +1,4 @@
-"""A request's body to a typed struct; everything that is not served is refused, by name."""
+"""Parse a request's body into a typed struct, and refuse everything that is not served, by name."""
 
 from __future__ import annotations
 
@@ -9,58 +9,34 @@ from typing import Any, TypeVar
 import msgspec
 
 from tandem.api.http_errors import UnknownField, UnsupportedField
-from tandem.api.openai import ChatMessage, GenerateBody
+from tandem.api.openai import Body, ChatMessage, GenerateBody
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import KvTransferParams
 from tandem.wire.sampling import SamplingParams
 
-Body = TypeVar("Body", bound=GenerateBody)
 Converted = TypeVar("Converted")
 
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
-# Tools are not served, so the fields that only steer them may say anything that does not ask for a call.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "detokenize": (True,),
-    "documents": ([],),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
+    **dict.fromkeys(("allowed_token_ids", "chat_template", "prompt_logprobs", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
+    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    "safety_identifier": (),
+    **dict.fromkeys(("bad_words", "documents", "functions", "tools"), ([],)),
+    **dict.fromkeys(("continue_final_message", "include_stop_str_in_output", "store", "use_beam_search"), (False,)),
+    **dict.fromkeys(("add_generation_prompt", "detokenize", "skip_special_tokens"), (True,)),
+    "spaces_between_special_tokens": (True,),
     "length_penalty": (1, 1.0),
     "metadata": ({},),
     "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
     "priority": (0,),
-    "prompt_cache_key": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "prompt_logprobs": (),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "safety_identifier": (),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
+    # Tools are not served, so the fields that only steer them may say anything that does not ask for a call.
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    "parallel_tool_calls": (True, False),
 }
 # What the official client's own message objects have when an answer is sent back as part of a conversation.
 NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
@@ -73,36 +49,33 @@ NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 ROLES = ("system", "developer", "user", "assistant")
-SAMPLING_FIELDS = (
-    *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "logit_bias", "stop_token_ids", "ignore_eos"),
-)
+SAMPLING_FIELDS = frozenset(GenerateBody.__struct_fields__) & frozenset(SamplingParams.__struct_fields__)
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)(?:\[\.\.\.\])?`$")
 _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*?)`")
 _STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
-    """Raises InvalidRequest, with the field at fault in `param`."""
+    """Return the body as a `kind`. Raises InvalidRequest, with the field at fault in `param`."""
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the body must be a JSON object; it is a {type(fields).__name__}")
-    served = _served(fields, NOT_SERVED, "")
-    if kind.__struct_fields__.count("messages"):
-        served = _with_messages(served)
-    if unknown := served.keys() - set(kind.__struct_fields__):
+    fields = _without_not_served(fields, NOT_SERVED, "")
+    if "messages" in kind.__struct_fields__:
+        fields = _with_messages(fields)
+    if unknown := fields.keys() - set(kind.__struct_fields__):
         name = min(unknown)
         raise UnknownField(f"unknown field `{name}`; leave it out", param=name)
-    return convert(served, kind)
+    return convert(fields, kind)
 
 
 def sampling_params(
     body: GenerateBody, max_tokens: int, logprobs: int | None, default_seed: int | None = None
 ) -> SamplingParams:
-    """How `body` wants its tokens chosen. Defaults are OpenAI's, not those of the model's generation_config.json.
+    """Return the sampling parameters of `body`. Defaults are OpenAI's, not those of the model's generation_config.json.
 
     Without any seed a random one is taken. Raises InvalidRequest for a value out of range.
     """
@@ -115,7 +88,7 @@ def sampling_params(
 
 
 def kv_transfer_params(fields: dict[str, Any]) -> KvTransferParams:
-    """What a foreign proxy passes between its engines; keys that are not ours are its own affair."""
+    """Return what a foreign proxy passes between its engines; keys that are not ours are its own affair."""
     given = {name: value for name, value in fields.items() if value is not None}
     try:
         return msgspec.convert(given, KvTransferParams)
@@ -124,14 +97,14 @@ def kv_transfer_params(fields: dict[str, Any]) -> KvTransferParams:
 
 
 def message_text(message: ChatMessage, place: int) -> str:
-    """The text of a message; parts of type `text` are joined with newlines."""
+    """Return the text of a message; parts of type `text` are joined with newlines."""
     if isinstance(message.content, str):
         return message.content
     return "\n".join(_part_text(part, f"messages[{place}].content[{i}]") for i, part in enumerate(message.content))
 
 
 def convert(value: Any, kind: type[Converted]) -> Converted:
-    """`value` as a `kind`; raises InvalidRequest that names the field, what was expected and what came."""
+    """Return `value` as a `kind`. Raises InvalidRequest that names the field, what was expected and what came."""
     try:
         return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:
@@ -151,8 +124,8 @@ def _invalid(problem: str, value: Any) -> InvalidRequest:
     return InvalidRequest(f"{place or 'the body'}: {expected}{came}", param=place or None)
 
 
-def _served(fields: dict[str, Any], table: dict[str, tuple[Any, ...]], place: str) -> dict[str, Any]:
-    """`fields` without those that are not served, if they ask for nothing."""
+def _without_not_served(fields: dict[str, Any], table: dict[str, tuple[Any, ...]], place: str) -> dict[str, Any]:
+    """Return `fields` without those that are not served, if they ask for nothing."""
     for name in fields.keys() & table.keys():
         value = fields[name]
         if value is not None and not any(type(value) is type(one) and value == one for one in table[name]):
@@ -179,7 +152,7 @@ def _served_message(message: Any, place: int) -> Any:
         raise InvalidRequest(
             f"messages[{place}]: role must be one of {', '.join(ROLES)}; it is {role!r}", param="messages"
         )
-    return _served(message, NOT_SERVED_IN_MESSAGES, f"messages[{place}].")
+    return _without_not_served(message, NOT_SERVED_IN_MESSAGES, f"messages[{place}].")
 
 
 def _part_text(part: dict[str, Any], place: str) -> str:
@@ -196,7 +169,7 @@ def _part_text(part: dict[str, Any], place: str) -> str:
 
 
 def _at(value: Any, place: str) -> str:
-    """`, got ...` for the value that is at `place`, such as `messages[0].role`."""
+    """Return `, got ...` for the value that is at `place`, such as `messages[0].role`."""
     for index, name in _STEP.findall(place):
         try:
             value = value[int(index)] if index else value[name]

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+
+import msgspec
 
 from tandem.api.backend import TokenRequest
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import GenerateBody
-from tandem.api.output import Output
+from tandem.api.output_processor import OutputProcessor
 from tandem.api.parsing import kv_transfer_params
 from tandem.errors import InvalidRequest
 from tandem.wire.sampling import SamplingParams
 
 MAX_CHOICES = 2048
-
-Kind = Literal["router", "engine"]
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Where a request came in. `kind`: what the API belongs to; only engines take kv_transfer_params."""
-
-    request_id: str
-    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +27,13 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class PreparedSequence:
     """One choice. `first_of_prompt`: of the n choices for one prompt, the one that counts it in the usage."""
 
     request: TokenRequest
     prompt: Prompt
     first_of_prompt: bool
-    output: Output
+    output: OutputProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +44,9 @@ class PreparedRequest:
         wants_tokens: whether the client wants to see every token (ids or logprobs), also where no text comes of it yet.
     """
 
-    caller: Caller
+    request_id: str
     model: LoadedModel
-    body: GenerateBody
-    sequences: list[Sequence]
+    sequences: list[PreparedSequence]
     wants_tokens: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -70,29 +60,30 @@ class PreparedRequest:
 
 
 def prepare_request(
-    caller: Caller, model: LoadedModel, body: GenerateBody, sampled: list[tuple[Prompt, SamplingParams]]
+    request_id: str, body: GenerateBody, model: LoadedModel, prompts: list[tuple[Prompt, SamplingParams]]
 ) -> PreparedRequest:
-    """The job for these prompts, each with how its tokens are to be chosen. Raises InvalidRequest."""
+    """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest."""
     copies = body.n or 1
-    count = len(sampled) * copies
+    count = len(prompts) * copies
     if count > MAX_CHOICES:
         raise InvalidRequest(f"prompts times n is {count}; at most {MAX_CHOICES} are allowed", param="n")
-    _check(caller, model, body, sampled[0][1], count)
+    _check(body, model, prompts[0][1], count)
     kv = kv_transfer_params(body.kv_transfer_params) if body.kv_transfer_params is not None else None
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    sequences: list[Sequence] = []
-    for prompt, sampling in sampled:
+    sequences: list[PreparedSequence] = []
+    for prompt, sampling in prompts:
         for copy in range(copies):
             index = len(sequences)
-            request_id = f"{caller.request_id}-{index}" if count > 1 else caller.request_id
-            own = _reseeded(sampling, copy)
-            request = TokenRequest(request_id, prompt.token_ids, own, kv)
-            sequences.append(Sequence(request, prompt, copy == 0, Output(model.tokenizer, index, stops, own)))
-    wants_tokens = bool(body.return_token_ids) or sampled[0][1].logprobs is not None
-    return PreparedRequest(caller, model, body, sequences, wants_tokens)
+            own_id = f"{request_id}-{index}" if count > 1 else request_id
+            own = msgspec.structs.replace(sampling, seed=(sampling.seed + copy) % 2**63)  # each choice has its own
+            request = TokenRequest(own_id, prompt.token_ids, own, kv)
+            output = OutputProcessor(model.tokenizer, index, stops, own)
+            sequences.append(PreparedSequence(request, prompt, copy == 0, output))
+    wants_tokens = bool(body.return_token_ids) or prompts[0][1].logprobs is not None
+    return PreparedRequest(request_id, model, sequences, wants_tokens)
 
 
-def _check(caller: Caller, model: LoadedModel, body: GenerateBody, sampling: SamplingParams, count: int) -> None:
+def _check(body: GenerateBody, model: LoadedModel, sampling: SamplingParams, count: int) -> None:
     model.check_token_ids(sampling.stop_token_ids, "stop_token_ids")
     model.check_token_ids(list(sampling.logit_bias), "logit_bias")
     if sampling.min_tokens > sampling.max_tokens:
@@ -104,17 +95,5 @@ def _check(caller: Caller, model: LoadedModel, body: GenerateBody, sampling: Sam
         raise InvalidRequest(
             "stream_options.include_obfuscation is not supported; leave it out", param="stream_options"
         )
-    if body.kv_transfer_params is not None and caller.kind == "router":
-        raise InvalidRequest(
-            "kv_transfer_params is for an engine's own API; a router chooses engines itself", param="kv_transfer_params"
-        )
     if body.kv_transfer_params is not None and count > 1:
         raise InvalidRequest("kv_transfer_params goes with one prompt and n of 1", param="kv_transfer_params")
-
-
-def _reseeded(sampling: SamplingParams, copy: int) -> SamplingParams:
-    """Each of n choices has a seed of its own; the first has the client's."""
-    if copy == 0:
-        return sampling
-    fields = {name: getattr(sampling, name) for name in sampling.__struct_fields__}
-    return SamplingParams(**fields | {"seed": (sampling.seed + copy) % 2**63})

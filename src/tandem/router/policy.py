@@ -1,16 +1,17 @@
-"""Which engines take a request. Pure.
+"""Choose the engines that take a request. Pure.
 
-Load is what this frontend has sent and not seen the end of, plus what the engine says waits in its queue; among equals
+Load is the requests that this frontend has sent and not seen the end of, plus those in the engine's queue; among equals
 the engine that was chosen least recently goes first. Pairs that refused each other are not made again. One whose
-session was lost is made only where there is nothing else; its --kv-failure decides what becomes of the request.
+session was lost is made only where there is nothing else; its --kv-failure then decides about the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from tandem.router.registry import EngineEntry
+from tandem.router.engine_registry import EngineEntry, EngineRegistry
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,77 +23,104 @@ class Route:
     reason: str | None = None
 
 
-def load(member: EngineEntry) -> tuple[int, int, int]:
-    counts = member.status.requests
-    return member.active + counts.waiting, counts.running, member.chosen
+@dataclass(frozen=True, slots=True)
+class NoRoute:
+    """No engines can take a request now; `reason` is for people."""
+
+    reason: str
 
 
-def sessions(prefills: Iterable[EngineEntry], decodes: Iterable[EngineEntry], state: str) -> dict[tuple[str, str], str]:
-    """Pairs (prefill incarnation, decode incarnation) whose session is `refused` or `lost`, and why."""
-    found = {}
-    for decode in decodes:
-        for prefill in prefills:
-            peer = decode.peers.get((prefill.engine_id, prefill.incarnation))
-            if peer is not None and peer.state == state:
-                found[prefill.incarnation, decode.incarnation] = (
-                    f"{decode.engine_id} cannot read from {prefill.engine_id}: {peer.error or peer.state}"
-                )
-    return found
+class RoutingPolicy(Protocol):
+    def choose(self, exclude: Collection[str] = (), fingerprint: str | None = None) -> Route | NoRoute:
+        """Return the route for a request.
+
+        Args:
+            exclude: incarnations not to use, because they failed this request before.
+            fingerprint: of the weights that made the tokens so far; None for a request that has none yet.
+        """
 
 
-def choose_route(members: Sequence[EngineEntry], exclude: Collection[str] = ()) -> Route | str:
-    """The path for a new request, or why there is none.
+class SingleEnginePolicy:
+    """The policy of an engine's own API: that engine answers alone, whatever its role."""
 
-    Args:
-        members: all engines that are ready.
-        exclude: incarnations not to use, because they failed this request before.
+    def __init__(self, registry: EngineRegistry) -> None:
+        self._registry = registry
+
+    def choose(self, exclude: Collection[str] = (), fingerprint: str | None = None) -> Route | NoRoute:
+        for engine in self._registry.ready():
+            if engine.incarnation not in exclude:
+                return Route(engine, reason="sent to this engine directly")
+        return NoRoute("the engine is not ready")
+
+
+class OneModelPolicy:
+    """The policy of a router: pairs and mixed engines of one model, and of one version of its weights.
+
+    Answers must not change with the engine that is free. So the weights that are served stay as long as they have a
+    route: engines with new weights under an old name take over when the last of the old ones have left.
     """
-    usable = [m for m in members if m.incarnation not in exclude]
-    prefills = sorted((m for m in usable if m.role == "prefill"), key=load)
-    decodes = sorted((m for m in usable if m.role == "decode"), key=load)
-    mixed = sorted((m for m in usable if m.role == "mixed"), key=load)
-    refused, lost = sessions(prefills, decodes, "refused"), sessions(prefills, decodes, "lost")
-    pairs = [(p, d) for p in prefills for d in decodes if (p.incarnation, d.incarnation) not in refused]
-    connected = [(p, d) for p, d in pairs if (p.incarnation, d.incarnation) not in lost]
+
+    def __init__(self, registry: EngineRegistry) -> None:
+        self._registry = registry
+        self._served_fingerprint: str | None = None
+
+    def choose(self, exclude: Collection[str] = (), fingerprint: str | None = None) -> Route | NoRoute:
+        served = self._registry.served()
+        ready = self._registry.ready()
+        engines = [one for one in ready if served is None or one.status.model == served.status.model]
+        if fingerprint is not None:
+            return choose_route([one for one in engines if one.status.fingerprint == fingerprint], exclude)
+        route = self._choose_weights(engines, exclude)
+        if isinstance(route, NoRoute) and served is not None and len(engines) < len(ready):
+            others = f"{len(ready) - len(engines)} engines of other models than {served.status.model} are not used"
+            return NoRoute(f"{route.reason}; {others}")
+        return route
+
+    def _choose_weights(self, engines: Sequence[EngineEntry], exclude: Collection[str]) -> Route | NoRoute:
+        fingerprints = dict.fromkeys(one.status.fingerprint for one in engines)
+        for fingerprint in sorted(fingerprints, key=lambda one: one != self._served_fingerprint):
+            route = choose_route([one for one in engines if one.status.fingerprint == fingerprint], exclude)
+            if isinstance(route, Route):
+                if not exclude:  # what one request has to avoid changes nothing for the others
+                    self._served_fingerprint = fingerprint
+                return route
+        route = choose_route(engines, exclude)
+        if isinstance(route, NoRoute):
+            return route
+        weights = ", ".join(f"{one.engine_id} ({one.role}) has {one.status.fingerprint}" for one in engines)
+        return NoRoute(f"no route through engines of the same weights: {weights}")
+
+
+def choose_route(engines: Sequence[EngineEntry], exclude: Collection[str] = ()) -> Route | NoRoute:
+    """Return the route with the least load among engines that are ready, whatever their weights."""
+    usable = sorted((one for one in engines if one.incarnation not in exclude), key=_load)
+    prefills = [one for one in usable if one.role == "prefill"]
+    decodes = [one for one in usable if one.role == "decode"]
+    mixed = [one for one in usable if one.role == "mixed"]
+    pairs = [(p, d) for p in prefills for d in decodes if _session_state(p, d) != "refused"]
+    connected = [(p, d) for p, d in pairs if _session_state(p, d) != "lost"]
     if not connected and mixed:
         return Route(mixed[0], reason="mixed engine")
     if pairs:
-        prefill, decode = min(connected or pairs, key=lambda pair: (load(pair[0]), load(pair[1])))
+        prefill, decode = min(connected or pairs, key=lambda pair: (_load(pair[0]), _load(pair[1])))
         return Route(decode, prefill)
-    return _nothing(prefills, decodes, refused)
+    if prefills and decodes:
+        refusals = {_refusal(p, d) for p in prefills for d in decodes}
+        return NoRoute("no prefill engine fits a decode engine: " + "; ".join(sorted(refusals)))
+    missing = [role for role, found in (("prefill", prefills), ("decode", decodes)) if not found]
+    return NoRoute(f"no {' and no '.join(missing)} engine is ready")
 
 
-def choose_route_of_one_model(
-    members: Sequence[EngineEntry], exclude: Collection[str] = (), current: str | None = None
-) -> tuple[Route | str, str | None]:
-    """As `choose_route`, within the engines of one fingerprint: answers must not change with the engine that is free.
-
-    Args:
-        current: the fingerprint served until now. It stays as long as it has a path, so that engines with new
-            weights under an old name take over when the last of the old ones have left.
-
-    Returns the path, or why there is none, and the fingerprint that is served from now on.
-    """
-    known = dict.fromkeys(m.status.fingerprint for m in members)
-    for fingerprint in sorted(known, key=lambda one: one != current):
-        path = choose_route([m for m in members if m.status.fingerprint == fingerprint], exclude)
-        if isinstance(path, Route):
-            return path, fingerprint
-    return _no_path(members, exclude), current
+def _load(engine: EngineEntry) -> tuple[int, int, int]:
+    counts = engine.status.requests
+    return engine.active + counts.waiting, counts.running, engine.last_chosen
 
 
-def _no_path(members: Sequence[EngineEntry], exclude: Collection[str]) -> str:
-    path = choose_route(members, exclude)
-    if isinstance(path, str):
-        return path
-    weights = ", ".join(f"{m.engine_id} ({m.role}) has {m.status.fingerprint}" for m in members)
-    return f"no path through engines of the same weights: {weights}"
+def _session_state(prefill: EngineEntry, decode: EngineEntry) -> str | None:
+    peer = decode.peers.get((prefill.engine_id, prefill.incarnation))
+    return peer.state if peer is not None else None
 
 
-def _nothing(
-    prefills: Sequence[EngineEntry], decodes: Sequence[EngineEntry], refused: dict[tuple[str, str], str]
-) -> str:
-    if refused:
-        return "no prefill engine fits a decode engine: " + "; ".join(sorted(set(refused.values())))
-    missing = [role for role, members in (("prefill", prefills), ("decode", decodes)) if not members]
-    return f"no {' and no '.join(missing)} engine is ready"
+def _refusal(prefill: EngineEntry, decode: EngineEntry) -> str:
+    peer = decode.peers[prefill.engine_id, prefill.incarnation]
+    return f"{decode.engine_id} cannot read from {prefill.engine_id}: {peer.error or peer.state}"

@@ -11,17 +11,18 @@ from typing import Any, Literal
 import uvloop
 import zmq
 import zmq.asyncio
-from fastapi import FastAPI
 
 from tandem import logs
-from tandem.api.app import create_app, preload
+from tandem.api.app import create_app
 from tandem.api.http_server import serve
+from tandem.api.loaded_model import ModelLoader
 from tandem.config import RouterConfig
 from tandem.errors import RequestError
 from tandem.reports import ControlPort, Health, Reporter
-from tandem.router.hub import Hub
-from tandem.router.registry import EngineRegistry
-from tandem.router.router import Router, pair_finder, single_finder
+from tandem.router.engine_connections import EngineConnections
+from tandem.router.engine_registry import EngineRegistry
+from tandem.router.policy import OneModelPolicy, SingleEnginePolicy
+from tandem.router.request_router import RequestRouter
 from tandem.wire.keys import load_key
 from tandem.wire.sockets import SocketOptions, Sockets
 
@@ -44,64 +45,63 @@ def run_frontend(report: Reporter, kind: Kind, name: str, config: RouterConfig, 
 
 async def _serve(report: Reporter, kind: Kind, config: RouterConfig, listener: socket.socket) -> None:
     key = load_key(config.access.cluster_key_file)
-    context = zmq.asyncio.Context()
-    sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, key)
+    sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), key)
     control, port = sockets.bind(
         zmq.ROUTER, config.control_host or config.host, config.control_port, SocketOptions(handover=True)
     )
-    pool = EngineRegistry()
-    hub = Hub(control, pool, introduce=kind == "router")
-    find = pair_finder(pool) if kind == "router" else single_finder(pool)
-    backend = Router(hub, pool, find, request_timeout=config.time.request_timeout, seed=config.run.seed)
-    app = create_app(backend, kind=kind, api_key=config.access.api_key)
-    announcer = _Announcer(report, backend)
-    hub.on_change = announcer.changed
+    registry = EngineRegistry()
+    policy = OneModelPolicy(registry) if kind == "router" else SingleEnginePolicy(registry)
+    connections = EngineConnections(control, registry, introduce=kind == "router")
+    backend = RequestRouter(connections, policy, request_timeout=config.time.request_timeout, seed=config.run.seed)
+    loader = ModelLoader(backend)
+    app = create_app(backend, loader, kind=kind, api_key=config.access.api_key)
+    health = _HealthReporter(report, backend)
+    connections.on_change = health.update
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    started = asyncio.Event()
-    hub_task = asyncio.create_task(hub.run())
-    hub_task.add_done_callback(lambda _: stop.set())
-    loading = asyncio.create_task(_load_early(app, announcer.first))
+    receiving = asyncio.create_task(connections.run())
+    receiving.add_done_callback(lambda _: stop.set())
+    loading = asyncio.create_task(_load_early(loader, health.first_engine))
     report(ControlPort(port))
     try:
-        await serve(app, listener, stop, started=started, grace=1.0)
+        await serve(app, listener, stop, grace=1.0)
     finally:
         loading.cancel()
-        hub_task.cancel()
-        await asyncio.gather(loading, hub_task, return_exceptions=True)
-        hub.stop()
-    for task in (loading, hub_task):
+        receiving.cancel()
+        await asyncio.gather(loading, receiving, return_exceptions=True)
+        connections.stop()
+    for task in (loading, receiving):
         if not task.cancelled():
-            task.result()  # raises what it died of
+            task.result()  # raises the error that ended it
 
 
-async def _load_early(app: FastAPI, known: asyncio.Event) -> None:
+async def _load_early(loader: ModelLoader, first_engine: asyncio.Event) -> None:
     """Read tokenizer and template once an engine has told of its model, so that the first request need not wait."""
-    await known.wait()
+    await first_engine.wait()
     try:
-        await preload(app)
+        await loader.get()
     except RequestError as error:
         log.error("%s; a router needs the model's folder under the same path as its engines", error)
 
 
-class _Announcer:
+class _HealthReporter:
     """Tells the owner of the process when the frontend becomes able to serve, and when it no longer is.
 
     Attributes:
-        first: set once an engine has come.
+        first_engine: set once an engine has come.
     """
 
-    def __init__(self, report: Reporter, backend: Router) -> None:
+    def __init__(self, report: Reporter, backend: RequestRouter) -> None:
         self._report = report
         self._backend = backend
         self._last: Any = None
-        self.first = asyncio.Event()
+        self.first_engine = asyncio.Event()
 
-    def changed(self) -> None:
+    def update(self) -> None:
         health = self._backend.health()
-        states = [(status.engine_id, state) for status, state in self._backend.engines()]
+        states = [(engine.engine_id, engine.state.value) for engine in self._backend.engines()]
         if states:
-            self.first.set()
+            self.first_engine.set()
         now = (health.ok, states)
         if now != self._last:
             self._last = now

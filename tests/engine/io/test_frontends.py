@@ -14,7 +14,7 @@ from tandem.wire.codec import Codec
 from tandem.wire.messages import Address, EngineStatus, Generate, Register, Registered, ToFrontend
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
-from tests.router.scene import make_register
+from tests.registrations import make_register
 
 WHO = EngineIdentity("engine", "life")
 SECONDS = 10

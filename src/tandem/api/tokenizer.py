@@ -1,4 +1,4 @@
-"""Text to token ids, and what each id stands for."""
+"""The model's tokenizer: text to token ids, and the bytes of each id."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Tokenizer:
         self.vocab_size = vocab_size or max(tokenizer.get_vocab().values(), default=-1) + 1
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`, begun (and ended) as the model wants it if `add_special_tokens`."""
+        """Return the token ids of `text`, begun (and ended) as the model wants it if `add_special_tokens`."""
         if len(text) <= INLINE_CHARS:
             return self._encode(text, add_special_tokens)
         return await asyncio.to_thread(self._encode, text, add_special_tokens)
@@ -51,14 +51,14 @@ class Tokenizer:
         return self._tokenizer.id_to_token(token_id) is not None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; none for an id that is no token. Special tokens: their name."""
+        """Return the bytes that a token stands for; none for an id that is no token. Special tokens: their name."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
 
     def token_text(self, token_id: int) -> str:
-        """A token for people: its text, or `bytes:\\xe2\\x80` as OpenAI writes a part of a character."""
+        """Return a token for people: its text, or `bytes:\\xe2\\x80` as OpenAI writes a part of a character."""
         raw = self.token_bytes(token_id)
         try:
             return raw.decode()
@@ -82,7 +82,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder. Raises ModelError."""
+    """Load the tokenizer of a model folder. Raises ModelError."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return Tokenizer(_convert(folder), _vocab_size(folder))
@@ -93,7 +93,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a model folder; empty if there is no such file. Raises ModelError."""
+    """Return a JSON object from a model folder; empty if there is no such file. Raises ModelError."""
     if not file.is_file():
         return {}
     try:
@@ -139,7 +139,10 @@ def _decoder_kinds(tokenizer: tokenizers.Tokenizer) -> set[str]:
 
 
 def _char_bytes() -> dict[str, int]:
-    """How byte-level BPE spells bytes: printable Latin-1 as itself, the others as the characters from U+0100 on."""
+    """Return the byte of each character of byte-level BPE.
+
+    Printable Latin-1 stands for itself; the other bytes are the characters from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Chat messages to one text, by the model's own Jinja template."""
+"""Render chat messages to one prompt by the model's own Jinja template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.api.http_errors import UnsupportedField
-from tandem.api.tokens import read_json
+from tandem.api.tokenizer import read_json
 from tandem.errors import InvalidRequest
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -40,7 +40,7 @@ class ChatTemplate:
                 self._missing = f"the model's chat template is broken: {error}"
 
     def render(self, messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
-        """The prompt, up to where the assistant speaks. Raises InvalidRequest.
+        """Return the prompt, up to where the assistant speaks. Raises InvalidRequest.
 
         Where a template does not know OpenAI's role `developer`, its messages are given as `system`.
         """
@@ -58,7 +58,7 @@ class ChatTemplate:
 
 
 def load_template(folder: Path) -> ChatTemplate:
-    """From chat_template.jinja, else chat_template.json, else tokenizer_config.json. Raises ModelError."""
+    """Load chat_template.jinja, else chat_template.json, else tokenizer_config.json. Raises ModelError."""
     config = read_json(folder / "tokenizer_config.json")
     specials = _special_tokens(read_json(folder / "special_tokens_map.json") | config)
     file = folder / "chat_template.jinja"
@@ -75,7 +75,7 @@ def load_template(folder: Path) -> ChatTemplate:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """A token is a string, or an object with its `content`."""
+    """Return the special tokens by name. A token is a string, or an object with its `content`."""
     found = {}
     for name in SPECIAL_TOKENS:
         token = config.get(name)
@@ -86,7 +86,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates of Hugging Face models are written for."""
+    """Return the environment that templates of Hugging Face models are written for."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -113,7 +113,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML, which no model was trained on."""
+    """Return JSON as it is; Jinja's own filter escapes for HTML, which no model was trained on."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

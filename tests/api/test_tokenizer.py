@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tandem.api.tokens import INLINE_CHARS, Tokenizer, load_tokenizer
+from tandem.api.tokenizer import INLINE_CHARS, Tokenizer, load_tokenizer
 from tandem.errors import ModelError
-from tests.api.conftest import EOS, byte_fallback, byte_level, ids
+from tests.api.conftest import EOS, byte_fallback, byte_level, ids, token_id
 
 FALLBACK = Tokenizer(byte_fallback())
 
@@ -44,7 +44,7 @@ def test_a_part_of_a_character_is_written_as_its_bytes(tokenizer: Tokenizer) -> 
 
 def test_metaspace_and_byte_tokens_stand_for_space_and_byte() -> None:
     assert FALLBACK.token_bytes(3 + 0xE2) == b"\xe2"
-    assert FALLBACK.token_text(byte_fallback().token_to_id("\u2581the")) == " the"
+    assert FALLBACK.token_text(token_id(byte_fallback(), "\u2581the")) == " the"
 
 
 def test_an_id_that_is_no_token_is_no_bytes(tokenizer: Tokenizer) -> None:

@@ -1,85 +1,58 @@
-"""A router, and engines that speak the wire messages over real sockets and say what a test makes them say."""
+"""A router, and engines that speak the wire messages over real sockets and send what a test makes them send."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.api.backend import TokenDelta, TokenRequest
+from tandem.api.backend import ServingDetails, TokenDelta, TokenRequest
 from tandem.errors import RequestError
 from tandem.ids import EngineIdentity
-from tandem.router.hub import Hub
-from tandem.router.registry import EngineRegistry
-from tandem.router.router import Router, pair_finder
+from tandem.router.engine_connections import EngineConnections
+from tandem.router.engine_registry import EngineEntry, EngineRegistry
+from tandem.router.policy import OneModelPolicy
+from tandem.router.request_router import RequestRouter
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
-    Address,
-    EngineStatus,
     Failed,
     Generate,
     Goodbye,
     Introduce,
-    KvUsage,
     Outputs,
     Prefill,
     PullKv,
-    Register,
     Registered,
-    RequestCounts,
     RequestStats,
     ToEngine,
+    ToFrontend,
     Tokens,
 )
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
+from tests.registrations import make_register, make_status
+
+T = TypeVar("T")
 
 PATIENCE = 20.0
 PROMPT = [5, 6, 7]
 
 
-def make_status(identity: EngineIdentity, role: str, **changes: object) -> EngineStatus:
-    status = EngineStatus(
-        engine_id=identity.engine_id,
-        incarnation=identity.incarnation,
-        role=role,
-        model="tiny",
-        fingerprint="f",
-        tp=1,
-        pp=1,
-        nnodes=1,
-        connector="tcp",
-        ranks=[],
-        kv=KvUsage(block_size=16, blocks=10, free=10, cached=0, leased=0, in_use=0),
-        requests=RequestCounts(),
-        peers=[],
-    )
-    return msgspec.structs.replace(status, **changes)
+async def within(awaitable: Awaitable[T]) -> T:
+    """Fail rather than wait for ever."""
+    return await asyncio.wait_for(awaitable, PATIENCE)
 
 
-def make_register(identity: EngineIdentity, role: str, **changes: object) -> Register:
-    return Register(
-        identity=identity,
-        status=make_status(identity, role, **changes),
-        peer_address=Address("127.0.0.1", 20001),
-        max_model_len=100,
-        max_waiting=10,
-        model_path="/model",
-        dtype="float32",
-        version="0",
-        protocol=(1, 1),
-    )
-
-
-class FakeEngine:
-    """One life of an engine. `heard` has what came, less the answers to heartbeats."""
+class ScriptedEngine:
+    """One incarnation of an engine. `heard` has what came, less the answers to heartbeats."""
 
     def __init__(self, engine_id: str, role: str, sockets: Sockets[zmq.asyncio.Socket], port: int) -> None:
         self.identity = EngineIdentity(engine_id, uuid.uuid4().hex)
@@ -93,49 +66,40 @@ class FakeEngine:
         self._socket = sockets.connect(zmq.DEALER, "127.0.0.1", port, options)
         self._task = asyncio.create_task(self._listen())
 
-    def send(self, message: object) -> None:
+    def send(self, message: ToFrontend) -> None:
         self._socket.send(self._codec.encode(message))
 
     def send_raw(self, data: bytes) -> None:
         self._socket.send(data)
 
-    def beat(self, **changes: object) -> None:
+    def beat(self, **changes: Any) -> None:
         self.send(make_status(self.identity, self.role, **changes))
 
-    async def register(self, connection: int = 0, **changes: object) -> FakeEngine:
+    async def register(self, connection: int = 0, **changes: Any) -> ScriptedEngine:
         self.registered.clear()
         register = make_register(self.identity, self.role, **changes)
         self.send(msgspec.structs.replace(register, connection=connection))
         await within(self.registered.wait())
         return self
 
-    async def next(self, kind: type[Generate] | type[Abort]) -> Generate | Abort:
-        message = await within(self.heard.get())
-        assert isinstance(message, kind), message
-        return message
-
     async def request(self) -> Generate:
-        message = await self.next(Generate)
-        assert isinstance(message, Generate)
+        message = await within(self.heard.get())
+        assert isinstance(message, Generate), message
         return message
 
-    def say(self, request: Generate, index: int, *tokens: int, finish: str | None = None, done: bool = False) -> None:
-        stats = RequestStats(transport="tcp", bytes=64) if isinstance(request.kv, PullKv) else RequestStats()
+    async def abort(self) -> Abort:
+        message = await within(self.heard.get())
+        assert isinstance(message, Abort), message
+        return message
+
+    def send_tokens(
+        self, request: Generate, index: int, *tokens: int, finish: str | None = None, done: bool = False
+    ) -> None:
+        pulls = isinstance(request.kv, PullKv)
         done = done or finish is not None
-        self.send(
-            Outputs(
-                [
-                    Tokens(
-                        request.request_id,
-                        index,
-                        list(tokens),
-                        finish_reason=finish,
-                        done=done,
-                        stats=stats if done else None,
-                    )
-                ]
-            )
-        )
+        stats = (RequestStats(transport="tcp", bytes=64) if pulls else RequestStats()) if done else None
+        message = Tokens(request.request_id, index, list(tokens), finish_reason=finish, done=done, stats=stats)
+        self.send(Outputs([message]))
 
     def fail(self, request: Generate, code: str = "engine_failed", text: str = "it broke") -> None:
         self.send(Outputs([Failed(request.request_id, code, text, retry_after=3 if code == "overloaded" else None)]))
@@ -162,22 +126,29 @@ class FakeEngine:
 
 
 @dataclass
-class Answer:
-    """What a request has got so far."""
+class PendingAnswer:
+    """The part of an answer that has come."""
 
     task: asyncio.Task[None]
     deltas: asyncio.Queue[TokenDelta]
     tokens: list[int] = field(default_factory=list)
     last: TokenDelta | None = None
 
+    @property
+    def details(self) -> ServingDetails:
+        """Return how it was made, once it is whole."""
+        assert self.last is not None
+        assert self.last.details is not None
+        return self.last.details
+
     async def until(self, count: int) -> list[int]:
-        """Its tokens, once there are so many."""
+        """Return its tokens, once there are `count`."""
         while len(self.tokens) < count:
             await self._next()
         return self.tokens
 
     async def whole(self) -> list[int]:
-        """All its tokens; raises what the request raised."""
+        """Return all its tokens, or raise what the request raised."""
         await within(asyncio.wait([self.task]))
         while not self.deltas.empty():
             await self._next()
@@ -201,76 +172,71 @@ class Answer:
         self.tokens += self.last.token_ids
 
 
-class Scene:
-    """A router with its hub on a socket of its own."""
+class RunningRouter:
+    """A router whose engines connect to a socket of its own."""
 
-    def __init__(self, pool: EngineRegistry, timeout: float) -> None:
-        self.pool = pool
-        self._context = zmq.asyncio.Context()
-        self._sockets: Sockets[zmq.asyncio.Socket] = Sockets(self._context, None)
+    def __init__(self, registry: EngineRegistry, timeout: float) -> None:
+        self.registry = registry
+        self.context = zmq.asyncio.Context()
+        self._sockets: Sockets[zmq.asyncio.Socket] = Sockets(self.context, None)
         socket, self._port = self._sockets.bind(zmq.ROUTER, "127.0.0.1", 0, SocketOptions(handover=True))
-        self.hub = Hub(socket, pool, introduce=True)
         self._changed = asyncio.Event()
-        self.hub.on_change = self._changed.set
-        self.router = Router(self.hub, pool, pair_finder(pool), request_timeout=timeout)
-        self._engines: list[FakeEngine] = []
+        self.connections = EngineConnections(socket, registry, introduce=True, on_change=self._changed.set)
+        self.backend = RequestRouter(self.connections, OneModelPolicy(registry), request_timeout=timeout)
+        self.engines: list[ScriptedEngine] = []
 
-    async def engine(self, engine_id: str, role: str, **changes: object) -> FakeEngine:
-        """A registered engine."""
-        engine = self.stranger(engine_id, role)
-        return await engine.register(**changes)
+    def entry(self, engine_id: str) -> EngineEntry | None:
+        return next((entry for entry in self.registry if entry.engine_id == engine_id), None)
 
-    def stranger(self, engine_id: str, role: str) -> FakeEngine:
-        """One that has not registered yet."""
-        engine = FakeEngine(engine_id, role, self._sockets, self._port)
-        self._engines.append(engine)
+    async def engine(self, engine_id: str, role: str, **changes: Any) -> ScriptedEngine:
+        """Return a registered engine."""
+        return await self.stranger(engine_id, role).register(**changes)
+
+    def stranger(self, engine_id: str, role: str) -> ScriptedEngine:
+        """Return one that has not registered yet."""
+        engine = ScriptedEngine(engine_id, role, self._sockets, self._port)
+        self.engines.append(engine)
         return engine
 
-    async def pair(self) -> tuple[FakeEngine, FakeEngine]:
+    async def pair(self) -> tuple[ScriptedEngine, ScriptedEngine]:
         return await self.engine("prefill-0", "prefill"), await self.engine("decode-0", "decode")
 
-    def ask(self, max_tokens: int = 8, seed: int = 1) -> Answer:
+    def ask(self, max_tokens: int = 8, seed: int = 1) -> PendingAnswer:
         request = TokenRequest(f"request-{uuid.uuid4().hex[:6]}", PROMPT, SamplingParams(max_tokens, seed=seed))
         deltas: asyncio.Queue[TokenDelta] = asyncio.Queue()
 
         async def run() -> None:
-            async for delta in self.router.generate(request):
+            async for delta in self.backend.generate(request):
                 deltas.put_nowait(delta)
 
-        return Answer(asyncio.create_task(run()), deltas)
+        return PendingAnswer(asyncio.create_task(run()), deltas)
 
     async def until(self, condition: Callable[[], object]) -> None:
-        """Until a change at the hub makes it true."""
+        """Wait until a change of an engine makes it true."""
         while not condition():
             self._changed.clear()
             await within(self._changed.wait())
 
-    async def close(self) -> None:
-        for engine in self._engines:
-            await engine.close()
-        self.hub.stop()
-        self._context.destroy(linger=0)
-
 
 @asynccontextmanager
-async def scene(pool: EngineRegistry | None = None, timeout: float = 600.0) -> AsyncIterator[Scene]:
-    made = Scene(pool or EngineRegistry(), timeout)
-    running = asyncio.create_task(made.hub.run())
+async def running_router(
+    registry: EngineRegistry | None = None, timeout: float = 600.0
+) -> AsyncIterator[RunningRouter]:
+    router = RunningRouter(registry or EngineRegistry(), timeout)
+    running = asyncio.create_task(router.connections.run())
     try:
-        yield made
+        yield router
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        await made.close()
+        for engine in router.engines:
+            await engine.close()
+        router.connections.stop()
+        router.context.destroy(linger=0)
 
 
-async def within(awaitable: object) -> object:
-    """Fails rather than to wait for ever."""
-    return await asyncio.wait_for(awaitable, PATIENCE)  # type: ignore[arg-type]
-
-
-def split(prefill: Generate, decode: Generate) -> None:
-    """The two halves of one hand-off belong together."""
+def assert_one_hand_off(prefill: Generate, decode: Generate) -> None:
+    """The two requests are the halves of one."""
     assert isinstance(prefill.kv, Prefill)
     assert isinstance(decode.kv, PullKv)
     assert decode.kv.remote_request_id == prefill.request_id == decode.request_id

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tandem.api.template import ChatTemplate, load_template
+from tandem.api.chat_template import ChatTemplate, load_template
 from tandem.errors import InvalidRequest
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -1,4 +1,4 @@
-"""Finding stop strings in text that arrives piece by piece."""
+"""Find stop strings in text that arrives in parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ class StopStrings:
     """Passes text on until one of the stop strings is complete.
 
     Text that may be the start of a stop string is held back. The string that is complete first wins, however the
-    text is cut into pieces; of two complete at one character, the longer one. Knuth, Morris and Pratt, 1977: one step
+    text is cut into parts; of two complete at one character, the longer one. Knuth, Morris and Pratt, 1977: one step
     per character and string.
     """
 
@@ -16,7 +16,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that may be shown now, and the stop string if one is complete (then nothing more is shown)."""
+        """Return the text that may be shown now, and the stop string if one is complete, after which nothing is."""
         text = self._held + text
         for place in range(len(self._held), len(text)):
             for matcher in self._matchers:
@@ -29,7 +29,7 @@ class StopStrings:
         return shown, None
 
     def flush(self) -> str:
-        """The text held back, once no more comes."""
+        """Return the text held back, once no more comes."""
         held, self._held = self._held, ""
         return held
 
@@ -48,7 +48,7 @@ class _Matcher:
 
 
 def _borders(pattern: str) -> list[int]:
-    """For every prefix the length of its longest proper prefix that is also its suffix."""
+    """Return for every prefix the length of its longest proper prefix that is also its suffix."""
     borders = [0]
     for char in pattern[1:]:
         border = borders[-1]

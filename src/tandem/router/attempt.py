@@ -1,0 +1,116 @@
+"""One attempt to answer a request: prefill and decode at once, their output merged, until the request ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from tandem.api.backend import ServingDetails, TokenDelta, TokenRequest
+from tandem.errors import InvalidRequest, KvLost, Overloaded, RequestError, TimedOut
+from tandem.router.engine_connections import EngineConnections, EngineStream, StreamQueue
+from tandem.router.engine_registry import EngineEntry
+from tandem.router.first_token import OutputMerger
+from tandem.router.foreign_proxy import published_params, requested_kv
+from tandem.router.policy import Route
+from tandem.router.serving_details import serving_details
+from tandem.wire.messages import Generate, Local, Prefill, PullKv, RequestStats, Tokens
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0
+"""Engines end a request at its deadline; the router does it itself if nothing is heard of that."""
+FATAL = (InvalidRequest, KvLost, TimedOut)
+"""Errors that another attempt would end with too."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A request on its route.
+
+    Args:
+        merger: the output of the request over all attempts.
+        number: 0 for the first attempt.
+        timeout: seconds in which the request must end.
+    """
+
+    connections: EngineConnections
+    request: TokenRequest
+    route: Route
+    merger: OutputMerger
+    number: int
+    timeout: float
+    _queue: StreamQueue = field(default_factory=asyncio.Queue)
+    _stats: dict[str, RequestStats] = field(default_factory=dict)
+    _prefill_error: RequestError | None = None
+
+    async def run(self) -> AsyncGenerator[TokenDelta, None]:
+        """Yield output until the request ends. Raises a RequestError if this route cannot end it."""
+        streams = self._open()
+        last: Tokens | None = None
+        try:
+            while True:
+                message = await self._receive()
+                tokens, logprobs = self.merger.add(message)
+                if message.finish_reason is not None:
+                    last = message
+                if last is not None and len(self.merger.tokens) >= last.index + len(last.token_ids):
+                    params = published_params(last.kv_transfer_params, self.route.decode.register.peer_address)
+                    yield TokenDelta(tokens, logprobs, last.finish_reason, last.stop_token_id, self._details(), params)
+                    return
+                if tokens or message.stats is not None:
+                    yield TokenDelta(tokens, logprobs, details=self._details() if message.stats is not None else None)
+        finally:
+            for stream in streams:
+                self.connections.close(stream)
+
+    def _open(self) -> list[EngineStream]:
+        """Send the request to the engines of the route, at once."""
+        request, route = self.request, self.route
+        generate = Generate(
+            request_id=f"{request.request_id}-{uuid.uuid4().hex[:8]}",
+            token_ids=request.token_ids + self.merger.tokens,
+            prompt_len=len(request.token_ids),
+            sampling=request.sampling,
+            time_left=max(0.0, self._seconds_left()),
+        )
+        if route.prefill is None:
+            return [self._send(generate, requested_kv(request.kv_transfer_params), route.decode)]
+        source = route.prefill.register
+        pull = PullKv(source.identity.engine_id, source.identity.incarnation, source.peer_address, generate.request_id)
+        return [self._send(generate, Prefill(), route.prefill), self._send(generate, pull, route.decode)]
+
+    def _send(self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry) -> EngineStream:
+        return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue)
+
+    async def _receive(self) -> Tokens:
+        """Return the next message of either engine. Raises the RequestError that ends the attempt."""
+        while True:
+            if self._prefill_error is not None and self.merger.has_gap:
+                raise self._prefill_error  # the first token was its to send; the decode engine had it from its KV
+            try:
+                async with asyncio.timeout(self._seconds_left() + GRACE_SECONDS):
+                    stream, message = await self._queue.get()
+            except TimeoutError:
+                raise TimedOut(f"the request did not end in {self.timeout:.0f} s") from None
+            if isinstance(message, Tokens):
+                if message.stats is not None:
+                    self._stats[stream.engine.incarnation] = message.stats
+                return message
+            message.engine = stream.engine.incarnation
+            if stream.engine is self.route.decode or isinstance(message, (*FATAL, Overloaded)):
+                raise message
+            log.warning("request %s: %s; the decode engine goes on alone", self.request.request_id, message)
+            self._prefill_error = message
+
+    def _seconds_left(self) -> float:
+        return self.merger.started + self.timeout - time.monotonic()
+
+    def _details(self) -> ServingDetails:
+        ttft = self.merger.first_token_at - self.merger.started
+        return serving_details(self.route, self._stats, ttft, self.number)

@@ -1,0 +1,193 @@
+"""The socket to which engines register: heartbeats, introductions, and the messages of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import zmq
+import zmq.asyncio
+
+from tandem.errors import EngineLost, RequestError, request_error
+from tandem.router.engine_registry import EngineEntry, EngineRegistry
+from tandem.wire.codec import Codec
+from tandem.wire.messages import (
+    Abort,
+    EngineStatus,
+    Failed,
+    Generate,
+    Goodbye,
+    Introduce,
+    Outputs,
+    PeerAddress,
+    Register,
+    Registered,
+    ToEngine,
+    ToFrontend,
+    Tokens,
+)
+from tandem.wire.receiving import DroppedMessages, receive_messages
+
+log = logging.getLogger(__name__)
+
+CHECK_SECONDS = 0.5
+
+StreamQueue = asyncio.Queue[tuple["EngineStream", Tokens | RequestError]]
+
+
+@dataclass(slots=True, eq=False)
+class EngineStream:
+    """One request on one engine: the engine's messages about it go to `queue`, which streams may share."""
+
+    request_id: str
+    engine: EngineEntry
+    queue: StreamQueue
+    finished: bool = False
+
+    def put(self, message: Tokens | RequestError) -> None:
+        self.queue.put_nowait((self, message))
+
+    def finish(self) -> None:
+        """The engine has done its part, or is taken to be gone: the request is no load on it any more."""
+        if not self.finished:
+            self.finished = True
+            self.engine.active -= 1
+
+
+@dataclass(slots=True)
+class EngineConnections:
+    """Registers engines, watches their heartbeats, and carries messages between requests and engines.
+
+    Args:
+        socket: bound ROUTER.
+        introduce: whether prefill engines are made known to decode engines (a router does; an engine's own API
+            knows just the one engine).
+        on_change: called when an engine came, went or changed.
+
+    Attributes:
+        dropped: messages of engines that could not be taken.
+    """
+
+    socket: zmq.asyncio.Socket
+    registry: EngineRegistry
+    introduce: bool
+    on_change: Callable[[], None] = lambda: None
+    dropped: DroppedMessages = field(default_factory=lambda: DroppedMessages(log, "engine"))
+    _refused: set[str] = field(default_factory=set)
+    _codec: Codec[ToFrontend] = field(default_factory=lambda: Codec(ToFrontend))
+    _streams: dict[tuple[bytes, str], EngineStream] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Serve the socket until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(receive_messages(self.socket, self._codec, self._handle, self.dropped))
+            group.create_task(self._watch())
+
+    def stop(self) -> None:
+        self.socket.close(linger=0)
+
+    def open(self, generate: Generate, engine: EngineEntry, queue: StreamQueue) -> EngineStream:
+        """Send a request to an engine."""
+        stream = EngineStream(generate.request_id, engine, queue)
+        self._streams[engine.sender, generate.request_id] = stream
+        engine.active += 1
+        self.send(engine.sender, generate)
+        return stream
+
+    def close(self, stream: EngineStream) -> None:
+        """End a stream; the engine is told unless it is done. Idempotent."""
+        if self._streams.pop((stream.engine.sender, stream.request_id), None) is not None and not stream.finished:
+            stream.finish()
+            self.send(stream.engine.sender, Abort(stream.request_id))
+
+    def send(self, receiver: bytes, message: ToEngine) -> None:
+        self.socket.send_multipart([receiver, self._codec.encode(message)])
+
+    def _handle(self, sender: bytes, message: ToFrontend) -> None:
+        now = time.monotonic()
+        match message:
+            case Outputs(items=items):
+                for item in items:
+                    self._deliver(sender, item)
+            case EngineStatus():
+                engine = self.registry.heartbeat(sender, message, now)
+                self.send(sender, Registered(True, engine.register.connection) if engine else Registered(False))
+                self.on_change()
+            case Register():
+                self._register(sender, message, now)
+            case Goodbye(reason=reason):
+                engine = self.registry.leave(sender)
+                if engine is not None:
+                    self._fail_all(engine, f"{engine.engine_id} stops: {reason}")
+                    self.on_change()
+
+    def _register(self, sender: bytes, message: Register, now: float) -> None:
+        namesake = self.registry.living_namesake(message, now)
+        if namesake is not None:
+            self._refuse(sender, message, namesake)
+            return
+        known = self.registry.get(sender)
+        if known is not None and known.register.connection != message.connection:
+            self._fail_all(known, f"the connection to {known.engine_id} broke")
+        for earlier in self.registry.register(sender, message, now):
+            self._fail_all(earlier, f"{earlier.engine_id} restarted")
+        self.send(sender, Registered(True, message.connection))
+        if known is None and self.introduce:  # an engine's own API is not what its operator waits for
+            log.info("engine %s (%s) registered", message.identity, message.status.role)
+            self._introduce_all()
+        self.on_change()
+
+    def _refuse(self, sender: bytes, message: Register, namesake: EngineEntry) -> None:
+        """Refuse a second engine of one name. One that restarts is taken once its earlier incarnation is silent."""
+        if message.identity.incarnation not in self._refused:
+            self._refused.add(message.identity.incarnation)
+            log.warning(
+                "two engines are called %s, at %s and %s: the second one is not used while the first one lives;"
+                " give each its own --engine-id",
+                namesake.engine_id,
+                namesake.register.peer_address,
+                message.peer_address,
+            )
+        self.send(sender, Registered(False))
+
+    def _introduce_all(self) -> None:
+        prefills = [PeerAddress(e.register.identity, e.register.peer_address) for e in self.registry.ready("prefill")]
+        for engine in self.registry.ready("decode"):
+            self.send(engine.sender, Introduce(prefills))
+
+    def _deliver(self, sender: bytes, item: Tokens | Failed) -> None:
+        stream = self._streams.get((sender, item.request_id))
+        if stream is None:
+            return
+        if isinstance(item, Failed) or item.done:
+            stream.finish()
+        if isinstance(item, Failed):
+            stream.put(request_error(item.code, item.message, item.param, item.retry_after))
+        else:
+            stream.put(item)
+
+    async def _watch(self) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(CHECK_SECONDS)
+            overslept = time.monotonic() - before - CHECK_SECONDS
+            if overslept > CHECK_SECONDS:
+                self.registry.discount(overslept)
+            lost = self.registry.expire(time.monotonic())
+            for engine in lost:
+                log.warning("engine %s is not heard of any more", engine.register.identity)
+                self._fail_all(engine, f"{engine.engine_id} is not heard of any more")
+            if lost:
+                self.on_change()
+            if self.introduce:
+                self._introduce_all()
+
+    def _fail_all(self, engine: EngineEntry, why: str) -> None:
+        for stream in self._streams.values():
+            if stream.engine is engine and not stream.finished:
+                stream.finish()
+                self.send(engine.sender, Abort(stream.request_id))  # it may be there after all
+                stream.put(EngineLost(why))

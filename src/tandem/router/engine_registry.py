@@ -1,0 +1,123 @@
+"""The engines that a frontend knows, and whether they are there. Pure; time is passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tandem.api.backend import EngineState
+from tandem.wire.messages import EngineStatus, PeerInfo, Register
+
+ALIVE_SECONDS = 1.5
+"""Several heartbeats: an engine that was heard within this time is alive."""
+
+
+@dataclass(slots=True)
+class EngineEntry:
+    """One incarnation of one engine.
+
+    Attributes:
+        sender: the identity of its socket, to which messages for it are sent.
+        status: its last heartbeat.
+        active: requests of ours that it works on now.
+        last_chosen: number of the last request that it was chosen for; breaks ties.
+        peers: its sessions by engine id and incarnation of the other engine.
+    """
+
+    sender: bytes
+    register: Register
+    status: EngineStatus
+    last_heard: float
+    state: EngineState = EngineState.READY
+    active: int = 0
+    last_chosen: int = 0
+    peers: dict[tuple[str, str], PeerInfo] = field(default_factory=dict)
+
+    @property
+    def engine_id(self) -> str:
+        return self.register.identity.engine_id
+
+    @property
+    def incarnation(self) -> str:
+        return self.register.identity.incarnation
+
+    @property
+    def role(self) -> str:
+        return self.register.status.role
+
+
+class EngineRegistry:
+    """Engines by the identity of their sockets; at most one incarnation of an engine id is there at a time.
+
+    Args:
+        patience: seconds of silence after which an engine counts as lost.
+        memory: seconds for which a lost engine is still shown.
+    """
+
+    def __init__(self, patience: float = 5.0, memory: float = 60.0) -> None:
+        self._patience = patience
+        self._memory = memory
+        self._engines: dict[bytes, EngineEntry] = {}
+
+    def __iter__(self) -> Iterator[EngineEntry]:
+        return iter(list(self._engines.values()))
+
+    def get(self, sender: bytes) -> EngineEntry | None:
+        return self._engines.get(sender)
+
+    def living_namesake(self, message: Register, now: float) -> EngineEntry | None:
+        """Return another incarnation of the engine that is alive, so that this one must be a second engine."""
+        for engine in self.ready():
+            same_id = engine.engine_id == message.identity.engine_id
+            if same_id and engine.incarnation != message.identity.incarnation:
+                return engine if now - engine.last_heard < ALIVE_SECONDS else None
+        return None
+
+    def register(self, sender: bytes, message: Register, now: float) -> list[EngineEntry]:
+        """Add an engine. Return earlier incarnations of it, which are over now."""
+        known = self._engines.get(sender)
+        if known is not None and known.incarnation == message.identity.incarnation:
+            known.register, known.last_heard, known.state = message, now, EngineState.READY
+            return []
+        replaced = [engine for engine in self if engine.engine_id == message.identity.engine_id]
+        for engine in replaced:
+            del self._engines[engine.sender]
+        self._engines[sender] = EngineEntry(sender, message, message.status, now)
+        return replaced
+
+    def heartbeat(self, sender: bytes, status: EngineStatus, now: float) -> EngineEntry | None:
+        """Note an engine's status. Return None if the engine must register first."""
+        engine = self._engines.get(sender)
+        if engine is None or engine.incarnation != status.incarnation:
+            return None
+        engine.status, engine.last_heard, engine.state = status, now, EngineState.READY
+        engine.peers = {(peer.engine_id, peer.incarnation): peer for peer in status.peers}
+        return engine
+
+    def leave(self, sender: bytes) -> EngineEntry | None:
+        """Remove an engine. Return it if it was known."""
+        return self._engines.pop(sender, None)
+
+    def discount(self, seconds: float) -> None:
+        """Do not count `seconds` as silence of the engines: this process slept for as long."""
+        for engine in self:
+            engine.last_heard += seconds
+
+    def expire(self, now: float) -> list[EngineEntry]:
+        """Return engines that have been silent for too long since the last call."""
+        lost = []
+        for engine in self:
+            silence = now - engine.last_heard
+            if engine.state is EngineState.READY and silence > self._patience:
+                engine.state = EngineState.LOST
+                lost.append(engine)
+            elif silence > self._memory:
+                del self._engines[engine.sender]
+        return lost
+
+    def served(self) -> EngineEntry | None:
+        """Return the engine that came first and is there: its model is the one that this frontend serves."""
+        return next(iter(self.ready()), next(iter(self), None))
+
+    def ready(self, role: str | None = None) -> list[EngineEntry]:
+        return [engine for engine in self if engine.state is EngineState.READY and role in (None, engine.role)]
