@@ -67,10 +67,9 @@ def doctor_machine(host: str | None, key_file: Path | None) -> int:
         *run_check(CHECK_SECONDS, "cluster key", lambda: check_key(key_file)),
     ]
     rows = [(Text(f.level.value, LEVEL_STYLES[f.level]), f.what, f.found, f.advice or "") for f in findings]
-    console = _console()
-    console.print(_table(("", "what", "found", "what to do"), rows, title="this machine"))
+    _print_table(("", "what", "found", "what to do"), rows, title="this machine")
     problems, warnings = (sum(f.level is level for f in findings) for level in (Level.PROBLEM, Level.WARNING))
-    console.print(f"{len(findings)} looked at: {problems} problems, {warnings} warnings")
+    print(f"{len(findings)} looked at: {problems} problems, {warnings} warnings")
     return int(any_problem(findings))
 
 
@@ -100,18 +99,15 @@ def doctor_router(url: str, api_key: str | None) -> int:
         raise ConfigError(f"--url must be like http://HOST:8000; got {url!r}")
     engines, unhealthy = asyncio.run(_ask_router(url, api_key))
     pairs = engine_pairs(engines)
-    console = _console()
-    console.print(_engines_table(engines))
-    if pairs:
-        console.print(_pairs_table(pairs))
-    why = why_unserved(engines, pairs)
+    _print_engines(engines, pairs)
+    console, why = _console(), why_unserved(engines, pairs)
     if why is not None:
         console.print(f"[bold red]no request can be served:[/] {escape(why)}")
     elif unhealthy is not None:
         console.print(f"[bold red]the router is not ready:[/] {escape(unhealthy)}")
         return 1
     bad = sum(pair.state in (PairState.REFUSED, PairState.LOST) for pair in pairs)
-    console.print(f"{len(engines)} engines, {len(pairs)} pairs of prefill and decode, {bad} refused or lost")
+    print(f"{len(engines)} engines, {len(pairs)} pairs of prefill and decode, {bad} refused or lost")
     return int(bad > 0 or why is not None)
 
 
@@ -172,29 +168,27 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def _table(headers: Iterable[str], rows: Iterable[tuple[str | Text, ...]], title: str | None = None) -> Table:
+def _print_table(headers: Iterable[str], rows: Iterable[tuple[str | Text, ...]], title: str | None = None) -> None:
     table = Table(*headers, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return table
+    _console().print(table)
 
 
-def _engines_table(engines: Sequence[ListedEngine]) -> Table:
+def _print_engines(engines: Sequence[ListedEngine], pairs: Sequence[Pair]) -> None:
     headers = ("engine", "role", "state", "shape", "nodes", "connector", "dtype", "model", "fingerprint", "version")
-    rows = (
+    engine_rows = (
         (e.engine_id, e.role, Text(e.state, GOOD if e.ready else BAD), f"tp {e.tp} pp {e.pp}",
          ", ".join(e.nodes) or str(e.nnodes), e.connector, e.dtype, e.model, e.fingerprint[:SHORT], e.version)
         for e in engines
     )  # fmt: skip
-    return _table(headers, rows)
-
-
-def _pairs_table(pairs: Sequence[Pair]) -> Table:
-    rows = (
+    _print_table(headers, engine_rows)
+    pair_rows = [
         (p.prefill.engine_id, p.decode.engine_id, Text(p.state.value, PAIR_STYLES.get(p.state, BAD)), p.why, p.advice)
         for p in pairs
-    )
-    return _table(("prefill", "decode", "", "why", "what to do"), rows)
+    ]
+    if pair_rows:
+        _print_table(("prefill", "decode", "", "why", "what to do"), pair_rows)
 
 
 def _print_cluster(report: ClusterReport, connector: str) -> None:
@@ -210,7 +204,7 @@ def _print_cluster(report: ClusterReport, connector: str) -> None:
         advice = link_advice(link, nodes, connector)
         rows.append((str(nodes[link.reader]), str(nodes[link.source]), *numbers, state, advice))
     headers = ("reader", "reads from", "ping ms", "read ms", "GB/s", "", "what to do")
-    console.print(_table(headers, rows, title=f"who reaches whom over {connector}"))
+    _print_table(headers, rows, title=f"who reaches whom over {connector}")
     for node, error in report.errors.items():
         console.print(f"[bold red]{nodes[node]}:[/] {escape(error)}")
     if (difference := key_difference(nodes)) is not None:

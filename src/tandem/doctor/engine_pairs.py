@@ -17,7 +17,7 @@ class ListedEngine(EngineStatus, frozen=True, kw_only=True):
     """An engine as GET /tandem/engines lists it.
 
     Attributes:
-        state: what the router thinks of it: ready, lost or leaving.
+        state: what the router thinks of it: ready or lost.
         peer_address: HOST:PORT where other engines shake hands with it.
     """
 
