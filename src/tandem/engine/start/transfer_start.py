@@ -40,7 +40,7 @@ class TransferStart:
         self._end_process = end_process
         self._endpoint: Future[RankEndpoint] = Future()
         self._engine: Future[EngineMap] = Future()
-        start_transfer_thread(self._make, f"transfer_thread-{self._number}", self._failed)
+        start_transfer_thread(self._make, f"transfer-{self._number}", self._failed)
 
     def endpoint(self) -> RankEndpoint:
         """Return the address under which peers reach this rank's memory. Raises what the transport raised."""
