@@ -121,7 +121,9 @@ class Harness:
         say(
             f"{number:4} {fault.name}{pause}, {fault.moment}: {round_.victim}; {len(round_.records)} requests, "
             f"{errors} errors; first good answer {good} s, whole {round_.whole or 0.0:.1f} s, round "
-            f"{round_.seconds:.1f} s" + (f"; FAILED: {bad[:300]}" if bad else "")
+            f"{round_.seconds:.1f} s"
+            + (f"; {', '.join(round_.endings)}" if round_.endings else "")
+            + (f"; FAILED: {bad[:300]}" if bad else "")
         )
 
 

@@ -14,12 +14,16 @@ from tests.chaos.faults import Fault, apply
 from tests.chaos.load import GOOD, Answer, Book, Events, Question, Record, Request, ask
 from tests.chaos.processes import Process
 
-WHOLE_SECONDS = 60.0
+WHOLE_SECONDS = 90.0
 """Within which all paths must be there again; then the harness itself starts what does not come."""
 GRACE_SECONDS = 10.0
 """Beyond --request-timeout, before a request without end is called hung."""
-EFFECT_SECONDS = 3.0
+EFFECT_SECONDS = 6.0
+IGNORED_SECONDS = 2.0
+"""A process that is still there so long after its signal has not taken it."""
 PROBE_SECONDS = 0.5
+THINK_SECONDS = 0.3
+"""At most, between a client's requests; engines that start need some of the cores too."""
 REFUSED_SECONDS = 0.2
 AFTER_SECONDS = 0.3
 """The load goes on for so long after the cluster is whole."""
@@ -112,10 +116,13 @@ class RoundRunner:
             probes.cancel()
 
     async def _wait_for_effect(self, victim: Process) -> None:
-        """Wait until the victim is gone and its command has ended; some deaths are not noticed, or do no harm."""
-        ends, deadline = self._cluster.endings, time.monotonic() + EFFECT_SECONDS
-        before = self._endings_before
-        while time.monotonic() < deadline and (Process.find(victim.pid) == victim or len(ends) == before):
+        """Wait until the victim is gone and its command has ended; some end for no signal, or end without harm."""
+        asked = time.monotonic()
+        while (waited := time.monotonic() - asked) < EFFECT_SECONDS:
+            survives = Process.find(victim.pid) == victim
+            ended = len(self._cluster.endings) > self._endings_before
+            if ended and not survives or survives and waited > IGNORED_SECONDS:
+                return
             await asyncio.sleep(0.05)
 
     async def _wait_whole(self) -> None:
@@ -139,7 +146,7 @@ class RoundRunner:
             leaves = rng.randint(1, 12) if stream and rng.random() < 0.15 else None
             record = await self._ask(Request(question, stream, leaves), probe=False)
             pause = REFUSED_SECONDS if record.verdict == "lost" or record.code == "unavailable" else 0.0
-            await asyncio.sleep(pause + rng.uniform(0.0, 0.05))
+            await asyncio.sleep(pause + rng.uniform(0.0, THINK_SECONDS))
 
     async def _probes(self, load: asyncio.TaskGroup) -> None:
         """Short requests at a steady rate, each on its own, so that one that waits does not hide that others go."""
