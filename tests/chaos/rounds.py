@@ -121,7 +121,7 @@ class RoundRunner:
         while (waited := time.monotonic() - asked) < EFFECT_SECONDS:
             survives = Process.find(victim.pid) == victim
             ended = len(self._cluster.endings) > self._endings_before
-            if ended and not survives or survives and waited > IGNORED_SECONDS:
+            if (ended and not survives) or (survives and waited > IGNORED_SECONDS):
                 return
             await asyncio.sleep(0.05)
 
