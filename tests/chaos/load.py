@@ -238,8 +238,9 @@ async def _read_stream(response: aiohttp.ClientResponse, request: Request, answe
 
 def difference(answer: Answer, right: Answer) -> str:
     """Return how an answer differs from the right one, or nothing; what did not end is compared as far as it came."""
+    partial = bool(answer.left or answer.error or answer.lost or answer.broken)
     for index, (got, want) in enumerate(zip(answer.choices, right.choices, strict=True)):
-        expected = want.tokens[: len(got.tokens)] if answer.left or answer.error or answer.lost else want.tokens
+        expected = want.tokens[: len(got.tokens)] if partial else want.tokens
         if got.tokens != expected:
             at = next(
                 (i for i, (a, b) in enumerate(zip(got.tokens, expected, strict=False)) if a != b),
@@ -251,7 +252,7 @@ def difference(answer: Answer, right: Answer) -> str:
             )
         if any(abs(a - b) > LOGPROB_TOLERANCE for a, b in zip(got.logprobs, want.logprobs, strict=False)):
             return f"choice {index}: other logprobs"
-        if answer.left or answer.error or answer.lost:
+        if partial:
             continue
         if len(got.logprobs) != len(want.logprobs):
             return f"choice {index}: {len(got.logprobs)} logprobs for {len(want.logprobs)}"

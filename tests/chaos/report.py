@@ -13,7 +13,7 @@ from tests.chaos.rounds import Round
 
 HEADER = (
     "fault", "rounds", "requests", "right", "left", "typed errors", "lost with the router", "wrong", "untyped", "hung",
-    "leaked", "first good answer: median, p90, max", "whole: median, p90, max",
+    "leaked", "slowest right answer: median, p90, max", "first good answer: median, p90, max", "whole: median, p90, max",
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def _row(name: str, rounds: Sequence[Round]) -> list[str]:
         ", ".join(f"{code} {count}" for code, count in codes.most_common()) or "0",
         *(str(verdicts[verdict]) for verdict in ("lost", "wrong", "untyped", "hung")),
         str(sum(bool(round_.problems) for round_ in rounds)),
+        _spread(round_.slowest for round_ in rounds if round_.hit),
         _spread(round_.first_good for round_ in rounds if round_.hit),
         _spread(round_.whole for round_ in rounds if round_.hit),
     ]

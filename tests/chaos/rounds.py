@@ -54,6 +54,11 @@ class Round:
     endings: list[str] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
+    @property
+    def slowest(self) -> float | None:
+        """Seconds of the right answer that took longest."""
+        return max((record.ended - record.sent for record in self.records if record.verdict == "right"), default=None)
+
     def failures(self) -> list[Record]:
         return [record for record in self.records if record.verdict not in (*GOOD, "error", "lost")]
 
