@@ -165,6 +165,7 @@ def main() -> int:
     replay += " --quick" if options.quick else ""
     say("\n" + report.table(harness.rounds))
     say(f"\n{time.monotonic() - started:.0f} s. Typed errors:\n{report.typed_errors(harness.rounds) or 'none'}")
+    say(f"\nUsed, where a command ran for long:\n{report.growth(harness.rounds) or 'none did'}")
     if options.json is not None:
         settings = {name: str(value) for name, value in vars(options).items()} | {"command": shlex.join(sys.argv)}
         report.save(options.json, settings, harness.rounds)

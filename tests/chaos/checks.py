@@ -33,7 +33,11 @@ async def _held(cluster: Cluster) -> list[str]:
     problems = []
     for name, url in cluster.urls.items():
         try:
-            _, engines[name] = await cluster.get(f"{url}/tandem/engine")
+            status, body = await cluster.get(f"{url}/tandem/engine")
+            if status == 200:
+                engines[name] = body
+            else:
+                problems.append(f"{name} does not tell of itself: {status} {body}")
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             problems.append(f"{name} does not tell of itself: {error!r}")
     alive = {(name, engine["incarnation"]) for name, engine in engines.items()}

@@ -20,6 +20,8 @@ PROCESSES = {
     "prefill rank": 4,
     "decode leader": 6,
     "decode rank": 4,
+    "both prefill leaders": 2,
+    "both decode leaders": 2,
     "engine api": 3,
     "fork server": 3,
     "command": 2,
@@ -115,51 +117,60 @@ def _pause(rng: random.Random, longest: float) -> float:
 
 @dataclass
 class Applied:
-    """What a fault met. `victim`: in words, or why there was none."""
+    """What a fault met. `victim`: in words, or why there was none. `processes`: those that were sent a signal."""
 
     victim: str
     hit: bool
-    process: Process | None = None
+    processes: tuple[Process, ...] = ()
 
     async def end(self, fault: Fault) -> None:
-        """Wait until a stopped process has been continued."""
-        if self.process is not None and fault.kind == "stop":
+        """Wait until stopped processes have been continued."""
+        if self.processes and fault.kind == "stop":
             try:
                 await asyncio.sleep(fault.seconds)
             finally:
-                self.process.send(signal.SIGCONT)
+                for process in self.processes:
+                    process.send(signal.SIGCONT)
 
 
 async def apply(cluster: Cluster, fault: Fault) -> Applied:
     """Do it."""
     if fault.kind == "cut":
         return await _cut(cluster, fault)
-    name, pid = await _victim(cluster, fault)
-    process = Process.find(pid) if pid is not None else None
-    if process is None or not process.send(SIGNALS[fault.kind]):
-        return Applied(f"no {fault.target} of {name} was there", False)
-    return Applied(f"{fault.target} of {name}, pid {process.pid}", True, process)
+    found = {name: Process.find(pid) for name, pid in (await _victims(cluster, fault)).items() if pid is not None}
+    hit = {name: process for name, process in found.items() if process and process.send(SIGNALS[fault.kind])}
+    if not hit:
+        return Applied(f"no {fault.target} was there", False)
+    met = " and ".join(f"{name}, pid {process.pid}" for name, process in hit.items())
+    return Applied(f"{fault.target} of {met}", True, tuple(hit.values()))
 
 
-async def _victim(cluster: Cluster, fault: Fault) -> tuple[str, int | None]:
-    """Return the command that the victim belongs to, and its pid."""
-    role, _, part = fault.target.partition(" ")
-    names = [name for name, shape in ENGINES.items() if role not in ("prefill", "decode") or shape.role == role]
-    if part == "rank":
-        names = [name for name in names if ENGINES[name].tp > 1]
-    name = names[int(fault.pick * len(names))]
-    if part in ("leader", "rank"):
-        engine = (await cluster.engines()).get(name)
-        wanted = 0 if part == "leader" else 1
-        pids = [rank["pid"] for rank in engine["ranks"] if rank["rank"] == wanted] if engine is not None else []
-        return name, next((pid for pid in pids if cluster.owner_of(pid) == name), None)
+async def _victims(cluster: Cluster, fault: Fault) -> dict[str, int | None]:
+    """Return the victims' pids by the commands that they belong to."""
     if fault.target == "router":
-        return "router", await cluster.api_process("router")
-    if fault.target == "engine api":
-        return name, await cluster.api_process(name)
-    if fault.target == "fork server":
-        return name, cluster.fork_server(name)
-    return name, cluster.commands[name].pid
+        return {"router": await cluster.api_process("router")}
+    names = [name for name, shape in ENGINES.items() if shape.role in fault.target] or list(ENGINES)
+    if fault.target.endswith("rank"):
+        names = [name for name in names if ENGINES[name].tp > 1]
+    if fault.target.startswith("both"):
+        return {name: await _rank(cluster, name, 0) for name in names}
+    name = names[int(fault.pick * len(names))]
+    match fault.target.split()[-1]:
+        case "leader":
+            return {name: await _rank(cluster, name, 0)}
+        case "rank":
+            return {name: await _rank(cluster, name, 1)}
+        case "api":
+            return {name: await cluster.api_process(name)}
+        case "server":
+            return {name: cluster.fork_server(name)}
+    return {name: cluster.commands[name].pid}
+
+
+async def _rank(cluster: Cluster, name: str, number: int) -> int | None:
+    engine = (await cluster.engines()).get(name)
+    pids = [rank["pid"] for rank in engine["ranks"] if rank["rank"] == number] if engine is not None else []
+    return next((pid for pid in pids if cluster.owner_of(pid) == name), None)
 
 
 async def _cut(cluster: Cluster, fault: Fault) -> Applied:

@@ -13,7 +13,8 @@ from tests.chaos.rounds import Round
 
 HEADER = (
     "fault", "rounds", "requests", "right", "left", "typed errors", "lost with the router", "wrong", "untyped", "hung",
-    "leaked", "slowest right answer: median, p90, max", "first good answer: median, p90, max", "whole: median, p90, max",
+    "leaked",
+    "slowest right answer: median, p90, max", "first good answer: median, p90, max", "whole: median, p90, max",
 )  # fmt: skip
 
 
@@ -98,6 +99,24 @@ def typed_errors(rounds: Sequence[Round]) -> str:
         for (code, fault, detail), count in seen.most_common()
     ]
     return "\n".join(lines)
+
+
+def growth(rounds: Sequence[Round]) -> str:
+    """Return memory and open files of commands at the first and the last pause of the load in one start of theirs."""
+    first: dict[tuple[str, str, int], tuple[int, int, int]] = {}
+    last: dict[tuple[str, str, int], tuple[int, int, int]] = {}
+    for round_ in rounds:
+        for name, (starts, memory, files) in round_.resources.items():
+            key = (round_.connector, name, starts)
+            last[key] = (round_.number, memory, files)
+            first.setdefault(key, last[key])
+    return "\n".join(
+        f"{connector} {name}, rounds {first[key][0]} to {last[key][0]}: memory {first[key][1] >> 20} to "
+        f"{last[key][1] >> 20} MiB, open files {first[key][2]} to {last[key][2]}"
+        for key in first
+        if last[key][0] - first[key][0] >= 5
+        for connector, name, _ in [key]
+    )
 
 
 def save(file: Path, settings: dict[str, Any], rounds: Sequence[Round]) -> None:

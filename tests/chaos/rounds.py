@@ -12,15 +12,17 @@ from tests.chaos.checks import idle_problems, path_problems
 from tests.chaos.cluster import Cluster
 from tests.chaos.faults import Fault, apply
 from tests.chaos.load import GOOD, Answer, Book, Events, Question, Record, Request, ask
-from tests.chaos.processes import Process
+from tests.chaos.processes import Process, resident_and_files
 
 WHOLE_SECONDS = 90.0
 """Within which all paths must be there again; then the harness itself starts what does not come."""
 GRACE_SECONDS = 10.0
 """Beyond --request-timeout, before a request without end is called hung."""
 EFFECT_SECONDS = 6.0
+CUT_SECONDS = 1.0
+"""A connection that was cut is noticed by then."""
 IGNORED_SECONDS = 2.0
-"""A process that is still there so long after its signal has not taken it."""
+"""A process that is still there so long after its signal does not end for it."""
 PROBE_SECONDS = 0.5
 THINK_SECONDS = 0.3
 """At most, between a client's requests; engines that start need some of the cores too."""
@@ -38,6 +40,7 @@ class Round:
         whole: until all paths were there.
         problems: held, stale or wrong after the load was paused; a cluster that did not become whole; processes
             left behind.
+        resources: of each command when the load was paused: starts, bytes of memory and open files of its processes.
     """
 
     number: int
@@ -52,6 +55,7 @@ class Round:
     checked: bool = False
     problems: list[str] = field(default_factory=list)
     endings: list[str] = field(default_factory=list)
+    resources: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
     @property
@@ -113,19 +117,21 @@ class RoundRunner:
         probes = load.create_task(self._probes(load))
         try:
             await applied.end(fault)
-            if fault.kind in ("kill", "terminate") and applied.process is not None:
-                await self._wait_for_effect(applied.process)
+            if fault.kind in ("kill", "terminate"):
+                await self._wait_for_effect(applied.processes)
+            if fault.kind == "cut":
+                await asyncio.sleep(CUT_SECONDS)
             await self._wait_whole()
             await asyncio.sleep(AFTER_SECONDS)
         finally:
             probes.cancel()
 
-    async def _wait_for_effect(self, victim: Process) -> None:
-        """Wait until the victim is gone and its command has ended; some end for no signal, or end without harm."""
+    async def _wait_for_effect(self, victims: tuple[Process, ...]) -> None:
+        """Wait until the victims are gone and their commands have ended; some ignore a signal, or are not missed."""
         asked = time.monotonic()
-        while (waited := time.monotonic() - asked) < EFFECT_SECONDS:
-            survives = Process.find(victim.pid) == victim
-            ended = len(self._cluster.endings) > self._endings_before
+        while victims and (waited := time.monotonic() - asked) < EFFECT_SECONDS:
+            survives = any(Process.find(victim.pid) == victim for victim in victims)
+            ended = len(self._cluster.endings) >= self._endings_before + len(victims)
             if (ended and not survives) or (survives and waited > IGNORED_SECONDS):
                 return
             await asyncio.sleep(0.05)
@@ -210,3 +216,6 @@ class RoundRunner:
         round_.problems += await idle_problems(self._cluster)
         round_.problems += await path_problems(self._cluster, self._book)
         round_.problems += await idle_problems(self._cluster)
+        for name, command in self._cluster.commands.items():
+            used = [resident_and_files(pid) for pid in command.pids()]
+            round_.resources[name] = (command.starts, sum(each[0] for each in used), sum(each[1] for each in used))
