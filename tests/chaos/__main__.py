@@ -96,7 +96,7 @@ class Harness:
                 f"{time.monotonic() - whole:.1f} s more"
             )
             self.problems += [f"{connector}: {problem}" for problem in book.problems]
-            if options.transformers:
+            if options.transformers and not self.rounds:
                 book.check_against(Reference(model), options.transformers)
             for index, number in enumerate(numbers):
                 check = (index + 1) % options.check_every == 0 or number == numbers[-1]
@@ -136,6 +136,15 @@ def keep_tails(cluster: Cluster, folder: Path) -> None:
             (folder / f"{name}.log").write_bytes(raw[-TAIL_BYTES:])
 
 
+def replay(options: argparse.Namespace) -> str:
+    """Return the command that repeats a round, less its number and connector."""
+    valued = [
+        f"--{name.replace('_', '-')} {getattr(options, name)}" for name in ("clients", "questions", "longest_pause")
+    ]
+    flags = [f"--{name}" for name in ("key", "quick") if getattr(options, name)]
+    return " ".join(["python -m tests.chaos --seed", str(options.seed), *valued, *flags])
+
+
 def say(line: str) -> None:
     print(line, flush=True)
 
@@ -161,8 +170,6 @@ def main() -> int:
         traceback.print_exc()
     finally:
         harness.kill()
-    replay = f"python -m tests.chaos --seed {options.seed}" + (" --key" if options.key else "")
-    replay += " --quick" if options.quick else ""
     say("\n" + report.table(harness.rounds))
     say(f"\n{time.monotonic() - started:.0f} s. Typed errors:\n{report.typed_errors(harness.rounds) or 'none'}")
     say(f"\nUsed, where a command ran for long:\n{report.growth(harness.rounds) or 'none did'}")
@@ -172,7 +179,7 @@ def main() -> int:
     failed = report.has_failed(harness.rounds) or bool(harness.problems)
     if failed:
         say(f"\nFailures; logs in {folder}")
-        say("\n".join([*harness.problems, report.failures(harness.rounds, replay)]))
+        say("\n".join([*harness.problems, report.failures(harness.rounds, replay(options))]))
     if ended_well and not failed and options.folder is None:
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.chaos.processes import command_line, free_ports, in_session, is_stopped, listeners
+from tests.chaos.processes import command_line, free_ports, in_session, is_stopped, listeners, parent_of
 from tests.chaos.support import clean_environment, flags, is_alive, session_of, tandem_command
 
 RESTART_SECONDS = 0.2
@@ -266,10 +266,10 @@ class Cluster:
         return next((pid for pid in sorted(held) if pid != command.pid and pid in command.pids()), None)
 
     def fork_server(self, name: str) -> int | None:
-        """Return the process of which a command's children are forks."""
-        servers = [pid for pid in self.commands[name].pids() if "forkserver" in command_line(pid)]
-        # Its forks have the same command line until they set another; the parent of them all is the oldest.
-        return min(servers, default=None)
+        """Return the process of which a command's other children are forks, with its command line but not its parent."""
+        command = self.commands[name]
+        servers = (pid for pid in command.pids() if "forkserver" in command_line(pid))
+        return next((pid for pid in servers if parent_of(pid) == command.pid), None)
 
     def owner_of(self, pid: int) -> str | None:
         """Return the command whose session a process is in."""

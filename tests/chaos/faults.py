@@ -97,7 +97,9 @@ def deck(seed: int, quick: bool, cuts: bool) -> list[tuple[str, str]]:
             del left[pair]
         return chosen
 
-    pairs = drawn(("kill", "terminate"), 4) + drawn(("stop",), 10 if not cuts else 6) + drawn(("cut",), 4)
+    pairs = drawn(("kill", "terminate"), 3) + drawn(("cut",), len(LINKS)) + drawn(("stop",), len(PROCESSES))
+    if not cuts:
+        pairs += drawn(("stop",), len(LINKS))
     rng.shuffle(pairs)
     return pairs
 
