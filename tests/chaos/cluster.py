@@ -266,7 +266,7 @@ class Cluster:
         return next((pid for pid in sorted(held) if pid != command.pid and pid in command.pids()), None)
 
     def fork_server(self, name: str) -> int | None:
-        """Return the process of which a command's other children are forks, with its command line but not its parent."""
+        """Return the process of which a command's other children are forks: they have its command line."""
         command = self.commands[name]
         servers = (pid for pid in command.pids() if "forkserver" in command_line(pid))
         return next((pid for pid in servers if parent_of(pid) == command.pid), None)

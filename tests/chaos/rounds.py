@@ -19,8 +19,9 @@ WHOLE_SECONDS = 90.0
 GRACE_SECONDS = 10.0
 """Beyond --request-timeout, before a request without end is called hung."""
 EFFECT_SECONDS = 6.0
-CUT_SECONDS = 1.0
-"""A connection that was cut is noticed by then."""
+NOTICED_SECONDS = 1.0
+"""By then a cut or a long stop is noticed, by those who end for it too."""
+LONG_STOP_SECONDS = 2.0
 IGNORED_SECONDS = 2.0
 """A process that is still there so long after its signal does not end for it."""
 PROBE_SECONDS = 0.5
@@ -119,8 +120,8 @@ class RoundRunner:
             await applied.end(fault)
             if fault.kind in ("kill", "terminate"):
                 await self._wait_for_effect(applied.processes)
-            if fault.kind == "cut":
-                await asyncio.sleep(CUT_SECONDS)
+            if fault.kind == "cut" or (fault.kind == "stop" and fault.seconds > LONG_STOP_SECONDS):
+                await asyncio.sleep(NOTICED_SECONDS)
             await self._wait_whole()
             await asyncio.sleep(AFTER_SECONDS)
         finally:
