@@ -37,7 +37,7 @@ class Round:
     """What happened in a round. Times in seconds from its fault; `fault_at` from its start.
 
     Attributes:
-        first_good: until the first right answer to a request that was sent after the fault.
+        first_good: until the first right answer to a request that was sent after the fault and needs engines of both roles.
         whole: until all paths were there.
         problems: held, stale or wrong after the load was paused; a cluster that did not become whole; processes
             left behind.
@@ -101,8 +101,8 @@ class RoundRunner:
         round_.seconds = time.monotonic() - self._started
         if self._faulted is not None:
             fault_at = self._faulted - self._started
-            good = [r.ended - fault_at for r in round_.records if r.sent >= fault_at and r.verdict == "right"]
-            round_.first_good = min(good, default=None)
+            good = [r for r in round_.records if r.sent >= fault_at and r.verdict == "right" and r.tokens > 1]
+            round_.first_good = min((record.ended - fault_at for record in good), default=None)
         if check:
             await self._check()
         for ending in self._cluster.endings[self._endings_before :]:
