@@ -18,7 +18,7 @@ WHOLE_SECONDS = 90.0
 """Within which all paths must be there again; then the harness itself starts what does not come."""
 GRACE_SECONDS = 10.0
 """Beyond --request-timeout, before a request without end is called hung."""
-EFFECT_SECONDS = 6.0
+EFFECT_SECONDS = 10.0
 NOTICED_SECONDS = 1.0
 """By then a cut or a long stop is noticed, by those who end for it too."""
 LONG_STOP_SECONDS = 2.0
@@ -37,7 +37,7 @@ class Round:
     """What happened in a round. Times in seconds from its fault; `fault_at` from its start.
 
     Attributes:
-        first_good: until the first right answer to a request that was sent after the fault and needs engines of both roles.
+        first_good: until the first right answer of more than one token to a request that was sent after the fault.
         whole: until all paths were there.
         problems: held, stale or wrong after the load was paused; a cluster that did not become whole; processes
             left behind.
