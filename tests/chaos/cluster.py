@@ -18,7 +18,7 @@ from tests.chaos.processes import command_line, free_ports, in_session, is_stopp
 from tests.chaos.support import clean_environment, flags, is_alive, session_of, tandem_command
 
 RESTART_SECONDS = 0.2
-LEFT_BEHIND_SECONDS = 5.0
+LEFT_BEHIND_SECONDS = 10.0
 """Processes of a command that are there for longer than this after its end were left behind."""
 STOP_SECONDS = 20.0
 POLL = aiohttp.ClientTimeout(total=3.0)
