@@ -216,12 +216,13 @@ class Cluster:
         for name, command in self.commands.items():
             if command.pid is None or is_stopped(command.pid):
                 return f"{name} is not running"
-        try:
-            status, _ = await self.get(f"{self.url}/health")
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            return f"the router's health is not to be had: {error!r}"
-        if status != 200:
-            return f"the router's health is {status}"
+        for name, url in {"router": self.url, **self.urls}.items():
+            try:
+                status, _ = await self.get(f"{url}/health")
+            except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                return f"{name} does not tell its health: {error!r}"
+            if status != 200:
+                return f"the health of {name} is {status}"
         engines = await self.engines()
         for name in ENGINES:
             if (reason := self._not_alive(name, engines.get(name))) is not None:
