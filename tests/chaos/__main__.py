@@ -19,10 +19,9 @@ from tests.chaos import report
 from tests.chaos.cluster import Cluster, Settings
 from tests.chaos.faults import deck, fault_of
 from tests.chaos.load import Book, questions
-from tests.chaos.model import write_model
 from tests.chaos.processes import can_cut
 from tests.chaos.rounds import Round, RoundRunner
-from tests.chaos.support import Reference, run_tandem
+from tests.chaos.support import FAMILIES, Reference, run_tandem
 
 START_SECONDS = 90.0
 TAIL_BYTES = 200_000
@@ -83,7 +82,7 @@ class Harness:
             assert run_tandem("keygen", work / "cluster.key").code == 0
         book = Book(questions(options.seed, options.questions))
         started = time.monotonic()
-        model = write_model(work / "model")
+        model = FAMILIES["qwen3"].write(work / "model")
         settings = Settings(model, work, connector, key=options.key, log_level=options.log_level)
         self._cluster = Cluster(settings)
         async with self._cluster as cluster:

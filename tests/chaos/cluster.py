@@ -50,7 +50,7 @@ class Settings:
     key: bool = False
     lease_ttl: float = 2.0
     request_timeout: float = 60.0
-    kv_memory: int = 2 << 20
+    kv_memory: int = 1408 << 10
     log_level: str = "info"
 
 

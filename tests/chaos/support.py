@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from tests.e2e.deployment import clean_environment, flags, run_tandem, tandem_command
-from tests.e2e.families import DEMO_MODEL, EOS, VOCAB, Reference
+from tests.e2e.families import FAMILIES, Reference
 from tests.e2e.processes import is_alive, session_of
 
 __all__ = [
-    "DEMO_MODEL",
-    "EOS",
-    "VOCAB",
+    "FAMILIES",
     "Reference",
     "clean_environment",
     "flags",
