@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from tests.e2e.deployment import clean_environment, flags, run_tandem, tandem_command
-from tests.e2e.families import FAMILIES, Reference
-from tests.e2e.processes import is_alive, session_of
+from tests.support.deployment import clean_environment, flags, run_tandem, tandem_command
+from tests.support.families import FAMILIES
+from tests.support.processes import is_alive, session_of
+from tests.support.reference import Reference
 
 __all__ = [
     "FAMILIES",
