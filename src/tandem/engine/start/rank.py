@@ -20,7 +20,6 @@ from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord
 from tandem.transfer.transports.registry import connector_name
 from tandem.wire.keys import load_key
-from tandem.wire.sockets import Sockets
 
 
 class Rank:
@@ -42,7 +41,6 @@ class Rank:
         self.connector = connector_name(config.network.connector)
         self.key = load_key(config.access.cluster_key_file)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.sockets = Sockets(self.context, self.key)
         self.fingerprint = fingerprint(placement.model.path, self.model)
 
     def record(self) -> RankRecord:
