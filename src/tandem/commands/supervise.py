@@ -31,7 +31,9 @@ def supervised(body: Callable[[ChildProcesses, Console], int], preload: Sequence
         except StopSignal:
             console.echo("stopping ...")
             return 0
-    return 0
+        finally:
+            children.stop()
+            console.close()
 
 
 def wait_forever(children: ChildProcesses) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from tandem import logs
+from tandem.child_main import end_child
 from tandem.config import EngineConfig
 from tandem.engine.io.leader_sockets import FollowerSockets, LeaderSockets
 from tandem.engine.start.engine_map import exchange
@@ -27,7 +28,6 @@ from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import StartError
 from tandem.models.kv_cache import kv_layout
 from tandem.models.loader import load_decoder
-from tandem.processes import end_child
 from tandem.reports import Ended, Following, Loading, Ready, Reporter
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.identity import RankRecord, agree
