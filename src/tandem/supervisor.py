@@ -74,14 +74,16 @@ class Supervisor:
     def run(self) -> NoReturn:
         """Start anew whatever dies, until a signal comes. Raises StartError when something dies too often."""
         while True:
-            self.step()
+            self._processes.wait(self.step())
 
-    def step(self) -> None:
-        """Look after every unit once, and wait until there is something to do."""
+    def step(self) -> float | None:
+        """Look after every unit once; return the seconds until there is something to do if no child stirs."""
         for life in self._lives:
             self._look_after(life, time.monotonic())
+        if any(child.reports for life in self._lives for child in life.unit.children):
+            return 0.0  # came while we looked
         planned = [when for life in self._lives for when in (life.start_at, life.deadline) if when is not None]
-        self._processes.wait(max(0.0, min(planned) - time.monotonic()) if planned else None)
+        return max(0.0, min(planned) - time.monotonic()) if planned else None
 
     def _look_after(self, life: _Life, now: float) -> None:
         if life.start_at is not None:
