@@ -44,10 +44,9 @@ class DescriptorHandler(logging.Handler):
         except Exception:
             self.handleError(record)
             return
-        if self._dropped and self._write(self._notice(record)):
-            self._dropped = 0
-        if self._dropped or not self._write(line):
-            self._dropped += 1
+        if self._dropped:
+            line = f"{self._notice(record)}\n{line}"
+        self._dropped = 0 if self._write(line) else self._dropped + 1
 
     def _notice(self, record: logging.LogRecord) -> str:
         text = f"{self._dropped} log lines dropped: they are read too slowly"
