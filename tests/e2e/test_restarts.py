@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tests.e2e.families import Reference, prompt_of
 from tests.e2e.processes import fork_server_of, is_alive, listening_on, survivors, until
 
 PATIENCE = 60.0
+PAUSE_SECONDS = 9.0
 PROMPT = prompt_of(90)
 
 
@@ -48,6 +51,30 @@ def check_answer(deployment: Deployment, right: list[int]) -> None:
     reply = deployment.http.complete(PROMPT, max_tokens=24, ignore_eos=True)
     assert reply.token_ids == right
     assert reply.how["disaggregated"], reply.how
+
+
+@pytest.mark.parametrize("engine", ["prefill-0", "decode-0"])
+def test_an_engine_that_was_paused_under_load_goes_on(engine: str, split: Deployment, right: list[int]) -> None:
+    """Longer than the heartbeats' patience: a virtual machine that migrates, a laptop's lid."""
+    assert until(lambda: is_whole(split), PATIENCE), split.log
+    before = lives(split)
+    with ThreadPoolExecutor(8) as clients:
+        answers = [
+            clients.submit(split.http.complete, prompt_of(60, seed), max_tokens=200, ignore_eos=True)
+            for seed in range(8)
+        ]
+        ranks = [one["pid"] for one in split.engines()[engine]["ranks"]]
+        assert until(lambda: split.engines()["decode-0"]["requests"]["running"], PATIENCE)
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(PAUSE_SECONDS)  # is what is tested
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        for answer in answers:
+            answer.result()  # with an outcome, whatever it is
+    assert until(lambda: is_whole(split), PATIENCE), split.log
+    assert lives(split) == before, split.log
+    check_answer(split, right)
 
 
 @pytest.mark.parametrize(
