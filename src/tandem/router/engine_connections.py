@@ -154,8 +154,8 @@ class EngineConnections:
         self.send(sender, Registered(False))
 
     def _introduce_all(self) -> None:
-        prefills = [PeerAddress(e.register.identity, e.register.peer_address) for e in self.registry.ready("prefill")]
-        for engine in self.registry.ready("decode"):
+        prefills = [PeerAddress(e.register.identity, e.register.peer_address) for e in self.registry.present("prefill")]
+        for engine in self.registry.present("decode"):
             self.send(engine.sender, Introduce(prefills))
 
     def _deliver(self, sender: bytes, item: Tokens | Failed) -> None:

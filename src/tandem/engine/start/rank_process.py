@@ -28,7 +28,7 @@ from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import StartError
 from tandem.models.kv_cache import kv_layout
 from tandem.models.loader import load_decoder
-from tandem.reports import Ended, Following, Loading, Ready, Reporter
+from tandem.reports import DRAIN_SIGNAL, Ended, Following, Loading, Ready, Reporter
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.identity import RankRecord, agree
 from tandem.wire.messages import EngineStatus
@@ -130,6 +130,7 @@ class RankProcess:
         def ready(status: EngineStatus) -> None:
             end_start()
             signal.signal(signal.SIGTERM, lambda *_: leader.mailbox.put(Shutdown("it was told to stop")))
+            signal.signal(DRAIN_SIGNAL, lambda *_: leader.drain(self._config.drain_timeout))
             self._report(Ready(status))
 
         return leader.run(ready)
