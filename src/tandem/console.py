@@ -15,7 +15,7 @@ from tandem.wire.messages import Address, EngineStatus
 
 STDOUT = 1
 LAST_SECONDS = 1.0
-"""At the end of a command, for a reader to take what is left."""
+"""For a reader to take what is left, at the end of a command and before its URL is told."""
 
 
 class Console:
@@ -79,6 +79,7 @@ class Console:
         """
         if sys.stdout.isatty():
             return
+        self._writer.drain(LAST_SECONDS)  # what was said before it is to be read before it
         try:
             os.write(STDOUT, f"{url}\n".encode())  # by print, what failed would fail once more at the exit
         except OSError as error:
