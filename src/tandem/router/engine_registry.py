@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tandem.api.backend import EngineState
 from tandem.wire.messages import EngineStatus, PeerInfo, Register
 
+MAX_ENGINES = 1024
 ALIVE_SECONDS = 1.5
 """Several heartbeats: an engine that was heard within this time is alive."""
 
@@ -72,6 +73,11 @@ class EngineRegistry:
             if same_id and engine.incarnation != message.identity.incarnation:
                 return engine if now - engine.last_heard < ALIVE_SECONDS else None
         return None
+
+    def is_full(self, message: Register) -> bool:
+        """Return whether there is no room for an engine: MAX_ENGINES others are known."""
+        others = [engine for engine in self if engine.engine_id != message.identity.engine_id]
+        return len(others) >= MAX_ENGINES
 
     def register(self, sender: bytes, message: Register, now: float) -> list[EngineEntry]:
         """Add an engine. Return earlier incarnations of it, which are over now."""
