@@ -17,11 +17,13 @@ ROWS = (
     {"doctor", "local_cluster", "client", "config_file", "demo_questions"},
     {"engine"},
     {"router"},
+    {"supervisor"},
     {"scheduling", "transfer", "models", "api", "processes"},
+    {"child_main"},
     {"config", "console", "reports"},
     {"flags"},
     {"wire"},
-    {"kv", "ids", "logs", "deadlines", "model_folder"},
+    {"kv", "ids", "logs", "deadlines", "model_folder", "bounded_writer", "restart_policy", "runtime_folder"},
     {"errors"},
 )
 ROW = {package: row for row, packages in enumerate(ROWS) for package in packages}

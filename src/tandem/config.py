@@ -234,6 +234,8 @@ class EngineConfig:
     parallel: ParallelSection = ParallelSection()
     engine_id: str | None = None
     "Names the engine over restarts; by default a fresh one. Must be the same on all nodes."
+    drain_timeout: float = 30.0
+    "Seconds for which an engine that gets SIGTERM finishes its requests and lets its KV be read, before it ends."
     network: NetworkSection = NetworkSection()
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
@@ -244,6 +246,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, Role)
+        check_positive(drain_timeout=self.drain_timeout)
 
     @property
     def name(self) -> str:

@@ -82,11 +82,12 @@ class LLM:
         try:
             folder = find_model(str(model), config.model.served_model_name)
             with console:
-                router = start_cluster(self._children, config, folder, console)
+                cluster = start_cluster(self._children, config, folder, console)
         except BaseException:
             self.close()
             raise
-        self.url = f"http://{router.http}"
+        cluster.close_listeners()
+        self.url = f"http://{cluster.router.http}"
         self._api_key = config.access.api_key
         self._connections = min(2 * config.decode * config.batch.max_num_seqs, config.batch.max_waiting)
 

@@ -8,6 +8,7 @@ import time
 import msgspec
 import pytest
 
+from tandem.api.backend import EngineState
 from tandem.errors import EngineFailed, EngineLost, InvalidRequest, Overloaded, RequestError, TimedOut, Unavailable
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import ALIVE_SECONDS, EngineRegistry
@@ -353,7 +354,7 @@ async def test_prefill_engines_are_introduced_to_decode_engines(router: RunningR
 
 
 async def test_an_engine_that_is_not_known_is_told_to_register(router: RunningRouter) -> None:
-    stranger = router.stranger("decode-0", "decode")
+    stranger = router.stranger("another", "decode")
     stranger.beat()
     await asyncio.wait_for(stranger.not_known.wait(), 20)
     assert router.entry("decode-0") is None
@@ -420,3 +421,26 @@ async def test_a_request_that_no_engine_ends_is_ended_by_the_router(monkeypatch:
         assert isinstance(await answer.error(), TimedOut)
         assert await decode.abort() == Abort(here.request_id)
         assert isinstance((await prefill.request()).kv, Prefill)
+
+
+async def test_nobody_registers_under_the_incarnation_of_another_engine(router: RunningRouter) -> None:
+    _, decode = await router.pair()
+    stranger = router.stranger("another", "decode")
+    known = next(engine.register for engine in router.registry if engine.engine_id == "decode-0")
+    stranger.send(known)
+    await stranger.register()  # once it is answered, what came before it was looked at
+    assert router.connections.dropped.count == 1
+    [entry] = [engine for engine in router.registry if engine.incarnation == decode.identity.incarnation]
+    assert entry.sender == decode.identity.incarnation.encode()
+
+
+async def test_an_engine_that_drains_is_not_chosen_and_its_requests_end(router: RunningRouter) -> None:
+    prefill, decode = await router.pair()
+    answer = router.ask()
+    there, here = await prefill.request(), await decode.request()
+    decode.beat(draining=True)
+    await router.until(lambda: router.backend.engines()[1].state is EngineState.DRAINING)
+    assert "no decode engine is ready" in router.backend.health().detail
+    prefill.send_tokens(there, 0, 10, done=True)
+    decode.send_tokens(here, 1, 11, finish="length")
+    assert await answer.whole() == [10, 11]

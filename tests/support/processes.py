@@ -60,3 +60,38 @@ def survivors(pids: Iterable[int], seconds: float) -> set[int]:
     watched = set(pids)
     until(lambda: not any(is_alive(pid) for pid in watched), seconds)
     return {pid for pid in watched if is_alive(pid)}
+
+
+def listening_on(port: int) -> set[int]:
+    """Processes that hold a listening TCP socket on this port of loopback."""
+    lines = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    inodes = {fields[9] for fields in lines if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port}
+    links = {f"socket:[{inode}]" for inode in inodes}
+    return {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and links & _open_in(entry)}
+
+
+def _open_in(entry: Path) -> set[str]:
+    found = set()
+    try:
+        for descriptor in (entry / "fd").iterdir():
+            found.add(str(descriptor.readlink()))
+    except OSError:
+        pass
+    return found
+
+
+def fork_server_of(pid: int) -> int:
+    """The fork server of a command."""
+    [found] = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _parent(entry) == pid and b"forkserver" in (entry / "cmdline").read_bytes()
+    ]
+    return found
+
+
+def _parent(entry: Path) -> int | None:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None

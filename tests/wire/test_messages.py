@@ -64,6 +64,7 @@ TO_TRANSFER_THREAD = [
     t.ClosePeer(1),
     t.ReadOrder(1, 1, "r", [1], [2], 0, 16, True),
     t.StopThread(),
+    t.LeaderAlive(),
 ]
 FROM_TRANSFER_THREAD = [
     t.ThreadAlive(0),

@@ -92,6 +92,7 @@ class Health(msgspec.Struct, frozen=True):
 
 class EngineState(enum.Enum):
     READY = "ready"
+    DRAINING = "draining"
     LOST = "lost"
 
 

@@ -61,10 +61,20 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new requests, and end in good order once those that are here have ended and their KV has been read.
+
+    `by`: time by which to end in any case.
+    """
+
+    by: float
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """The engine cannot go on: end with this error."""
 
     error: EngineFailed
 
 
-Command = StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown | Fail
+Command = StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown | Drain | Fail

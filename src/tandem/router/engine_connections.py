@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineLost, RequestError, request_error
-from tandem.router.engine_registry import EngineEntry, EngineRegistry
+from tandem.errors import EngineLost, RequestError, WireError, request_error
+from tandem.router.engine_registry import MAX_ENGINES, EngineEntry, EngineRegistry
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -125,6 +125,10 @@ class EngineConnections:
                     self.on_change()
 
     def _register(self, sender: bytes, message: Register, now: float) -> None:
+        if sender != message.identity.incarnation.encode():
+            raise WireError(f"{sender!r} registers as {message.identity}; an engine's socket bears its incarnation")
+        if self.registry.is_full(message):
+            raise WireError(f"there is no room for {message.identity}: {MAX_ENGINES} engines are registered")
         namesake = self.registry.living_namesake(message, now)
         if namesake is not None:
             self._refuse(sender, message, namesake)
@@ -142,7 +146,7 @@ class EngineConnections:
 
     def _refuse(self, sender: bytes, message: Register, namesake: EngineEntry) -> None:
         """Refuse a second engine of one name. One that restarts is taken once its earlier incarnation is silent."""
-        if message.identity.incarnation not in self._refused:
+        if message.identity.incarnation not in self._refused and len(self._refused) < MAX_ENGINES:
             self._refused.add(message.identity.incarnation)
             log.warning(
                 "two engines are called %s, at %s and %s: the second one is not used while the first one lives;"
@@ -154,8 +158,8 @@ class EngineConnections:
         self.send(sender, Registered(False))
 
     def _introduce_all(self) -> None:
-        prefills = [PeerAddress(e.register.identity, e.register.peer_address) for e in self.registry.ready("prefill")]
-        for engine in self.registry.ready("decode"):
+        prefills = [PeerAddress(e.register.identity, e.register.peer_address) for e in self.registry.present("prefill")]
+        for engine in self.registry.present("decode"):
             self.send(engine.sender, Introduce(prefills))
 
     def _deliver(self, sender: bytes, item: Tokens | Failed) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tandem.api.backend import EngineState
 from tandem.wire.messages import EngineStatus, PeerInfo, Register
 
+MAX_ENGINES = 1024
 ALIVE_SECONDS = 1.5
 """Several heartbeats: an engine that was heard within this time is alive."""
 
@@ -67,22 +68,29 @@ class EngineRegistry:
 
     def living_namesake(self, message: Register, now: float) -> EngineEntry | None:
         """Return another incarnation of the engine that is alive, so that this one must be a second engine."""
-        for engine in self.ready():
+        for engine in self.present():
             same_id = engine.engine_id == message.identity.engine_id
             if same_id and engine.incarnation != message.identity.incarnation:
                 return engine if now - engine.last_heard < ALIVE_SECONDS else None
         return None
 
+    def is_full(self, message: Register) -> bool:
+        """Return whether there is no room for an engine: MAX_ENGINES others are known."""
+        others = [engine for engine in self if engine.engine_id != message.identity.engine_id]
+        return len(others) >= MAX_ENGINES
+
     def register(self, sender: bytes, message: Register, now: float) -> list[EngineEntry]:
         """Add an engine. Return earlier incarnations of it, which are over now."""
         known = self._engines.get(sender)
         if known is not None and known.incarnation == message.identity.incarnation:
-            known.register, known.last_heard, known.state = message, now, EngineState.READY
+            known.register = message
+            self.heartbeat(sender, message.status, now)
             return []
         replaced = [engine for engine in self if engine.engine_id == message.identity.engine_id]
         for engine in replaced:
             del self._engines[engine.sender]
         self._engines[sender] = EngineEntry(sender, message, message.status, now)
+        self.heartbeat(sender, message.status, now)
         return replaced
 
     def heartbeat(self, sender: bytes, status: EngineStatus, now: float) -> EngineEntry | None:
@@ -90,7 +98,8 @@ class EngineRegistry:
         engine = self._engines.get(sender)
         if engine is None or engine.incarnation != status.incarnation:
             return None
-        engine.status, engine.last_heard, engine.state = status, now, EngineState.READY
+        engine.status, engine.last_heard = status, now
+        engine.state = EngineState.DRAINING if status.draining else EngineState.READY
         engine.peers = {(peer.engine_id, peer.incarnation): peer for peer in status.peers}
         return engine
 
@@ -108,7 +117,7 @@ class EngineRegistry:
         lost = []
         for engine in self:
             silence = now - engine.last_heard
-            if engine.state is EngineState.READY and silence > self._patience:
+            if engine.state is not EngineState.LOST and silence > self._patience:
                 engine.state = EngineState.LOST
                 lost.append(engine)
             elif silence > self._memory:
@@ -118,6 +127,10 @@ class EngineRegistry:
     def served(self) -> EngineEntry | None:
         """Return the engine that came first and is there: its model is the one that this frontend serves."""
         return next(iter(self.ready()), next(iter(self), None))
+
+    def present(self, role: str | None = None) -> list[EngineEntry]:
+        """Return the engines that are there, whether requests may go to them or not."""
+        return [engine for engine in self if engine.state is not EngineState.LOST and role in (None, engine.role)]
 
     def ready(self, role: str | None = None) -> list[EngineEntry]:
         return [engine for engine in self if engine.state is EngineState.READY and role in (None, engine.role)]

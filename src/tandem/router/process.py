@@ -23,7 +23,7 @@ from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy, SingleEnginePolicy
 from tandem.router.request_router import RequestRouter
-from tandem.wire.keys import load_key
+from tandem.wire.keys import ClusterKey
 from tandem.wire.sockets import SocketOptions, Sockets
 
 log = logging.getLogger(__name__)
@@ -31,20 +31,29 @@ log = logging.getLogger(__name__)
 Kind = Literal["router", "engine"]
 
 
-def run_frontend(report: Reporter, kind: Kind, name: str, config: RouterConfig, listener: socket.socket) -> None:
+def run_frontend(
+    report: Reporter,
+    kind: Kind,
+    name: str,
+    config: RouterConfig,
+    listener: socket.socket,
+    key: ClusterKey | None,
+) -> None:
     """Serve until SIGTERM. Reports the `ControlPort` for engines, and its `Health` whenever an engine changes.
 
     Args:
         name: of the process in log lines.
         listener: bound and listening HTTP socket.
+        key: the cluster key, if there is one.
     """
     logs.set_up(name, config.run.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(report, kind, config, listener))
+        runner.run(_serve(report, kind, config, listener, key))
 
 
-async def _serve(report: Reporter, kind: Kind, config: RouterConfig, listener: socket.socket) -> None:
-    key = load_key(config.access.cluster_key_file)
+async def _serve(
+    report: Reporter, kind: Kind, config: RouterConfig, listener: socket.socket, key: ClusterKey | None
+) -> None:
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), key)
     control, port = sockets.bind(
         zmq.ROUTER, config.control_host or config.host, config.control_port, SocketOptions(handover=True)
@@ -84,6 +93,10 @@ async def _load_early(loader: ModelLoader, first_engine: asyncio.Event) -> None:
         log.error("%s; a router needs the model's folder under the same path as its engines", error)
 
 
+HEALTH_SECONDS = 0.05
+"""From a change to the look at the health: a hundred engines that beat cost no more than one."""
+
+
 class _HealthReporter:
     """Tells the owner of the process when the frontend becomes able to serve, and when it no longer is.
 
@@ -95,9 +108,17 @@ class _HealthReporter:
         self._report = report
         self._backend = backend
         self._last: Any = None
+        self._planned = False
         self.first_engine = asyncio.Event()
 
     def update(self) -> None:
+        """Look soon; called at every change."""
+        if not self._planned:
+            self._planned = True
+            asyncio.get_running_loop().call_later(HEALTH_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._planned = False
         health = self._backend.health()
         states = [(engine.engine_id, engine.state.value) for engine in self._backend.engines()]
         if states:

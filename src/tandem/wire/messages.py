@@ -223,7 +223,8 @@ class EngineCounters(msgspec.Struct, frozen=True):
 class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
     """The heartbeat, and the content of GET /tandem/engine.
 
-    `identity_time`: seconds that the ranks took to agree on the engine's identity.
+    `identity_time`: seconds that the ranks took to agree on the engine's identity. `draining`: it takes no new
+    requests, finishes those that it has, and ends.
     """
 
     engine_id: Name
@@ -241,6 +242,7 @@ class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
     peers: Annotated[list[PeerInfo], Meta(max_length=MAX_PEERS)]
     counters: EngineCounters = EngineCounters()
     identity_time: Seconds = 0.0
+    draining: bool = False
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):

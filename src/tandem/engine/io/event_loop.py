@@ -74,6 +74,7 @@ class LeaderEventLoop:
         self._registration = registration
         self._status = registration.status
         self._mailbox = mailbox
+        self._draining = False
         self._thread = EventLoopThread(self._serve, mailbox, end_process)
         self._transfer_socket = sockets.transfer
         self._transfer_threads = TransferThreads(sockets.transfer, len(descriptor.ranks))
@@ -112,6 +113,10 @@ class LeaderEventLoop:
             check_ranks: raises EngineFailed when a rank is lost; called again and again meanwhile.
         """
         self._thread.start(check_ranks, seconds)
+
+    def show_draining(self) -> None:
+        """Let the frontends know, from the next heartbeat on, that no new request is taken."""
+        self._draining = True
 
     def stop(self, reason: str) -> None:
         """Say goodbye to the frontends and end the thread; bounded."""
@@ -176,7 +181,7 @@ class LeaderEventLoop:
             leases_expired=self._listener.expired,
             bad_messages=self._listener.bad_messages,
         )
-        status = msgspec.structs.replace(status, peers=self._dialer.peers, counters=counters)
+        status = msgspec.structs.replace(status, peers=self._dialer.peers, counters=counters, draining=self._draining)
         return msgspec.structs.replace(self._registration, status=status)
 
     def _begin(self, frontend: int, message: Generate) -> None:

@@ -30,6 +30,7 @@ from tandem.wire.messages import (
     Tokens,
 )
 from tandem.wire.receiving import DroppedMessages, receive_messages
+from tandem.wire.silence import Silence
 from tandem.wire.sockets import SocketOptions, Sockets
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Frontend:
         self._known = False
         self._breaks = 0
         self._warn_at = 0.0
-        self._heard = time.monotonic()
+        self._silence: Silence[Address] = Silence(SILENCE_SECONDS, BEAT_SECONDS)
         options = SocketOptions(identity=incarnation.encode(), hwm=MAX_QUEUED, monitor=zmq.EVENT_DISCONNECTED)
         self._socket = sockets.connect(zmq.DEALER, address.host, address.port, options)
         self._monitor = self._socket.get_monitor_socket()
@@ -113,7 +114,7 @@ class Frontend:
             self._send(registration.status if self._known else registration)
             self._warn_unknown(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
-            if self._active and time.monotonic() - self._heard > SILENCE_SECONDS:
+            if self._silence.look(time.monotonic()) and self._active:
                 self._abandon("is silent")
 
     def _warn_unknown(self, now: float) -> None:
@@ -145,7 +146,7 @@ class Frontend:
         self._active.clear()
 
     def _handle(self, _: bytes, message: ToEngine) -> None:
-        self._heard = time.monotonic()
+        self._silence.heard(self._address, time.monotonic())
         match message:
             case Registered(known=known, connection=connection):
                 if not known and self._active:

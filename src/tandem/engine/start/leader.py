@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from tandem import __version__
@@ -13,7 +14,7 @@ from tandem.engine.start.rank import Rank
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
-from tandem.engine.step_commands import Command
+from tandem.engine.step_commands import Command, Drain
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
@@ -67,6 +68,14 @@ class Leader:
         self._step_loop = StepLoop(
             scheduler, pool, self._pipeline, self.mailbox, self._event_loop, connector, config.run.kv_failure, published
         )
+
+    def drain(self, seconds: float) -> None:
+        """Take no new requests, and end when those that are here have ended and their KV was read, or after `seconds`.
+
+        May be called by a signal handler.
+        """
+        self._event_loop.show_draining()
+        self.mailbox.put(Drain(time.monotonic() + seconds))
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
         """Serve until told to stop; return why.

@@ -19,8 +19,6 @@ from tandem.models.rank_position import check_split
 from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord
 from tandem.transfer.transports.registry import connector_name
-from tandem.wire.keys import load_key
-from tandem.wire.sockets import Sockets
 
 
 class Rank:
@@ -40,9 +38,8 @@ class Rank:
         self.max_model_len = config.model.max_model_len or self.model.max_context
         self.model.check_max_model_len(self.max_model_len)
         self.connector = connector_name(config.network.connector)
-        self.key = load_key(config.access.cluster_key_file)
+        self.key = placement.key
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.sockets = Sockets(self.context, self.key)
         self.fingerprint = fingerprint(placement.model.path, self.model)
 
     def record(self) -> RankRecord:

@@ -15,10 +15,9 @@ from tandem.engine.step.runner import KvMemory
 from tandem.engine.timeouts import PEERS_SECONDS, STUCK_SECONDS, TRANSPORT_SECONDS
 from tandem.errors import EngineFailed, RankLost, StartError, TandemError, TransferError
 from tandem.ids import EngineIdentity
-from tandem.transfer.thread.transfer_thread import LEADER_EVENTS, TransferThread, start_transfer_thread
+from tandem.transfer.thread.transfer_thread import TransferThread, start_transfer_thread
 from tandem.transfer.transports.base import RankEndpoint, Transport
 from tandem.transfer.transports.registry import transport_factory
-from tandem.wire.sockets import SocketOptions
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class TransferStart:
         self._memory = memory
         self._end_process = end_process
         self._endpoint: Future[RankEndpoint] = Future()
-        self._engine: Future[EngineMap] = Future()
+        self._engine: Future[tuple[EngineMap, Callable[[], zmq.Socket[bytes]]]] = Future()
         start_transfer_thread(self._make, f"transfer-{self._number}", self._failed)
 
     def endpoint(self) -> RankEndpoint:
@@ -49,9 +48,9 @@ class TransferStart:
         except TimeoutError:
             raise StartError(f"the transport did not start in {TRANSPORT_SECONDS:.0f} s") from None
 
-    def connect(self, engine: EngineMap) -> None:
-        """Let the thread connect to the leader and serve it."""
-        self._engine.set_result(engine)
+    def connect(self, engine: EngineMap, open_socket: Callable[[], zmq.Socket[bytes]]) -> None:
+        """Let the thread serve the leader. `open_socket`: called in the thread, returns the connection to it."""
+        self._engine.set_result((engine, open_socket))
 
     # --- in the transfer thread ----------------------------------------------------------------------------------
 
@@ -61,15 +60,12 @@ class TransferStart:
         transport.register(self._memory.region)
         self._endpoint.set_result(transport.describe())
         try:
-            engine = self._engine.result(PEERS_SECONDS)
+            engine, open_socket = self._engine.result(PEERS_SECONDS)
         except TimeoutError:
             raise StartError("the other ranks did not publish their memory") from None
         if len(engine.ranks) > 1:
             _warm_up(transport, engine.ranks[(self._number + 1) % len(engine.ranks)].endpoint)
-        options = SocketOptions(identity=b"%d" % self._number, monitor=LEADER_EVENTS)
-        address = engine.leader.transfer
-        socket = rank.sockets.connect(zmq.DEALER, address.host, address.port, options)
-        return TransferThread(self._number, [each.layout for each in engine.ranks], transport, socket)
+        return TransferThread(self._number, [each.layout for each in engine.ranks], transport, open_socket())
 
     def _failed(self, error: BaseException) -> None:
         """The last act of the thread."""

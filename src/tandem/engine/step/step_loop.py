@@ -17,6 +17,7 @@ from tandem.engine.outbox import KvEvent, Outbox, Outputs
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
+    Drain,
     Fail,
     KvArrived,
     KvFailed,
@@ -25,7 +26,7 @@ from tandem.engine.step_commands import (
     Shutdown,
     StartRequest,
 )
-from tandem.errors import KvLost, KvRetry, RequestError
+from tandem.errors import KvLost, KvRetry, Overloaded, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Event, Finished, PrefillEnded, PullEnded, TokenOut
@@ -107,6 +108,7 @@ class StepLoop:
         self._requests: dict[str, _OpenRequest] = {}
         self._leased: dict[str, list[int]] = {}
         self._stopping: str | None = None
+        self._drain_by: float | None = None
         self._kv_bytes = 0
         self._kv_descriptors = 0
         self._status_at = 0.0
@@ -128,6 +130,7 @@ class StepLoop:
             for result in self._pipeline.results():
                 self._scheduler.apply(result, time.monotonic())
             self._publish(self._scheduler.drain())
+            self._end_drain(now)
             self._post_status(time.monotonic(), idle=batch is None)
             if batch is None:
                 wait.poll(IDLE_SECONDS * 1000)
@@ -152,6 +155,8 @@ class StepLoop:
             case LeasesEnded(request_ids=request_ids):
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
+            case Drain(by=by):
+                self._drain_by = by
             case Fail(error=error):
                 raise error
             case Shutdown(reason=reason):
@@ -160,6 +165,8 @@ class StepLoop:
     def _start(self, frontend: int, generate: Generate, now: float) -> None:
         request_id = generate.request_id
         try:
+            if self._drain_by is not None:
+                raise Overloaded("this engine is about to end and takes no new requests", retry_after=1)
             self._scheduler.add(generate, now)
         except RequestError as error:
             log.info("request %s refused: %s", request_id, error)
@@ -197,6 +204,15 @@ class StepLoop:
                 self._scheduler.fail(request_id, KvRetry(text, retry_after=1), now)
             case "fail":
                 self._scheduler.fail(request_id, KvLost(text), now)
+
+    def _end_drain(self, now: float) -> None:
+        """End if the engine drains and nobody needs it any more, or its time is over."""
+        if self._drain_by is None:
+            return
+        if not self._requests and not self._leased:
+            self._stopping = "it was drained"
+        elif now >= self._drain_by:
+            self._stopping = f"it was told to, with {len(self._requests)} requests and {len(self._leased)} leases left"
 
     # --- what goes out -------------------------------------------------------------------------------------------
 

@@ -45,7 +45,11 @@ class StopThread(msgspec.Struct, frozen=True, tag="stop"):
     """The engine ends."""
 
 
-ToTransferThread = OpenPeer | ClosePeer | ReadOrder | StopThread
+class LeaderAlive(msgspec.Struct, frozen=True, tag="leader_alive"):
+    """The heartbeat of the leader."""
+
+
+ToTransferThread = LeaderAlive | OpenPeer | ClosePeer | ReadOrder | StopThread
 
 
 # --- what the leader receives ----------------------------------------------------------------------------------

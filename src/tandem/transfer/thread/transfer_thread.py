@@ -18,6 +18,7 @@ from tandem.kv.plan import TransferPlan, plan
 from tandem.transfer.thread.thread_messages import (
     ClosePeer,
     FromTransferThread,
+    LeaderAlive,
     OpenPeer,
     PeerOpened,
     ReadEnded,
@@ -30,6 +31,7 @@ from tandem.transfer.thread.thread_messages import (
 from tandem.transfer.transports.base import Read, ReadState, Transport
 from tandem.wire.codec import Codec
 from tandem.wire.messages import clip
+from tandem.wire.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ POLL_BUSY_MS = 1
 POLL_IDLE_MS = 500
 SPIN_SECONDS = 0.002
 BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 20.0
+"""The leader beats once a second, also while it computes."""
 
 LEADER_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 """The events of the connection to its leader that a transfer thread watches, from before it is made."""
@@ -69,7 +73,8 @@ class TransferThread:
     Args:
         rank: this rank in its engine, which also spreads readers over replicas.
         layouts: of the KV memory of all ranks of this engine; `transport` has registered this rank's.
-        socket: connected to the leader, monitored for LEADER_EVENTS; orders in, reports out.
+        socket: connected to the leader, if it is in another process monitored for LEADER_EVENTS; orders in, reports
+            out.
     """
 
     def __init__(self, rank: int, layouts: Sequence[KvLayout], transport: Transport, socket: zmq.Socket[bytes]) -> None:
@@ -84,6 +89,7 @@ class TransferThread:
         self._jobs: dict[int, _Job] = {}
         self._running = True
         self._answered = False
+        self._silence: Silence[str] = Silence(SILENCE_SECONDS, POLL_IDLE_MS / 1000)
         self._last_post = 0.0
         self._beaten = 0.0
 
@@ -98,7 +104,7 @@ class TransferThread:
                     poller, watched = _poller([self._socket, self._monitor, *handles]), handles
                 poller.poll(self._wait_ms())
                 self.step()
-                if self._running and self._leader_is_lost():
+                if self._running and (self._leader_is_lost() or self._silence.look(time.monotonic())):
                     raise RankLost("the leader of this engine was lost")
         finally:
             self._transport.close()
@@ -141,6 +147,7 @@ class TransferThread:
             except zmq.Again:
                 return
             self._answered = True
+            self._silence.heard("leader", time.monotonic())
             try:
                 message = self._codec.decode(data)
             except WireError as error:
@@ -150,6 +157,8 @@ class TransferThread:
 
     def _handle(self, message: ToTransferThread) -> None:
         match message:
+            case LeaderAlive():
+                pass  # that it came is all that it says
             case OpenPeer():
                 self._open(message)
             case ClosePeer(session=session):
