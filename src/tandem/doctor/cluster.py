@@ -191,7 +191,7 @@ def _record(plan: ClusterPlan, host: str) -> RankRecord:
         pid=os.getpid(),
         engine_id=plan.engine_id,
         model=NONE,
-        fingerprint=NONE,
+        model_files=NONE,
         dtype="none",
         device=plan.device,
         tp=parallel.tp,

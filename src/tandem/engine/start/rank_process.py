@@ -108,7 +108,12 @@ class RankProcess:
         own = RankDescriptor(
             world.rank, record.tp_rank, record.pp_rank, record.host, memory.layout, transfer.endpoint()
         )
-        engine = exchange(world, own, sockets.addresses if sockets else None)
+        fingerprint = rank.fingerprint.result() if rank.fingerprint else None
+        try:
+            engine = exchange(world, own, sockets.addresses if sockets else None, fingerprint)
+        except StartError:
+            end_start()
+            raise
         transfer.connect(engine)
         if sockets is None:
             return self._follow(runner, engine, end_start)
