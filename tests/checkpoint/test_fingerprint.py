@@ -25,8 +25,8 @@ NO_CACHE = DigestCache(None)
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    def write(name: str, **special: int) -> Path:
-        model = RandomModel(family="llama", hidden=48, layers=2, heads=4, kv_heads=2, vocab=101, **special)
+    def write(name: str, seed: int = 0, shards: int = 1) -> Path:
+        model = RandomModel("llama", 48, layers=2, vocab=101, seed=seed, shards=shards)
         return write_random_model(tmp_path / name, model)
 
     return write

@@ -14,7 +14,7 @@ from tandem.transfer.identity import World
 
 @dataclass(frozen=True, slots=True)
 class EngineMap:
-    """All ranks of this engine, by rank, where rank 0 listens for them, and the fingerprint of the model on all nodes."""
+    """All ranks of this engine, by rank, where rank 0 listens for them, and the fingerprint of their model."""
 
     ranks: list[RankDescriptor]
     leader: LeaderAddresses
