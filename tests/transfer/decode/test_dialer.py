@@ -52,7 +52,7 @@ class Prefill:
         socket, port = Sockets(context, None).bind(zmq.ROUTER, HOST, port, SocketOptions(handover=True))
         self.address = Address(HOST, port)
         described = descriptor(self.identity)
-        self.listener = PeerListener(socket, self.identity, ENVELOPE, described, 30.0, self.ended.extend)
+        self.listener = PeerListener(socket, self.identity, ENVELOPE, described, 30.0, 1000, self.ended.extend)
         self.task = asyncio.create_task(self.listener.run())
 
     def offer(self, request_id: str) -> None:

@@ -28,7 +28,16 @@ from tandem.engine.step_commands import (
 from tandem.errors import KvLost, KvRetry, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Event, Finished, PrefillEnded, PullEnded, TokenOut
+from tandem.scheduling.events import (
+    BlocksAllocated,
+    ChunkComputed,
+    Event,
+    Finished,
+    PrefillEnded,
+    PullEnded,
+    ShortOfBlocks,
+    TokenOut,
+)
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import (
@@ -222,7 +231,7 @@ class StepLoop:
                 case PrefillEnded(request_id=request_id, block_ids=blocks):
                     self._leased[request_id] = blocks
                     kv_events.append(event)
-                case ChunkComputed() | BlocksAllocated() | PullEnded():
+                case ChunkComputed() | BlocksAllocated() | PullEnded() | ShortOfBlocks():
                     kv_events.append(event)
         for token in last.values():
             self._add_token(outputs, token, None)
