@@ -73,6 +73,9 @@ class CacheSection:
     max_published_kv: float = 0.5
     "Share of the KV blocks that KV published to a foreign PD proxy may hold until a decode engine claims it."
 
+    verify_kv: bool = False
+    "Check the KV that is read from another engine against checksums; on both sides, or there is no hand-off."
+
     def __post_init__(self) -> None:
         if not 0 <= self.max_published_kv <= 1:
             raise ConfigError(f"--max-published-kv is a share from 0 to 1; got {self.max_published_kv}")

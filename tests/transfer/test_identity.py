@@ -71,7 +71,7 @@ def test_all_ranks_take_the_identity_that_rank_0_made_in_one_exchange() -> None:
 OTHER = {
     "engine_id": "p1", "model": "n", "model_files": "g", "dtype": "bfloat16", "tp": 4, "pp": 1, "nnodes": 1,
     "block_size": 32, "max_model_len": 65, "connector": "nixl", "protocol": (1, 2), "version": "2",
-    "device": "cuda", "cluster_key": "0badc0de", "role": "decode",
+    "device": "cuda", "cluster_key": "0badc0de", "role": "decode", "verify_kv": True,
 }  # fmt: skip
 
 

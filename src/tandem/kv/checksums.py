@@ -1,11 +1,13 @@
 """Checksums of KV, as data: a table beside a rank's KV memory with one value for each token, head and layer of a block.
 
-The table is described by a `KvLayout` itself, of one 8-byte element where the KV has keys and values. So what plans the
-reads of KV plans those of its checksums too, for any pair of shapes and block sizes. A value belongs to one token, which
-never changes once it is computed: a block that is still growing needs no care.
+The table is described by a `KvLayout` itself, of one 8-byte element where the KV has keys and values. So what plans
+the reads of KV plans those of its checksums too, for any pair of shapes and block sizes. A value belongs to one token,
+which never changes once it is computed: a block that is still growing needs no care.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +15,15 @@ from tandem.kv.layout import BLOCK_MAJOR, KvLayout, packed
 from tandem.kv.runs import Runs
 
 CHECKSUM_BYTES = 8
+
+
+class Mismatch(NamedTuple):
+    """A token of which one head in one layer does not fit its checksum. Heads and layers as the model numbers them."""
+
+    block: int
+    position: int
+    head: int
+    layer: int
 
 
 def checksum_layout(kv: KvLayout) -> KvLayout:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.kv.checksums import checksum_layout
+from tandem.kv.checksums import Mismatch, checksum_layout
 from tandem.kv.layout import Axis, KvLayout
-from tandem.transfer.thread.verification import Mismatch
 
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+_POSITION_SALT, _HEAD_SALT, _LAYER_SALT = 0x1F83D9ABFB41BD6B, 0x3C6EF372FE94F82B, 0x510E527FADE682D1
 _BY_TOKEN = (Axis.BLOCK, Axis.TOKEN, Axis.HEAD, Axis.LAYER, Axis.KV, Axis.DIM)
 
 
@@ -59,13 +59,12 @@ class KvChecksums:
         self._word = next(_WORDS[size] for size in (4, 2, 1) if row % size == 0)
         drawn = np.random.default_rng(20_260_801).integers(0, 2**63, (layout.size(Axis.KV), row // self._word.itemsize))
         self._factors = torch.from_numpy(2 * drawn + 1).to(kv.device)  # [kv, words]
-        self._position_salt, self._head_salt, self._layer_salt = 0x1F83D9ABFB41BD6B, 0x3C6EF372FE94F82B, 0x510E527FADE682D1
         self._heads = torch.arange(layout.heads.size, device=kv.device)
 
     def slots(self, blocks: Tensor, offsets: Tensor, positions: Tensor) -> ChecksumSlots:
         """Return the places of N tokens. All arguments int64 [N]; `offsets`: places within their blocks."""
         index = (blocks * self._block + offsets)[:, None] + self._heads * self._head
-        return ChecksumSlots(index, self._salt(positions, 0))
+        return ChecksumSlots(index, self._salt(positions))
 
     def write(self, slots: ChecksumSlots, layer: int, new: Tensor) -> None:
         """Note the checksums of new keys and values.
@@ -77,13 +76,10 @@ class KvChecksums:
         heads = self._heads.shape[0]
         words = new.contiguous().view(self._word).view(new.shape[0], -1, heads, self._factors.shape[1])
         sums = (words.to(torch.int64) * self._factors[:, None]).sum((1, 3))
-        self._table[slots.index + layer * self._layer] = sums + slots.salt + layer * self._layer_salt
+        self._table[slots.index + layer * self._layer] = sums + slots.salt + _wrapped(layer * _LAYER_SALT)
 
     def mismatches(self, blocks: Sequence[int], start: int, stop: int) -> list[Mismatch]:
-        """Recompute the checksums of tokens [start, stop) of a request whose block table is `blocks`; return what differs.
-
-        Writes into the memory that were posted by a transport must have ended.
-        """
+        """Return what of tokens [start, stop) of a request does not fit the table. `blocks`: its block table."""
         size = self._layout.block_size
         positions = torch.arange(start, stop, device=self._kv.device)
         table = torch.tensor(list(blocks[start // size : -(-stop // size)]), device=self._kv.device)
@@ -93,7 +89,7 @@ class KvChecksums:
         layers = torch.arange(self._layout.layers.size, device=sums.device)
         index = (block * self._block + offset)[:, None] + self._heads * self._head
         expected = self._table[index[:, :, None] + layers * self._layer]
-        sums += self._salt(positions, 0)[:, :, None] + layers * self._layer_salt
+        sums += self._salt(positions)[:, :, None] + layers * _LAYER_SALT
         first_head, first_layer = self._layout.heads.start, self._layout.layers.start
         return [
             Mismatch(int(block[token]), start + token, first_head + head, first_layer + layer)
@@ -105,11 +101,13 @@ class KvChecksums:
         """Bytes of one token in this rank's memory."""
         return self._kv[0, 0].numel() * self._layout.itemsize
 
-    def _salt(self, positions: Tensor, layer: int) -> Tensor:
-        """[N] -> [N, heads], of the numbers that the model gives to heads and layers."""
-        heads = (self._heads + self._layout.heads.start) * self._head_salt
-        layers = (self._layout.layers.start + layer) * self._layer_salt
-        return positions[:, None] * self._position_salt + heads + _wrapped(layers + 1)
+    def _salt(self, positions: Tensor) -> Tensor:
+        """[N] -> [N, heads] for the rank's first layer, of the numbers that the model gives to heads and layers.
+
+        Never that of zeros, which is what memory holds before anything is written.
+        """
+        heads = (self._heads + self._layout.heads.start) * _HEAD_SALT
+        return positions[:, None] * _POSITION_SALT + heads + _wrapped(self._layout.layers.start * _LAYER_SALT + 1)
 
 
 def _wrapped(value: int) -> int:

@@ -33,6 +33,7 @@ COMPARED = (
     "protocol",
     "version",
     "cluster_key",
+    "verify_kv",
 )
 
 
@@ -81,6 +82,7 @@ class RankRecord(msgspec.Struct, frozen=True):
     version: Text
     role: Name = "mixed"
     cluster_key: Name = "none"
+    verify_kv: bool = False
     identity: EngineIdentity | None = None
 
     @property

@@ -19,6 +19,7 @@ from tandem.engine.step_commands import (
     AbortRequest,
     Command,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
@@ -83,7 +84,13 @@ class LeaderEventLoop:
             quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
         )
         self._dialer = PeerDialer(
-            descriptor.identity, envelope, layouts, self._transfer_threads, sockets.event_loop, events
+            descriptor.identity,
+            envelope,
+            layouts,
+            self._transfer_threads,
+            sockets.event_loop,
+            events,
+            verify=config.cache.verify_kv,
         )
         self._listener = PeerListener(
             sockets.peer,
@@ -93,6 +100,7 @@ class LeaderEventLoop:
             config.time.lease_ttl,
             self._max_published,
             on_ended=lambda request_ids: mailbox.put(LeasesEnded(request_ids)),
+            on_corrupt=lambda request_ids: mailbox.put(KvCorrupt(request_ids)),
         )
         self._frontends = [self._frontend(number, address, sockets) for number, address in enumerate(frontends)]
 
@@ -173,6 +181,7 @@ class LeaderEventLoop:
         counters = msgspec.structs.replace(
             status.counters,
             kv_failures=self._dialer.failures,
+            kv_corrupt=self._dialer.corrupt,
             leases_expired=self._listener.expired,
             published_dropped=self._listener.gave_way,
             bad_messages=self._listener.bad_messages,

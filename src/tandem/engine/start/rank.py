@@ -75,6 +75,7 @@ class Rank:
             protocol=PROTOCOL,
             version=__version__,
             role=config.role,
+            verify_kv=config.cache.verify_kv,
             cluster_key=self.key.fingerprint if self.key else "none",
             identity=new_identity(config.engine_id) if rank == 0 else None,
         )

@@ -69,7 +69,9 @@ class TransferStart:
         options = SocketOptions(identity=b"%d" % self._number, monitor=LEADER_EVENTS)
         address = engine.leader.transfer
         socket = rank.sockets.connect(zmq.DEALER, address.host, address.port, options)
-        return TransferThread(self._number, [each.layout for each in engine.ranks], transport, socket)
+        return TransferThread(
+            self._number, [each.layout for each in engine.ranks], transport, socket, self._memory.checksums
+        )
 
     def _failed(self, error: BaseException) -> None:
         """The last act of the thread."""

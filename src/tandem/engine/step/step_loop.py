@@ -19,6 +19,7 @@ from tandem.engine.step_commands import (
     Command,
     Fail,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
@@ -158,6 +159,9 @@ class StepLoop:
                 self._kv_failed(request_id, reason, now)
             case ReadsEnded(request_id=request_id):
                 scheduler.read_ended(request_id)
+            case KvCorrupt(request_ids=request_ids):
+                for request_id in request_ids:
+                    self._pool.forget(self._blocks_of(request_id))
             case LeasesEnded(request_ids=request_ids):
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
@@ -301,9 +305,12 @@ class StepLoop:
         )
 
     def _transfer_params(self, request_id: str) -> KvTransferParams:
-        scheduled = self._scheduler.get(request_id)
-        blocks = self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
+        blocks = self._blocks_of(request_id)
         return msgspec.structs.replace(self._published, remote_request_id=request_id, remote_block_ids=blocks)
+
+    def _blocks_of(self, request_id: str) -> list[int]:
+        scheduled = self._scheduler.get(request_id)
+        return self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
 
     # --- status --------------------------------------------------------------------------------------------------
 

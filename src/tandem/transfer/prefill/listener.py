@@ -14,7 +14,7 @@ import zmq.asyncio
 from tandem.errors import PeerRefused
 from tandem.ids import EngineIdentity
 from tandem.transfer.handshake import EngineDescriptor, check_hello
-from tandem.transfer.prefill.offers import Client, OfferEnded, Offers, Send
+from tandem.transfer.prefill.offers import Client, OfferCorrupt, OfferEnded, Offers, Send
 from tandem.wire.codec import Codec
 from tandem.wire.peer_messages import Claim, Envelope, Hello, Refused, Release, Renew, ToDecode, ToPrefill, Welcome
 from tandem.wire.receiving import DroppedMessages, receive_messages
@@ -30,6 +30,7 @@ class PeerListener:
 
     Args:
         on_ended: called with the requests whose blocks may return to the pool.
+        on_corrupt: called, before that, with requests whose blocks a reader found damaged.
 
     Attributes:
         expired: requests so far that a reader had claimed and then fell silent.
@@ -45,11 +46,13 @@ class PeerListener:
         lease_ttl: float,
         max_published: int,
         on_ended: Callable[[list[str]], None],
+        on_corrupt: Callable[[list[str]], None],
     ) -> None:
         self._socket = socket
         self._identity = identity
         self._envelope = envelope
         self._on_ended = on_ended
+        self._on_corrupt = on_corrupt
         self._codec: Codec[ToPrefill] = Codec(ToPrefill, MAX_PEER_MESSAGE)
         self._welcome = Welcome(envelope, identity, lease_ttl, msgspec.Raw(self._codec.encode(descriptor)))
         self._offers = Offers(identity.incarnation, lease_ttl, max_published)
@@ -138,6 +141,9 @@ class PeerListener:
             match action:
                 case Send(client=client, message=message):
                     self._send(client, message)
+                case OfferCorrupt(request_id=request_id):
+                    log.error("request %s: a reader got KV that does not fit its checksums", request_id)
+                    self._on_corrupt([request_id])
                 case OfferEnded(request_id=request_id, expired=expired, gave_way=gave_way):
                     ended.append(request_id)
                     self.expired += expired

@@ -71,7 +71,14 @@ class OfferEnded:
     gave_way: bool = False
 
 
-Action = Send | OfferEnded
+@dataclass(frozen=True, slots=True)
+class OfferCorrupt:
+    """A reader got bytes of this KV that do not fit their checksums: nobody else should get them."""
+
+    request_id: str
+
+
+Action = Send | OfferEnded | OfferCorrupt
 
 
 class Offers:
@@ -188,10 +195,13 @@ class Offers:
 
     def release(self, client: Client, message: Release, now: float) -> None:
         """The reader wants no more of these; ids it does not hold are ignored."""
+        corrupt = set(message.corrupt)
         for request_id in message.request_ids:
             offer = self._offers.get(request_id)
-            if offer is not None:
-                offer.readers.pop(client, None)
+            if offer is not None and client in offer.readers:
+                del offer.readers[client]
+                if request_id in corrupt:
+                    self._actions.append(OfferCorrupt(request_id))
             if self._leases.release(request_id, client.hex(), now) is not None:
                 self._end(request_id)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from tandem.kv.checksums import checksum_layout, with_checksums
+from tandem.kv.checksums import Mismatch, checksum_layout, with_checksums
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.kv.plan import TransferPlan, plan
 from tandem.kv.runs import Runs
@@ -15,15 +15,6 @@ from tandem.transfer.thread.thread_messages import ReadOrder
 
 PIECE_BYTES = 4 * 1024 * 1024
 """KV that is verified at a time; between pieces the transfer thread does what else there is to do."""
-
-
-class Mismatch(NamedTuple):
-    """A token of which one head in one layer does not fit its checksum. Heads and layers as the model numbers them."""
-
-    block: int
-    position: int
-    head: int
-    layer: int
 
 
 class Verifier(Protocol):
