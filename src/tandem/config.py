@@ -70,7 +70,15 @@ class CacheSection:
     kv_memory: Annotated[int | None, text_flag(parse_size, "--kv-memory")] = None
     "Memory for KV blocks on each rank, such as 1GiB; by default 1GiB on CPU, 85 % of what is free on a GPU."
 
+    max_published_kv: float = 0.5
+    "Share of the KV blocks that KV published to a foreign PD proxy may hold until a decode engine claims it."
+
+    verify_kv: bool = False
+    "Check the KV that is read from another engine against checksums; on both sides, or there is no hand-off."
+
     def __post_init__(self) -> None:
+        if not 0 <= self.max_published_kv <= 1:
+            raise ConfigError(f"--max-published-kv is a share from 0 to 1; got {self.max_published_kv}")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"--block-size must be from 1 to {MAX_BLOCK_SIZE} tokens; got {self.block_size}")
         check_positive(kv_memory=self.kv_memory)

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
 from tandem.scheduling.batch import Batch, Row, SampleAt, Sampled, StepResult
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Finished, PrefillEnded, PullEnded, TokenOut
+from tandem.scheduling.events import (
+    BlocksAllocated,
+    ChunkComputed,
+    Finished,
+    PrefillEnded,
+    PullEnded,
+    ShortOfBlocks,
+    TokenOut,
+)
 from tandem.scheduling.request import RequestState
 from tandem.scheduling.scheduler import Scheduler
 from tandem.wire.messages import Address, Failed, Generate, Local, Prefill, PullKv
@@ -110,6 +118,7 @@ class FakeEngine:
         self.records: dict[str, Record] = {}
         self.reads: dict[str, BlocksAllocated] = {}  # in progress: their bytes may come at any time
         self.leases: dict[str, PrefillEnded] = {}
+        self.short_of_blocks = False
         self.broken: set[str] = set()  # requests whose rows cannot be sampled
         self.now = 0.0
 
@@ -268,6 +277,10 @@ class FakeEngine:
 
     def settle(self) -> None:
         for event in self.scheduler.drain():
+            if isinstance(event, ShortOfBlocks):
+                assert event.short != self.short_of_blocks
+                self.short_of_blocks = event.short
+                continue
             record = self.records[event.request_id]
             allowed = (PrefillEnded, PullEnded) if record.aborted or record.terminal else ()
             assert not allowed or isinstance(event, allowed), f"{event} after the end"

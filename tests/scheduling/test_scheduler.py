@@ -642,3 +642,16 @@ def test_chunks_of_local_requests_are_not_announced() -> None:
     assert batch is not None
     engine.scheduler.apply(StepResult(batch.batch_id, [Sampled(1)]), 0.0)
     assert not [event for event in engine.scheduler.drain() if isinstance(event, ChunkComputed)]
+
+
+def test_it_says_when_a_request_begins_and_ceases_to_wait_for_room() -> None:
+    engine = FakeEngine(num_blocks=4)
+    engine.add(generate("first", PROMPT, Prefill()))
+    engine.step()
+    assert not engine.short_of_blocks
+    engine.add(generate("second", [2] * 12))
+    engine.step()
+    assert engine.short_of_blocks
+    engine.end_lease("first")
+    engine.step()
+    assert not engine.short_of_blocks

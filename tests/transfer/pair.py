@@ -71,7 +71,7 @@ class Prefill:
         self._network = network
         self.identity = identity
         self.address = address
-        self.offers = Offers(identity.incarnation, ttl)
+        self.offers = Offers(identity.incarnation, ttl, 1000)
         self.heard: Counter[str] = Counter()
         self.ended: list[str] = []
         described = msgspec.Raw(msgspec.msgpack.encode(descriptor(identity)))
@@ -88,7 +88,7 @@ class Prefill:
     # --- what the engine says ------------------------------------------------------------------------------------
 
     def begin(self, request_id: str) -> None:
-        self.offers.begin(request_id, 10.0)
+        self.offers.begin(request_id)
         self._act()
 
     def chunk(

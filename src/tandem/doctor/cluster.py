@@ -129,7 +129,7 @@ class ClusterCheck:
             pid=os.getpid(),
             engine_id=engine_id,
             model=NONE,
-            fingerprint=NONE,
+            model_files=NONE,
             dtype="none",
             device=self._config.model.device,
             tp=parallel.tp,

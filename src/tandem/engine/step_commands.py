@@ -47,6 +47,13 @@ class ReadsEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class KvCorrupt:
+    """A reader got bytes of these requests' KV that do not fit their checksums: our memory may be damaged."""
+
+    request_ids: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class LeasesEnded:
     """No reader holds the blocks of these requests any more."""
 
@@ -77,4 +84,6 @@ class Fail:
     error: EngineFailed
 
 
-Command = StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown | Drain | Fail
+Command = (
+    StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | KvCorrupt | LeasesEnded | Shutdown | Drain | Fail
+)

@@ -115,6 +115,17 @@ class LeaseTable:
         del self._leases[request_id]
         return EndedLease(request_id, lease.blocks, expired=False, claimed=True)
 
+    def end_unclaimed(self, request_id: str) -> EndedLease | None:
+        """End a lease at once. Returns None, and changes nothing, if any reader ever claimed it or it has no blocks.
+
+        The third way for blocks to go back, and a safe one: nobody was ever told that they would stay.
+        """
+        lease = self._leases.get(request_id)
+        if lease is None or lease.blocks is None or lease.claimed:
+            return None
+        del self._leases[request_id]
+        return EndedLease(request_id, lease.blocks, expired=True, claimed=False)
+
     def expire(self, now: float) -> list[EndedLease]:
         """End leases that have run out and return those with blocks to give back. Cheap when none has."""
         if now < self._soonest:

@@ -111,4 +111,10 @@ class PullEnded(msgspec.Struct, frozen=True):
     quarantined: bool
 
 
-Event = TokenOut | Finished | Failed | ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded
+class ShortOfBlocks(msgspec.Struct, frozen=True):
+    """A request waits for room in the pool from now on, or (not `short`) none does any more."""
+
+    short: bool
+
+
+Event = TokenOut | Finished | Failed | ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded | ShortOfBlocks

@@ -10,7 +10,8 @@ from msgspec import Meta
 
 from tandem.errors import PeerRefused, WireError
 from tandem.ids import EngineIdentity
-from tandem.kv.layout import KvLayout, LayoutError
+from tandem.kv.checksums import checksum_layout
+from tandem.kv.layout import MOST_BYTES, KvLayout, LayoutError
 from tandem.kv.plan import sources_of_all
 from tandem.transfer.transports.base import RankEndpoint
 from tandem.wire.messages import MAX_RANKS, Count, Text
@@ -21,7 +22,11 @@ PROTOCOL = (3, 3)
 
 
 class RankDescriptor(msgspec.Struct, frozen=True):
-    """One rank: the part of the KV cache it holds, its layout in memory, and the way to reach it."""
+    """One rank: the part of the KV cache it holds, its layout in memory, and the way to reach it.
+
+    Attributes:
+        checksums: where in its memory the table of its KV's checksums begins, in bytes; None if it has none.
+    """
 
     rank: Count
     tp_rank: Count
@@ -29,6 +34,7 @@ class RankDescriptor(msgspec.Struct, frozen=True):
     node: Text
     layout: KvLayout
     endpoint: RankEndpoint
+    checksums: Annotated[int, Meta(ge=0, le=MOST_BYTES)] | None = None
 
 
 class EngineDescriptor(msgspec.Struct, frozen=True):
@@ -37,6 +43,11 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
     identity: EngineIdentity
     block_size: Annotated[int, Meta(ge=1)]
     ranks: Annotated[list[RankDescriptor], Meta(min_length=1, max_length=MAX_RANKS)]
+
+    @property
+    def has_checksums(self) -> bool:
+        """Return whether what is read from any rank can be verified."""
+        return all(rank.checksums is not None for rank in self.ranks)
 
     def check(self) -> None:
         """Raise WireError if the ranks are not 0..n-1, or a layout reaches outside of its rank's memory."""
@@ -52,6 +63,10 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
                     f"rank {rank.rank} describes {rank.layout.nbytes} bytes of KV memory"
                     f" but registered only {rank.endpoint.region.length}"
                 )
+            if rank.checksums is not None:
+                end = rank.checksums + checksum_layout(rank.layout).nbytes
+                if end > rank.endpoint.region.length:
+                    raise WireError(f"the checksums of rank {rank.rank} end at {end}, outside of its memory")
             if rank.layout.block_size != self.block_size:
                 raise WireError(
                     f"rank {rank.rank} has block size {rank.layout.block_size}, its engine {self.block_size}"

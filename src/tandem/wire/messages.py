@@ -215,7 +215,9 @@ class EngineCounters(msgspec.Struct, frozen=True):
     kv_bytes: Count = 0
     kv_descriptors: Count = 0
     kv_failures: Count = 0
+    kv_corrupt: Count = 0
     leases_expired: Count = 0
+    published_dropped: Count = 0
     bad_messages: Count = 0
     steps: Count = 0
 

@@ -33,6 +33,7 @@ from tandem.transfer.thread.thread_messages import (
     ThreadAlive,
 )
 from tandem.transfer.thread.transfer_thread import LEADER_EVENTS, TransferThread, start_transfer_thread
+from tandem.transfer.thread.verification import Verifier
 from tandem.transfer.transports.base import RankEndpoint, ReadState, Region
 from tandem.wire.codec import Codec
 
@@ -106,7 +107,9 @@ class FakeTransport:
 class Rig:
     """A transfer_thread that the test steps by hand, in place of `run`."""
 
-    def __init__(self, transport: FakeTransport, layouts: Sequence[KvLayout], rank: int = 0) -> None:
+    def __init__(
+        self, transport: FakeTransport, layouts: Sequence[KvLayout], rank: int = 0, verifier: Verifier | None = None
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.leader = self.context.socket(zmq.PAIR)
         self.leader.bind("inproc://leader")
@@ -114,7 +117,7 @@ class Rig:
         self.socket = self.context.socket(zmq.PAIR)
         self.socket.connect("inproc://leader")
         self.transport = transport
-        self.transfer_thread = TransferThread(rank, layouts, transport, self.socket)  # type: ignore[arg-type]
+        self.transfer_thread = TransferThread(rank, layouts, transport, self.socket, verifier)  # type: ignore[arg-type]
         self._reports: Codec[FromTransferThread] = Codec(FromTransferThread)
 
     def tell(self, *orders: Any) -> None:

@@ -19,6 +19,7 @@ from tandem.engine.step_commands import (
     AbortRequest,
     Command,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
@@ -26,7 +27,7 @@ from tandem.engine.step_commands import (
 )
 from tandem.errors import EngineFailed, InvalidRequest
 from tandem.ids import prompt_digest
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
+from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded, ShortOfBlocks
 from tandem.transfer.decode.dialer import PeerDialer, PullEvents
 from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.prefill.listener import PeerListener
@@ -42,9 +43,6 @@ from tandem.wire.messages import (
     RequestCounts,
 )
 from tandem.wire.peer_messages import Envelope
-
-PUBLISHED_SECONDS = 60.0
-"""KV that was published to a foreign proxy waits so long for its decode engine: a proxy asks one after the other."""
 
 
 class LeaderEventLoop:
@@ -71,6 +69,8 @@ class LeaderEventLoop:
         end_process: Callable[[EngineFailed], None],
     ) -> None:
         self._access = config.access
+        self._block_size = descriptor.block_size
+        self._max_published = int(config.cache.max_published_kv * descriptor.ranks[0].layout.blocks)
         self._registration = registration
         self._status = registration.status
         self._mailbox = mailbox
@@ -85,7 +85,13 @@ class LeaderEventLoop:
             quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
         )
         self._dialer = PeerDialer(
-            descriptor.identity, envelope, layouts, self._transfer_threads, sockets.event_loop, events
+            descriptor.identity,
+            envelope,
+            layouts,
+            self._transfer_threads,
+            sockets.event_loop,
+            events,
+            verify=config.cache.verify_kv,
         )
         self._listener = PeerListener(
             sockets.peer,
@@ -93,7 +99,9 @@ class LeaderEventLoop:
             envelope,
             descriptor,
             config.time.lease_ttl,
+            self._max_published,
             on_ended=lambda request_ids: mailbox.put(LeasesEnded(request_ids)),
+            on_corrupt=lambda request_ids: mailbox.put(KvCorrupt(request_ids)),
         )
         self._frontends = [self._frontend(number, address, sockets) for number, address in enumerate(frontends)]
 
@@ -178,7 +186,9 @@ class LeaderEventLoop:
         counters = msgspec.structs.replace(
             status.counters,
             kv_failures=self._dialer.failures,
+            kv_corrupt=self._dialer.corrupt,
             leases_expired=self._listener.expired,
+            published_dropped=self._listener.gave_way,
             bad_messages=self._listener.bad_messages,
         )
         status = msgspec.structs.replace(status, peers=self._dialer.peers, counters=counters, draining=self._draining)
@@ -193,12 +203,24 @@ class LeaderEventLoop:
             raise InvalidRequest(
                 f"remote_host {kv.address.host} is not within this engine's --allow-peers", param="kv_transfer_params"
             )
+        if isinstance(kv, Prefill) and kv.published:
+            self._check_room(len(message.token_ids))
         if isinstance(kv, Prefill):  # before the step loop can compute a chunk of it
-            wait = PUBLISHED_SECONDS if kv.published else None
-            self._listener.begin(request_id, wait, prompt_digest(message.token_ids))
+            self._listener.begin(request_id, prompt_digest(message.token_ids), published=kv.published)
         self._mailbox.put(StartRequest(frontend, message))
         if isinstance(kv, PullKv):
             self._dialer.open(request_id, kv, prompt_digest(message.token_ids))
+
+    def _check_room(self, num_tokens: int) -> None:
+        """Raise InvalidRequest for a prompt whose KV could not even wait here alone."""
+        blocks = -(-num_tokens // self._block_size)
+        if blocks > self._max_published:
+            raise InvalidRequest(
+                f"the prompt of {num_tokens} tokens needs {blocks} KV blocks; KV that waits for a decode engine may"
+                f" hold {self._max_published} of this engine's. Shorten the prompt, or give the engine more --kv-memory"
+                " or a larger --max-published-kv.",
+                param="prompt",
+            )
 
     def _handle_kv_event(self, event: KvEvent) -> None:
         match event:
@@ -213,6 +235,8 @@ class LeaderEventLoop:
                 self._dialer.allocated(event.request_id, event.block_ids, event.num_cached_tokens, event.num_tokens)
             case PullEnded(request_id=request_id):
                 self._dialer.give_up(request_id, "the request has ended")
+            case ShortOfBlocks(short=short):
+                self._listener.short_of_blocks(short)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -52,9 +52,9 @@ class Leader:
         self._pipeline = LeaderPipeline(runner, sockets.step, size) if size > 1 else SoloPipeline(runner)
         pool = BlockPool(layout.blocks, layout.block_size)
         scheduler = _scheduler(rank, pool)
-        self._status = _initial_status(rank, agreement, scheduler)
+        self._status = _initial_status(rank, agreement, engine, scheduler)
         descriptor = EngineDescriptor(identity, config.cache.block_size, engine.ranks)
-        envelope = Envelope(PROTOCOL, rank.fingerprint, dtype, connector, f"tandem {__version__}")
+        envelope = Envelope(PROTOCOL, engine.fingerprint, dtype, connector, f"tandem {__version__}")
         registration = _registration(rank, agreement, self._status, sockets)
         self._event_loop = LeaderEventLoop(
             config, descriptor, envelope, registration, sockets, rank.placement.frontends, self.mailbox, end_process
@@ -109,14 +109,14 @@ def _scheduler(rank: Rank, pool: BlockPool) -> Scheduler:
     return Scheduler(limits, pool, rank.model.eos_token_ids, rank.config.parallel.pp)
 
 
-def _initial_status(rank: Rank, agreement: Agreement, scheduler: Scheduler) -> EngineStatus:
+def _initial_status(rank: Rank, agreement: Agreement, engine: EngineMap, scheduler: Scheduler) -> EngineStatus:
     config = rank.config
     return EngineStatus(
         engine_id=agreement.identity.engine_id,
         incarnation=agreement.identity.incarnation,
         role=config.role,
         model=rank.placement.model.name,
-        fingerprint=rank.fingerprint,
+        fingerprint=engine.fingerprint,
         tp=config.parallel.tp,
         pp=config.parallel.pp,
         nnodes=config.parallel.nnodes,

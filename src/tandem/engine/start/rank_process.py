@@ -26,6 +26,7 @@ from tandem.engine.store import clone, first_line, open_store
 from tandem.engine.timeouts import COLLECTIVE_SECONDS
 from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import StartError
+from tandem.kv.checksums import checksum_layout
 from tandem.models.kv_cache import kv_layout
 from tandem.models.loader import load_decoder
 from tandem.reports import DRAIN_SIGNAL, Ended, Following, Loading, Ready, Reporter
@@ -104,9 +105,20 @@ class RankProcess:
         transfer = TransferStart(rank, agreement.identity, memory, self._end_process)
         record = agreement.records[world.rank]
         own = RankDescriptor(
-            world.rank, record.tp_rank, record.pp_rank, record.host, memory.layout, transfer.endpoint()
+            world.rank,
+            record.tp_rank,
+            record.pp_rank,
+            record.host,
+            memory.layout,
+            transfer.endpoint(),
+            memory.checksums.offset if memory.checksums else None,
         )
-        engine = exchange(world, own, leader.addresses if leader else None)
+        fingerprint = rank.fingerprint.result() if rank.fingerprint else None
+        try:
+            engine = exchange(world, own, leader.addresses if leader else None, fingerprint)
+        except StartError:
+            end_start()  # every rank comes to this error by itself
+            raise
         if leader is None:
             sockets = FollowerSockets(world.rank, rank.context, rank.key, engine.leader)
             transfer.connect(engine, sockets.connect_transfer_thread)
@@ -120,11 +132,12 @@ class RankProcess:
     def _allocate(self, world: SoloWorld | TorchWorld) -> KvMemory:
         """Allocate KV memory with as many blocks as the rank with the least room has."""
         rank, cache = self._rank, self._config.cache
-        block_bytes = kv_layout(rank.model, world.position, 1, cache.block_size, rank.dtype).nbytes
+        block = kv_layout(rank.model, world.position, 1, cache.block_size, rank.dtype)
+        block_bytes = block.nbytes + (checksum_layout(block).nbytes if cache.verify_kv else 0)
         own = kv_blocks(block_bytes, cache.kv_memory, rank.device)
         blocks = min(int.from_bytes(data, "little") for data in world.all_gather(own.to_bytes(8, "little")))
         layout = kv_layout(rank.model, world.position, blocks, cache.block_size, rank.dtype)
-        return KvMemory(layout, rank.dtype, rank.device)
+        return KvMemory(layout, rank.dtype, rank.device, verify=cache.verify_kv)
 
     def _lead(self, leader: Leader, end_start: Callable[[], None]) -> str:
         def ready(status: EngineStatus) -> None:

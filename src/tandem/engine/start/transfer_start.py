@@ -65,7 +65,8 @@ class TransferStart:
             raise StartError("the other ranks did not publish their memory") from None
         if len(engine.ranks) > 1:
             _warm_up(transport, engine.ranks[(self._number + 1) % len(engine.ranks)].endpoint)
-        return TransferThread(self._number, [each.layout for each in engine.ranks], transport, open_socket())
+        layouts = [each.layout for each in engine.ranks]
+        return TransferThread(self._number, layouts, transport, open_socket(), self._memory.checksums)
 
     def _failed(self, error: BaseException) -> None:
         """The last act of the thread."""

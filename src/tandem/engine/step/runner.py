@@ -10,10 +10,12 @@ from torch import Tensor
 from tandem.engine.step.sampler import sample
 from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import ConfigError
+from tandem.kv.checksums import checksum_layout, checksum_offset
 from tandem.kv.layout import KvLayout
 from tandem.models.decoder import Decoder
 from tandem.models.forward_batch import ForwardRow, build_forward_batch
 from tandem.models.kv_cache import PagedKvCache
+from tandem.models.kv_checksums import KvChecksums
 from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.transfer.transports.base import Region
 
@@ -22,25 +24,29 @@ CUDA_KV_SHARE = 0.85
 
 
 class KvMemory:
-    """One allocation for all KV blocks of a rank, in `layout`.
+    """One allocation for all KV blocks of a rank, in `layout`, and behind them, if asked for, their checksums.
 
     Zeroed: attention multiplies what lies beyond a sequence's end by zero, which must not be a NaN.
     """
 
-    def __init__(self, layout: KvLayout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: KvLayout, dtype: torch.dtype, device: torch.device, *, verify: bool = False) -> None:
         self.layout = layout
+        offset = checksum_offset(layout)
+        size = offset + checksum_layout(layout).nbytes if verify else layout.nbytes
         if device.type == "cpu":
             # Anonymous memory: zero without being touched, so a large pool costs no time to start.
-            self._memory = mmap.mmap(-1, layout.nbytes)
-            self.tensor: Tensor = torch.frombuffer(self._memory, dtype=dtype).view(layout.shape)
+            self._memory = mmap.mmap(-1, size)
+            self._bytes: Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         else:
-            self.tensor = torch.zeros(layout.shape, dtype=dtype, device=device)
+            self._bytes = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.tensor: Tensor = self._bytes[: layout.nbytes].view(dtype).view(layout.shape)
+        table = self._bytes[offset:].view(torch.int64) if verify else None
+        self.checksums = None if table is None else KvChecksums(self.tensor, layout, table, offset)
 
     @property
     def region(self) -> Region:
-        tensor = self.tensor
-        device = -1 if tensor.device.type == "cpu" else (tensor.device.index or 0)
-        return Region(tensor.data_ptr(), tensor.nbytes, device)
+        device = -1 if self._bytes.device.type == "cpu" else (self._bytes.device.index or 0)
+        return Region(self._bytes.data_ptr(), self._bytes.nbytes, device)
 
 
 def kv_blocks(block_bytes: int, kv_memory: int | None, device: torch.device) -> int:
@@ -59,7 +65,7 @@ class Runner:
 
     def __init__(self, decoder: Decoder, memory: KvMemory, world: SoloWorld | TorchWorld) -> None:
         self._decoder = decoder
-        self._cache = PagedKvCache(memory.tensor, memory.layout)
+        self._cache = PagedKvCache(memory.tensor, memory.layout, memory.checksums)
         self._dtype, self._device = memory.tensor.dtype, memory.tensor.device
         self._world = world
         self._samples = world.position.is_last_stage and world.position.tp_rank == 0

@@ -20,6 +20,7 @@ from tandem.engine.step_commands import (
     Drain,
     Fail,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
@@ -29,7 +30,16 @@ from tandem.engine.step_commands import (
 from tandem.errors import KvLost, KvRetry, Overloaded, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Event, Finished, PrefillEnded, PullEnded, TokenOut
+from tandem.scheduling.events import (
+    BlocksAllocated,
+    ChunkComputed,
+    Event,
+    Finished,
+    PrefillEnded,
+    PullEnded,
+    ShortOfBlocks,
+    TokenOut,
+)
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import (
@@ -152,6 +162,9 @@ class StepLoop:
                 self._kv_failed(request_id, reason, now)
             case ReadsEnded(request_id=request_id):
                 scheduler.read_ended(request_id)
+            case KvCorrupt(request_ids=request_ids):
+                for request_id in request_ids:
+                    self._pool.forget(self._blocks_of(request_id))
             case LeasesEnded(request_ids=request_ids):
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
@@ -238,7 +251,7 @@ class StepLoop:
                 case PrefillEnded(request_id=request_id, block_ids=blocks):
                     self._leased[request_id] = blocks
                     kv_events.append(event)
-                case ChunkComputed() | BlocksAllocated() | PullEnded():
+                case ChunkComputed() | BlocksAllocated() | PullEnded() | ShortOfBlocks():
                     kv_events.append(event)
         for token in last.values():
             self._add_token(outputs, token, None)
@@ -308,9 +321,12 @@ class StepLoop:
         )
 
     def _transfer_params(self, request_id: str) -> KvTransferParams:
-        scheduled = self._scheduler.get(request_id)
-        blocks = self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
+        blocks = self._blocks_of(request_id)
         return msgspec.structs.replace(self._published, remote_request_id=request_id, remote_block_ids=blocks)
+
+    def _blocks_of(self, request_id: str) -> list[int]:
+        scheduled = self._scheduler.get(request_id)
+        return self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
 
     # --- status --------------------------------------------------------------------------------------------------
 

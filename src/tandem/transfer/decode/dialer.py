@@ -55,6 +55,7 @@ class PeerDialer:
 
     Args:
         layouts: of this engine's ranks, by rank.
+        verify: its ranks check what they read against checksums.
     """
 
     def __init__(
@@ -65,13 +66,15 @@ class PeerDialer:
         transfer_threads: TransferThreads,
         sockets: Sockets[zmq.asyncio.Socket],
         events: PullEvents,
+        *,
+        verify: bool = False,
     ) -> None:
         self._identity = identity
         self._transfer_threads = transfer_threads
         self._sockets = sockets
         self._events = events
         self._codec: Codec[ToDecode] = Codec(ToDecode)
-        self._pulls = Pulls(identity, envelope, layouts)
+        self._pulls = Pulls(identity, envelope, layouts, verify=verify)
         self._connections: dict[int, _Connection] = {}
 
     async def run(self) -> None:
@@ -99,6 +102,11 @@ class PeerDialer:
     def failures(self) -> int:
         """Pulls that failed so far."""
         return self._pulls.failures
+
+    @property
+    def corrupt(self) -> int:
+        """Those of them whose bytes did not fit their checksums."""
+        return self._pulls.corrupt
 
     # --- what the engine says ------------------------------------------------------------------------------------
 

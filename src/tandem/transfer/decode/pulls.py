@@ -49,21 +49,27 @@ class Pulls:
 
     Args:
         layouts: of this engine's ranks, by rank.
+        verify: read from engines with checksums only; our ranks check what comes.
 
     Attributes:
         failures: pulls that failed so far.
+        corrupt: those of them whose bytes did not fit their checksums.
     """
 
-    def __init__(self, identity: EngineIdentity, envelope: Envelope, layouts: Sequence[KvLayout]) -> None:
+    def __init__(
+        self, identity: EngineIdentity, envelope: Envelope, layouts: Sequence[KvLayout], *, verify: bool = False
+    ) -> None:
         self._identity = identity
         self._envelope = envelope
         self._layouts = layouts
+        self._verify = verify
         self._pulls: dict[str, Pull] = {}
         self._jobs: dict[int, Pull] = {}
         self._job_numbers = itertools.count(1)
         self._actions: list[Action] = []
         self._sessions = Sessions(identity, envelope, self._actions)
         self.failures = 0
+        self.corrupt = 0
 
     def __len__(self) -> int:
         """Requests whose KV is awaited, or still being read."""
@@ -159,7 +165,7 @@ class Pulls:
             case Refused(field=field, mine=mine, yours=yours):
                 raise PeerRefused(field, yours, mine)
             case Welcome():
-                descriptor = session.welcome(self._envelope, message, now)
+                descriptor = session.welcome(self._envelope, message, now, verify=self._verify)
             case _:
                 raise WireError(f"a welcome was expected, {type(message).__name__} came")
         # Each rank gets the peers that its plan needs; among replicas, not those that every engine takes.
@@ -243,6 +249,8 @@ class Pulls:
         if pull.ended is not None:
             self._settle(pull)
         elif report.error is not None:
+            pull.corrupt = report.corrupt
+            self.corrupt += report.corrupt
             self._fail(pull, report.error)
         elif session is None or not session.good(pull, now):
             self._fail(pull, "the lease ended before the read did")

@@ -75,6 +75,7 @@ class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
     Attributes:
         error: why its bytes are no good.
         peer_lost: the connection to the peer's rank is broken, so that no other read over it can succeed either.
+        corrupt: its bytes came, and do not fit their checksums.
         may_still_write: it has failed, and yet bytes of it may arrive until `ReadQuiet`; else no byte arrives any more.
     """
 
@@ -86,6 +87,7 @@ class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
     error: Text | None = None
     peer_lost: bool = False
     may_still_write: bool = False
+    corrupt: bool = False
 
 
 class ReadQuiet(msgspec.Struct, frozen=True, tag="read_quiet"):

@@ -14,7 +14,6 @@ from zmq.utils.monitor import recv_monitor_message
 
 from tandem.errors import PeerLost, RankLost, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
-from tandem.kv.plan import TransferPlan, plan
 from tandem.transfer.thread.thread_messages import (
     ClosePeer,
     FromTransferThread,
@@ -28,6 +27,7 @@ from tandem.transfer.thread.thread_messages import (
     ThreadAlive,
     ToTransferThread,
 )
+from tandem.transfer.thread.verification import PeerReads, Verification, Verifier
 from tandem.transfer.transports.base import Read, ReadState, Transport
 from tandem.wire.codec import Codec
 from tandem.wire.messages import clip
@@ -47,12 +47,6 @@ LEADER_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 @dataclass(slots=True)
-class _Peer:
-    agents: list[str]
-    plan: TransferPlan
-
-
-@dataclass(slots=True)
 class _Job:
     order: ReadOrder
     started: float
@@ -61,6 +55,8 @@ class _Job:
     descriptors: int = 0
     error: str | None = None
     peer_lost: bool = False
+    corrupt: bool = False
+    verification: Verification | None = None
     reported: bool = False
 
     def any(self, state: ReadState) -> bool:
@@ -75,17 +71,26 @@ class TransferThread:
         layouts: of the KV memory of all ranks of this engine; `transport` has registered this rank's.
         socket: connected to the leader, if it is in another process monitored for LEADER_EVENTS; orders in, reports
             out.
+        verifier: of this rank's KV memory; None if reads are not verified.
     """
 
-    def __init__(self, rank: int, layouts: Sequence[KvLayout], transport: Transport, socket: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        layouts: Sequence[KvLayout],
+        transport: Transport,
+        socket: zmq.Socket[bytes],
+        verifier: Verifier | None = None,
+    ) -> None:
         self._rank = rank
         self._layouts = layouts
         self._transport = transport
         self._socket = socket
+        self._verifier = verifier
         self._monitor = socket.get_monitor_socket(LEADER_EVENTS)
         self._connected = False
         self._codec: Codec[ToTransferThread] = Codec(ToTransferThread)
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, PeerReads] = {}
         self._jobs: dict[int, _Job] = {}
         self._running = True
         self._answered = False
@@ -173,8 +178,7 @@ class TransferThread:
         try:
             for source in message.sources:
                 self._transport.connect(source.endpoint)
-            chosen = plan([s.layout for s in message.sources], self._layouts, self._rank)
-            self._peers[message.session] = _Peer([s.endpoint.agent for s in message.sources], chosen)
+            self._peers[message.session] = PeerReads.of(message.sources, self._layouts, self._rank, self._verifier)
         except (TransferError, LayoutError) as problem:
             error = str(problem)
             self._disconnect([source.endpoint.agent for source in message.sources])
@@ -198,13 +202,10 @@ class TransferThread:
             job.error = f"the peer of session {order.session} is not connected"
             return
         try:
-            runs = peer.plan.runs(
-                order.source_blocks, order.destination_blocks, order.start, order.stop, whole_tail=order.last
-            )
-            for index, run in runs.items():
-                job.reads.append(self._transport.post(peer.agents[index], run))
-                job.bytes += int(run.length.sum())
-                job.descriptors += len(run.length)
+            for agent, runs in peer.runs(order):
+                job.reads.append(self._transport.post(agent, runs))
+                job.bytes += runs.nbytes
+                job.descriptors += len(runs)
         except (TransferError, LayoutError) as problem:
             job.error = str(problem)
             job.peer_lost = isinstance(problem, PeerLost)
@@ -215,6 +216,8 @@ class TransferThread:
         for number, job in list(self._jobs.items()):
             if job.any(ReadState.IN_PROGRESS):
                 continue
+            if self._verifier is not None and not self._verified(job, self._verifier):
+                continue
             may_still_write = job.any(ReadState.FAILING)
             if not may_still_write:
                 del self._jobs[number]
@@ -224,12 +227,33 @@ class TransferThread:
             elif not may_still_write:
                 self._report(ReadQuiet(self._rank, number))
 
+    def _verified(self, job: _Job, verifier: Verifier) -> bool:
+        """Verify some of what came. Return whether that is all, or nothing good came."""
+        if job.error is not None or any(read.state is not ReadState.DONE for read in job.reads):
+            return True
+        if job.verification is None:
+            job.verification = Verification(job.order, verifier)
+        if not job.verification.ended:
+            job.error = job.verification.go_on()
+            job.corrupt = job.error is not None
+        if job.corrupt:
+            log.error("rank %d: %s", self._rank, job.error)
+        return job.verification.ended
+
     def _ended(self, number: int, job: _Job, may_still_write: bool) -> ReadEnded:
         failed = next((read.error or "read failed" for read in job.reads if read.state is not ReadState.DONE), None)
         error, lost = job.error or failed, job.peer_lost or failed is not None
         seconds = time.monotonic() - job.started
         return ReadEnded(
-            self._rank, number, job.bytes, job.descriptors, seconds, error and clip(error), lost, may_still_write
+            self._rank,
+            number,
+            job.bytes,
+            job.descriptors,
+            seconds,
+            error and clip(error),
+            lost,
+            may_still_write,
+            job.corrupt,
         )
 
 
