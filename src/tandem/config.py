@@ -319,13 +319,8 @@ class ClusterConfig:
     run: RunSection = RunSection()
 
     def __post_init__(self) -> None:
-        check_counts(
-            prefill_tp=self.prefill_tp,
-            prefill_pp=self.prefill_pp,
-            decode=self.decode,
-            decode_tp=self.decode_tp,
-            decode_pp=self.decode_pp,
-        )
+        check_counts(prefill_tp=self.prefill_tp, prefill_pp=self.prefill_pp)
+        check_counts(decode=self.decode, decode_tp=self.decode_tp, decode_pp=self.decode_pp)
         if self.prefill < 0:
             raise ConfigError(
                 f"--prefill must be 0 or more and --decode 1 or more; got {self.prefill} and {self.decode}"

@@ -131,6 +131,7 @@ class EngineProcesses:
     def start(self) -> None:
         """Start the API first, which needs no torch; the ranks follow once its control port is known."""
         self.ranks, self.api = [], None
+        self._starting.clear()
         if self._listener is None:
             self._start_ranks(None)
             return
