@@ -19,6 +19,7 @@ ROWS = (
     {"router"},
     {"scheduling", "transfer", "models", "api", "processes"},
     {"config", "console", "reports"},
+    {"config_access", "config_limits"},
     {"flags"},
     {"wire"},
     {"kv", "ids", "logs", "deadlines", "model_folder"},

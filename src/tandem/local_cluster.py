@@ -82,7 +82,7 @@ def wait_ready(processes: ChildProcesses, engines: Sequence[EngineProcesses], se
             case Loading(loaded=loaded, total=total):
                 console.loaded(engine.name, loaded, total)
             case Ready(status=status):
-                console.ready(engine.name, status, engine.http)
+                console.ready(engine.name, status, engine.url)
                 waiting.pop(child.name, None)
             case Following():
                 waiting.pop(child.name, None)

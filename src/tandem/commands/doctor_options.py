@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from tandem.config import ENGINES, Device
-from tandem.flags import check_counts, parse_address, text_flag
+from tandem.config import Device
+from tandem.flags import ENGINES, check_counts, parse_address, text_flag
 from tandem.wire.messages import Address
 
 DOCTOR = Group("What to look at", sort_key=0)

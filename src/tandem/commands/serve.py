@@ -18,7 +18,7 @@ def run_serve(model: str, config: ClusterConfig) -> int:
         children.warm()
         with console:
             router = start_cluster(children, config, folder, console)
-        url = f"http://{router.http}"
+        url = f"{config.http.scheme}://{router.http}"
         console.panel(
             [
                 f"[bold]{folder.name}[/bold] is served at [bold cyan]{url}/v1[/bold cyan]",

@@ -21,7 +21,6 @@ import torch
 
 from tandem import __version__
 from tandem.config import (
-    AccessSection,
     Device,
     EngineConfig,
     ModelSection,
@@ -29,6 +28,7 @@ from tandem.config import (
     ParallelSection,
     TimeSection,
 )
+from tandem.config_access import AccessSection
 from tandem.doctor.board import Board
 from tandem.doctor.cluster_messages import NodeDoor, NodeMemory, Pinged, Reach
 from tandem.doctor.door import Door, knock

@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass, field
 
 from tandem.api.http_server import bind
-from tandem.config import LOOPBACK, EngineConfig, RouterConfig
+from tandem.config import EngineConfig, RouterConfig
+from tandem.config_access import LOOPBACK
 from tandem.engine.start.placement import RankPlacement
 from tandem.errors import ConfigError, StartError
 from tandem.model_folder import ModelFolder
@@ -65,6 +66,13 @@ def _reachable_addresses() -> list[str]:
     return [address for address in own_addresses() if not is_loopback(address)]
 
 
+def api_host(config: EngineConfig, host: str) -> str:
+    """Return where the engine's own API listens: as configured, else on `host` if clients need a key, else loopback."""
+    if config.network.api_host is not None:
+        return config.network.api_host
+    return (config.network.host or host) if config.http.has_key else LOOPBACK
+
+
 @dataclass(slots=True)
 class EngineProcesses:
     """The processes of one engine on this node: its ranks and, on node 0, its API."""
@@ -82,6 +90,11 @@ class EngineProcesses:
         return self.config.name
 
     @property
+    def url(self) -> str | None:
+        """Of the engine's own API, if it is on this node."""
+        return f"{self.config.http.scheme}://{self.http}" if self.http else None
+
+    @property
     def leader(self) -> Child | None:
         return self.ranks[0] if self.ranks and self.config.parallel.node_rank == 0 else None
 
@@ -89,8 +102,18 @@ class EngineProcesses:
         """Start the API on node 0. The HTTP port is bound here, so that a port in use is known at once."""
         if self.config.parallel.node_rank != 0:
             return
-        config, network = self.config, self.config.network
-        api = RouterConfig(network.host or self.host, network.port, LOOPBACK, 0, config.access, config.time, config.run)
+        config = self.config
+        api = RouterConfig(
+            host=api_host(config, self.host),
+            port=config.network.port,
+            control_host=LOOPBACK,
+            control_port=0,
+            access=config.access,
+            http=config.http,
+            limits=config.limits,
+            time=config.time,
+            run=config.run,
+        )
         listener = bind(api.host, api.port)
         host, port = listener.getsockname()[:2]
         self.http = Address(host, port)
