@@ -12,15 +12,13 @@ from tandem.errors import Overloaded
 
 RESERVED_FILES = 256
 """Open files that are left for all but clients: sockets to engines, the model's files."""
-MAX_OVER = 2
-"""So many times --max-connections are looked at at all, so that /health is answered when clients take all of them."""
 
 
 class Connections:
     """Connections that are open, and which of them may ask for more than /health and /metrics.
 
     Attributes:
-        most: connections beyond which new ones are closed unread.
+        most: connections beyond which new ones are closed unread, as there are not more files for them.
         none_open: set while there are none.
     """
 
@@ -30,13 +28,14 @@ class Connections:
         self.none_open = asyncio.Event()
         self.none_open.set()
         self._admitted: Counter[str] = Counter()
-        self.most = min(MAX_OVER * limits.max_connections, raised_file_limit() - RESERVED_FILES)
+        self.most = raised_file_limit() - RESERVED_FILES
+        self._max_admitted = min(limits.max_connections, self.most * 3 // 4)
 
-    def opened(self) -> bool:
-        """Count a connection; returns False if it must be closed at once."""
+    def opened(self) -> int:
+        """Count a connection; returns how many are open."""
         self._open += 1
         self.none_open.clear()
-        return self._open <= self.most
+        return self._open
 
     def closed(self, client: str | None) -> None:
         """Forget a connection. `client`: as it was admitted, or None."""
@@ -50,13 +49,11 @@ class Connections:
 
     def admit(self, client: str) -> None:
         """Take a connection for all requests. Raises Overloaded where there are too many."""
-        limits = self._limits
-        if self._admitted.total() >= min(limits.max_connections, self.most):
-            raise Overloaded(f"{limits.max_connections} connections are open, which is --max-connections")
-        if self._admitted[client] >= limits.max_client_connections:
-            raise Overloaded(
-                f"{limits.max_client_connections} connections of {client} are open, which is --max-client-connections"
-            )
+        most_of_client = self._limits.max_client_connections
+        if self._admitted.total() >= self._max_admitted:
+            raise Overloaded(f"{self._max_admitted} connections are open, and --max-connections allows no more")
+        if self._admitted[client] >= most_of_client:
+            raise Overloaded(f"{client} has {most_of_client} open connections, which is --max-client-connections")
         self._admitted[client] += 1
 
 
