@@ -79,8 +79,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Tls:
     cert, key = (tmp_path_factory.mktemp("tls") / name for name in ("cert.pem", "key.pem"))
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", *kind, *names, "-keyout", key, "-out", cert]
-    subprocess.run(command, check=True, capture_output=True)
+    files = ["-keyout", str(key), "-out", str(cert)]
+    subprocess.run(["openssl", "req", "-x509", *kind, *names, *files], check=True, capture_output=True)
     return cert, key
 
 

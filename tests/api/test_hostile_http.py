@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import select
 import socket
 import ssl
 import time
@@ -65,14 +66,11 @@ def request(body: bytes, *headers: bytes) -> bytes:
     return POST + b"content-length: %d\r\n%s\r\n" % (len(body), lines) + body
 
 
-def read_whole(client: socket.socket) -> bool:
-    """Read to the end of the connection; False if it was reset."""
-    try:
-        while client.recv(2**20):
-            pass
-    except ConnectionResetError:
-        return False
-    return True
+def was_reset(client: socket.socket) -> bool:
+    """Wait until the server resets the connection, without reading."""
+    poll = select.poll()
+    poll.register(client, 0)
+    return bool(poll.poll(SECONDS * 1000))
 
 
 def flood(client: socket.socket, piece: bytes) -> int:
@@ -323,9 +321,9 @@ def test_long_names_are_clipped_in_errors(api: Api, path: str, name: str) -> Non
 # --- answers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_does_not_read_its_answer_loses_it(backend: FakeBackend, stream: bool) -> None:
-    backend.script = lambda _: [TokenDelta(ids("hello ") * 2000, details=details())] * 1000
+@pytest.mark.parametrize(("stream", "many"), [(True, 100_000), (False, 500)])
+def test_a_client_that_does_not_read_its_answer_loses_it(backend: FakeBackend, stream: bool, many: int) -> None:
+    backend.script = lambda _: [*[TokenDelta(ids("hello ") * 1000, details=details())] * many, *deltas("end")]
     body = json.dumps({"prompt": "x", "stream": stream, "ignore_eos": True, "return_token_ids": True}).encode()
     with running(backend, limits=LimitsSection(write_timeout=0.2)) as api, closing(socket.socket()) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -335,8 +333,7 @@ def test_a_client_that_does_not_read_its_answer_loses_it(backend: FakeBackend, s
         if stream:
             assert backend.closed.wait(SECONDS)
             assert backend.aborted
-        assert "tandem_requests_running" in api.get("/metrics").body.decode()
-        assert not read_whole(client)
+        assert was_reset(client)
 
 
 def test_a_client_that_reads_slowly_but_does_gets_all(backend: FakeBackend) -> None:

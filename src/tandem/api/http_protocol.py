@@ -105,6 +105,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
         if len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
+        elif self.pipeline:
+            self.flow.resume_reading()  # uvicorn stops, and would not notice that the client is gone
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_message:  # what comes after a chunked body is of no use here
