@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tandem.config import (
-    AccessSection,
     BatchSection,
     CacheSection,
     ClusterConfig,
@@ -21,6 +20,7 @@ from tandem.config import (
     RunSection,
     TimeSection,
 )
+from tandem.config_access import AccessSection
 from tandem.config_file import check_tables, take_config
 from tandem.errors import ConfigError
 from tandem.flags import parse_address, parse_size

@@ -7,15 +7,18 @@ What is only found out later (the model's folder, the number of blocks, end-of-s
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
+from tandem.config_access import ACCESS, HTTP, LOOPBACK, AccessSection, HttpSection
+from tandem.config_limits import LIMITS, LimitsSection
 from tandem.errors import ConfigError
 from tandem.flags import (
+    ENGINES,
+    MODEL,
+    RUNNING,
     check_choice,
     check_counts,
     check_port,
@@ -36,13 +39,6 @@ MAX_TP = 1024
 MAX_PP = 256
 MAX_BLOCK_SIZE = 1024
 MIN_LEASE_TTL = 1.0
-
-LOOPBACK = "127.0.0.1"
-
-ENGINES = Group("Engines", sort_key=1)
-MODEL = Group("Model and memory", sort_key=2)
-NETWORK = Group("Network and security", sort_key=3)
-RUNNING = Group("Running", sort_key=4)
 
 
 @Parameter(name="*", group=MODEL)
@@ -154,47 +150,14 @@ class NetworkSection:
     router: Annotated[Address | None, text_flag(parse_address, "--router")] = None
     "HOST:PORT of a router's control port, to register with."
     host: str | None = None
-    "This node's address for everything the engine listens on; by default found from the route to the others."
+    "This node's address for other nodes, ranks and engines; by default found from the route to the others."
+    api_host: str | None = None
+    "Address of the engine's own API, on node 0; by default as --host with an API key, and loopback without one."
     port: int = 0
     "Port of the engine's own API, on node 0; 0 for any."
 
     def __post_init__(self) -> None:
         check_port(self.port)
-
-
-@Parameter(name="*", group=NETWORK)
-@dataclass(frozen=True, slots=True)
-class AccessSection:
-    api_key: str | None = None
-    "Clients of /v1 must send it as a bearer token."
-    cluster_key_file: Path | None = None
-    "Key of the cluster, made by `tandem keygen`; without one only loopback is used."
-    allow_peers: Annotated[tuple[str, ...], Parameter(negative=(), show_default=list)] = ("127.0.0.0/8", "::1/128")
-    "Networks into which the remote_host of a foreign PD proxy is followed."
-
-    def __post_init__(self) -> None:
-        if self.cluster_key_file is not None and not self.cluster_key_file.is_file():
-            raise ConfigError(
-                f"--cluster-key-file {self.cluster_key_file} is not a file; make one with `tandem keygen FILE`"
-            )
-        for network in self.allow_peers:
-            try:
-                loopback = ipaddress.ip_network(network, strict=False).is_loopback
-            except ValueError:
-                raise ConfigError(f"--allow-peers takes networks such as 10.0.0.0/8; got {network!r}") from None
-            if self.cluster_key_file is None and not loopback:
-                raise ConfigError(
-                    f"--allow-peers {network} leads off this machine, which needs a cluster key: make one with"
-                    " `tandem keygen FILE` and give it to every process with --cluster-key-file FILE"
-                )
-
-    def allows(self, host: str) -> bool:
-        """Whether a client-sent address may be followed; names are not resolved, only addresses are allowed."""
-        try:
-            address = ipaddress.ip_address(LOOPBACK if host == "localhost" else host)
-        except ValueError:
-            return False
-        return any(address in ipaddress.ip_network(network, strict=False) for network in self.allow_peers)
 
 
 @Parameter(name="*", group=RUNNING)
@@ -248,7 +211,9 @@ class EngineConfig:
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
     batch: BatchSection = BatchSection()
-    access: AccessSection = AccessSection()
+    access: AccessSection = ACCESS
+    http: HttpSection = HTTP
+    limits: LimitsSection = LIMITS
     time: TimeSection = TimeSection()
     run: RunSection = RunSection()
 
@@ -275,7 +240,9 @@ class RouterConfig:
     "Address of the control port; by default as --host."
     control_port: int = 7000
     "Port where engines register; 0 for any."
-    access: AccessSection = AccessSection()
+    access: AccessSection = ACCESS
+    http: HttpSection = HTTP
+    limits: LimitsSection = LIMITS
     time: TimeSection = TimeSection()
     run: RunSection = RunSection()
 
@@ -314,7 +281,9 @@ class ClusterConfig:
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
     batch: BatchSection = BatchSection()
-    access: AccessSection = AccessSection()
+    access: AccessSection = ACCESS
+    http: HttpSection = HTTP
+    limits: LimitsSection = LIMITS
     time: TimeSection = TimeSection()
     run: RunSection = RunSection()
 
@@ -329,7 +298,7 @@ class ClusterConfig:
         self.engine_configs()
 
     def router_config(self) -> RouterConfig:
-        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.access, self.time, self.run)
+        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.access, self.http, self.limits, self.time, self.run)
 
     def engine_configs(self) -> list[EngineConfig]:
         """Return the config of each engine, prefill engines first."""
@@ -351,6 +320,8 @@ class ClusterConfig:
             cache=self.cache if block_size is None else replace(self.cache, block_size=block_size),
             batch=self.batch,
             access=self.access,
+            http=self.http,
+            limits=self.limits,
             time=self.time,
             run=self.run,
         )

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from tandem.bounded_writer import BoundedWriter
 from tandem.errors import TandemError
-from tandem.wire.messages import Address, EngineStatus
+from tandem.wire.messages import EngineStatus
 
 STDOUT = 1
 LAST_SECONDS = 1.0
@@ -55,11 +55,12 @@ class Console:
             self._tasks[engine] = self._progress.add_task(f"{engine}: weights", total=total)
         self._progress.update(self._tasks[engine], completed=done, total=total)
 
-    def ready(self, engine: str, status: EngineStatus, http: Address | None) -> None:
+    def ready(self, engine: str, status: EngineStatus, api: str | None) -> None:
+        """Say that an engine can serve. `api`: URL of its own API, if it is on this node."""
         if engine in self._tasks:
             self._progress.remove_task(self._tasks.pop(engine))
         shape = f"tp {status.tp}, pp {status.pp}" + (f", {status.nnodes} nodes" if status.nnodes > 1 else "")
-        where = f", API http://{http}" if http else ""
+        where = f", API {api}" if api else ""
         self.console.print(
             f"{engine} ready: {status.role} engine {status.engine_id}, {shape}, {status.connector},"
             f" {status.kv.blocks} blocks of {status.kv.block_size} tokens{where}",

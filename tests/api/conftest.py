@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import subprocess
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
 from tandem.api.backend import EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
-from tandem.api.http_server import bind, serve
+from tandem.api.http_server import Tls, bind, serve
 from tandem.api.loaded_model import ModelLoader
 from tandem.api.tokenizer import Tokenizer
+from tandem.config_limits import LimitsSection
 from tandem.ids import EngineIdentity
 from tandem.wire.messages import EngineStatus, Register, RequestCounts
 from tests.support.registrations import make_register
@@ -68,6 +71,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"chat_template": TEMPLATE, "eos_token": {"content": EOS}}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    """A certificate for localhost that has signed itself, and its key."""
+    cert, key = (tmp_path_factory.mktemp("tls") / name for name in ("cert.pem", "key.pem"))
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(cert)]
+    subprocess.run(["openssl", "req", "-x509", *kind, *names, *files], check=True, capture_output=True)
+    return cert, key
 
 
 @pytest.fixture(scope="session")
@@ -201,8 +215,8 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """Of a stream; `[DONE]` as a string."""
-        lines = [line for line in self.body.decode().split("\n\n") if line]
+        """Of a stream, without its comments; `[DONE]` as a string."""
+        lines = [line for line in self.body.decode().split("\n\n") if line and not line.startswith(":")]
         assert all(line.startswith("data: ") for line in lines)
         return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 
@@ -241,7 +255,13 @@ class Api:
 
 
 @contextmanager
-def running(backend: FakeBackend, **options: Any) -> Iterator[Api]:
+def running(
+    backend: FakeBackend,
+    kind: Literal["router", "engine"] = "router",
+    keys: ApiKeys | None = None,
+    limits: LimitsSection | None = None,
+    tls: Tls | None = None,
+) -> Iterator[Api]:
     """The application in a thread of its own, until the block ends."""
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -250,8 +270,8 @@ def running(backend: FakeBackend, **options: Any) -> Iterator[Api]:
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        app = create_app(backend, ModelLoader(backend), **{"kind": "router"} | options)
-        loop.run_until_complete(serve(app, listener, stop, grace=1))
+        app = create_app(backend, ModelLoader(backend), kind=kind, keys=keys, limits=limits)
+        loop.run_until_complete(serve(app, listener, stop, grace=1, limits=limits, tls=tls))
         loop.close()
 
     thread = threading.Thread(target=work)

@@ -71,7 +71,7 @@ class Stream:
             if text == "data: [DONE]":
                 self.close()
                 return
-            if text:
+            if text and not text.startswith(":"):
                 event = json.loads(text.removeprefix("data: "))
                 assert "error" not in event, event
                 yield event

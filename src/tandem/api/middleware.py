@@ -1,17 +1,21 @@
-"""Give every request its id and, on /v1, check the API key."""
+"""Give every request its id, refuse what its connection may not ask for, and on /v1 check the API key."""
 
 from __future__ import annotations
 
-import hmac
 import re
 from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tandem.api.api_keys import ApiKeys
+from tandem.api.connections import client_of
 from tandem.api.http_errors import Unauthorized, error_response
+from tandem.api.http_protocol import REFUSAL
+from tandem.errors import Overloaded, RequestError
 from tandem.ids import new_request_id
 
 REQUEST_ID = b"x-request-id"
+ALWAYS = ("/health", "/metrics")
 _ALLOWED = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -19,13 +23,13 @@ class ApiMiddleware:
     """Takes over or makes the request id, and lets in only those with the API key.
 
     A client's X-Request-Id is taken over if it has 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
-    response has it. With an API key, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
-    /tandem/ are open.
+    response has it. With API keys, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
+    /tandem/ are open. /health and /metrics are answered on any connection, also when there are too many.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
         self._app = app
-        self._key = api_key.encode() if api_key is not None else None
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -38,17 +42,30 @@ class ApiMiddleware:
             await send(message)
 
         scope["tandem.request_id"] = request_id.decode()
-        if scope["path"].startswith("/v1/") and not self._allowed(headers.get(b"authorization", b"")):
-            refusal = Unauthorized("this server needs an API key: send `Authorization: Bearer KEY` with the right one")
+        try:
+            self._check(scope, headers.get(b"authorization", b""))
+        except RequestError as refusal:
             await error_response(refusal)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
 
-    def _allowed(self, authorization: bytes) -> bool:
-        if self._key is None:
-            return True
-        scheme, _, key = authorization.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
+    def _check(self, scope: Scope, authorization: bytes) -> None:
+        """Name the client. Raises the RequestError that refuses the request."""
+        refusal: RequestError | None = scope.get(REFUSAL)
+        if refusal is not None and not (isinstance(refusal, Overloaded) and scope["path"] in ALWAYS):
+            raise refusal
+        client: str | None = client_of(scope["client"][0]) if scope.get("client") else ""
+        if self._keys is not None and scope["path"].startswith("/v1/"):
+            scheme, _, key = authorization.partition(b" ")
+            client = self._keys.client(key.strip()) if scheme.lower() == b"bearer" else None
+            if client is None:
+                raise Unauthorized("this server needs an API key: send `Authorization: Bearer KEY` with the right one")
+        scope["tandem.client"] = client
+
+
+def client_name(scope: Scope) -> str:
+    """Return the name of the client whose open requests are counted together: its key's, or its address."""
+    return cast(str, scope["tandem.client"])
 
 
 def request_id_of(scope: Scope) -> str:

@@ -9,8 +9,6 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from tandem.config import (
-    ENGINES,
-    AccessSection,
     Device,
     EngineConfig,
     ModelSection,
@@ -18,7 +16,8 @@ from tandem.config import (
     ParallelSection,
     TimeSection,
 )
-from tandem.flags import check_counts, parse_address, text_flag
+from tandem.config_access import AccessSection
+from tandem.flags import ENGINES, check_counts, parse_address, text_flag
 from tandem.wire.messages import Address
 
 DOCTOR = Group("What to look at", sort_key=0)

@@ -19,14 +19,15 @@ def run_router(config: RouterConfig) -> int:
             console.echo(f"router: {NO_KEY}")
         router = start_router(children, config, key)
         router.close()
+        url = f"{config.http.scheme}://{router.http}"
         console.panel(
             [
-                f"OpenAI API at [bold cyan]http://{router.http}/v1[/bold cyan], once engines are there",
+                f"OpenAI API at [bold cyan]{url}/v1[/bold cyan], once engines are there",
                 f"Engines register with --router {router.control}",
                 "Ctrl-C stops it",
             ]
         )
-        console.url(f"http://{router.http}")
+        console.url(url)
         wait_forever(children)
         return 0
 

@@ -19,7 +19,7 @@ def run_serve(model: str, config: ClusterConfig) -> int:
         children.warm()
         with console:
             cluster = start_cluster(children, config, folder, console)
-        url = f"http://{cluster.router.http}"
+        url = f"{config.http.scheme}://{cluster.router.http}"
         console.panel(
             [
                 f"[bold]{folder.name}[/bold] is served at [bold cyan]{url}/v1[/bold cyan]",

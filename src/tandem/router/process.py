@@ -13,16 +13,19 @@ import zmq
 import zmq.asyncio
 
 from tandem import logs
+from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
-from tandem.api.http_server import serve
+from tandem.api.http_server import Tls, serve
 from tandem.api.loaded_model import ModelLoader
 from tandem.config import RouterConfig
+from tandem.config_access import HttpSection
 from tandem.errors import RequestError
 from tandem.reports import ControlPort, Health, Reporter
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy, SingleEnginePolicy
 from tandem.router.request_router import RequestRouter
+from tandem.wire.addresses import is_loopback
 from tandem.wire.keys import ClusterKey
 from tandem.wire.sockets import SocketOptions, Sockets
 
@@ -63,7 +66,10 @@ async def _serve(
     connections = EngineConnections(control, registry, introduce=kind == "router")
     backend = RequestRouter(connections, policy, request_timeout=config.time.request_timeout, seed=config.run.seed)
     loader = ModelLoader(backend)
-    app = create_app(backend, loader, kind=kind, api_key=config.access.api_key)
+    http = config.http
+    keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None
+    warn_if_open(listener, keys)
+    app = create_app(backend, loader, kind=kind, keys=keys, limits=config.limits)
     health = _HealthReporter(report, backend)
     connections.on_change = health.update
     stop = asyncio.Event()
@@ -73,7 +79,7 @@ async def _serve(
     loading = asyncio.create_task(_load_early(loader, health.first_engine))
     report(ControlPort(port))
     try:
-        await serve(app, listener, stop, grace=1.0)
+        await serve(app, listener, stop, grace=1.0, limits=config.limits, tls=_tls(http))
     finally:
         loading.cancel()
         receiving.cancel()
@@ -82,6 +88,22 @@ async def _serve(
     for task in (loading, receiving):
         if not task.cancelled():
             task.result()  # raises the error that ended it
+
+
+def warn_if_open(listener: socket.socket, keys: ApiKeys | None) -> None:
+    """Log a warning where whoever reaches this machine may use the API."""
+    host, port = listener.getsockname()[:2]
+    if keys is None and not is_loopback(host):
+        log.warning(
+            "the API at %s port %d takes requests of whoever reaches it, as there is no API key: set TANDEM_API_KEY or"
+            " --api-key-file, or listen on 127.0.0.1",
+            host,
+            port,
+        )
+
+
+def _tls(http: HttpSection) -> Tls | None:
+    return (http.tls_cert, http.tls_key) if http.tls_cert is not None and http.tls_key is not None else None
 
 
 async def _load_early(loader: ModelLoader, first_engine: asyncio.Event) -> None:

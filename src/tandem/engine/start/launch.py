@@ -6,7 +6,8 @@ import socket
 import uuid
 
 from tandem.api.http_server import bind
-from tandem.config import LOOPBACK, EngineConfig, RouterConfig
+from tandem.config import EngineConfig, RouterConfig
+from tandem.config_access import LOOPBACK
 from tandem.console import Console
 from tandem.engine.start.placement import RankPlacement
 from tandem.errors import ConfigError
@@ -66,6 +67,13 @@ def _reachable_addresses() -> list[str]:
     return [address for address in own_addresses() if not is_loopback(address)]
 
 
+def api_host(config: EngineConfig, host: str) -> str:
+    """Return where the engine's own API listens: as configured, else on `host` if clients need a key, else loopback."""
+    if config.network.api_host is not None:
+        return config.network.api_host
+    return (config.network.host or host) if config.http.has_key else LOOPBACK
+
+
 class EngineProcesses:
     """The processes of one engine on this node: its ranks and, on node 0, its API.
 
@@ -101,7 +109,7 @@ class EngineProcesses:
 
     def _bind(self) -> socket.socket:
         """Bind the API's port here, so that a port in use is known at once."""
-        listener = bind(self.config.network.host or self._host, self.config.network.port)
+        listener = bind(api_host(self.config, self._host), self.config.network.port)
         host, port = listener.getsockname()[:2]
         self.http = Address(host, port)
         return listener
@@ -109,6 +117,11 @@ class EngineProcesses:
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def url(self) -> str | None:
+        """Of the engine's own API, if it is on this node."""
+        return f"{self.config.http.scheme}://{self.http}" if self.http else None
 
     @property
     def leader(self) -> Child | None:
@@ -135,9 +148,17 @@ class EngineProcesses:
         if self._listener is None:
             self._start_ranks(None)
             return
-        config, network = self.config, self.config.network
+        config = self.config
         api = RouterConfig(
-            network.host or self._host, network.port, LOOPBACK, 0, config.access, config.time, config.run
+            host=api_host(config, self._host),
+            port=config.network.port,
+            control_host=LOOPBACK,
+            control_port=0,
+            access=config.access,
+            http=config.http,
+            limits=config.limits,
+            time=config.time,
+            run=config.run,
         )
         name = f"{self.name} api"
         self.api = self._processes.start(name, run_frontend, "engine", name, api, self._listener, self._key)
@@ -150,7 +171,7 @@ class EngineProcesses:
             case Loading(loaded=loaded, total=total):
                 self._console.loaded(self.name, loaded, total)
             case Ready(status=status):
-                self._console.ready(self.name, status, self.http)
+                self._console.ready(self.name, status, self.url)
                 self._starting.discard(child.name)
             case Following():
                 self._starting.discard(child.name)
