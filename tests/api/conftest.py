@@ -175,6 +175,7 @@ class FakeBackend:
         ended = False
         try:
             for step in self.script(request):
+                await asyncio.sleep(0)  # as a real one waits for its engines
                 if isinstance(step, Exception):
                     ended = True
                     raise step

@@ -32,6 +32,7 @@ from tandem.api.loaded_model import ModelLoader
 from tandem.api.metrics import CONTENT_TYPE, Metrics
 from tandem.api.middleware import ApiMiddleware
 from tandem.api.openai import ChatBody, CompletionBody
+from tandem.api.turnstile import Turnstile
 from tandem.config_limits import LimitsSection
 from tandem.errors import RequestError, Unavailable
 
@@ -52,7 +53,7 @@ def create_app(
         keys: clients must bring one of them for /v1/; None for no keys.
         limits: what clients may ask for.
     """
-    services = Services(backend, loader, Metrics(backend), kind, Door(limits or LimitsSection()))
+    services = Services(backend, loader, Metrics(backend), kind, Door(limits or LimitsSection()), Turnstile())
     completions = GenerateEndpoint(
         "completions", CompletionBody, count_completions, prepare_completion, CompletionBuilder, services
     )

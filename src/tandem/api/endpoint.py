@@ -24,6 +24,7 @@ from tandem.api.parsing import parse
 from tandem.api.prepared_request import PreparedRequest
 from tandem.api.response_builder import ResponseBuilder
 from tandem.api.response_writer import DONE, ResponseWriter
+from tandem.api.turnstile import Turnstile
 from tandem.config_limits import LimitsSection
 from tandem.errors import InvalidRequest, RequestError, Unavailable
 
@@ -34,13 +35,14 @@ Kind = Literal["router", "engine"]
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Shared by all endpoints of an application; `create_app` explains most of them. `door`: lets requests in."""
+    """Shared by all endpoints of an application; `create_app` explains most. `door` and `turnstile` let requests in."""
 
     backend: Backend
     loader: ModelLoader
     metrics: Metrics
     kind: Kind
     door: Door
+    turnstile: Turnstile
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class GenerateEndpoint(Generic[Body]):
     ) -> None:
         """Answer a request. `raw`: the one body, taken out so that it goes once it is parsed."""
         model = await self.services.loader.get()
+        await self.services.turnstile.wait()
         body = parse(raw.pop(), self.body_type, model.card.max_model_len)
         self._check(body, model)
         admission.take_choices(self.count(body))

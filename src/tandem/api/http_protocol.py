@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from typing import Any, cast
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -19,30 +19,32 @@ from uvicorn.server import ServerState
 from tandem.api.connections import Connections, client_of
 from tandem.api.http_errors import HeadTooLarge, TooSlow, raw_response
 from tandem.config_limits import LimitsSection
-from tandem.errors import InvalidRequest, RequestError
+from tandem.errors import InvalidRequest, Overloaded, RequestError
 
 MAX_HEADERS = 256
 MAX_PIPELINED = 16
 LINGER_S = 1.0
 """A closed connection stays open so long for reading nothing more, as to close it at once would reset it, and the
 client might lose the answer that tells why."""
-CROWDED_HEAD, CROWDED_HEAD_S = 4096, 5.0
-"""Bytes and seconds for a request's head where there are too many connections, of which only /health and /metrics are
-answered."""
+CROWDED_HEAD = 4096
+"""Bytes of a request's head where there are too many connections, of which only /health and /metrics are answered."""
+ROUND_S = 0.01
+"""So much later the event loop has looked at all that had come when a timer fired."""
 MIN_READ = 16 * 2**10
 """Bytes of a large answer that a client reads at least in each --write-timeout."""
-REFUSAL = "tandem.refusal"
+ALWAYS = (b"/health", b"/metrics")
+"""Answered on any connection, also where there are too many of them."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A connection. A request that must be refused reaches the application with the error in its scope."""
+    """A connection; a request that is too large, or on a connection too many, does not reach the application."""
 
     def __init__(
         self, config: uvicorn.Config, state: ServerState, limits: LimitsSection, connections: Connections
     ) -> None:
         super().__init__(config, state, {})
         self._limits = limits
-        self._max_head, self._head_timeout = limits.max_head, limits.head_timeout
+        self._max_head = limits.max_head
         self._connections = connections
         self._client: str | None = None
         self._in_message = False  # from the end of a head to the end of its body
@@ -62,7 +64,6 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if count > self._limits.max_connections:
             self._max_head = min(self._max_head, CROWDED_HEAD)
-            self._head_timeout = min(self._head_timeout, CROWDED_HEAD_S)
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -90,12 +91,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_head_timer()
 
     def on_headers_complete(self) -> None:
+        if self._closing:
+            return
         self._unparsed = 0
         self._in_message = True
         self._stop_head_timer()
         refusal = self._find_refusal()
-        if refusal is not None:
-            cast(dict[str, Any], self.scope)[REFUSAL] = refusal
+        if refusal is not None and not (isinstance(refusal, Overloaded) and self._asks_for(ALWAYS)):
+            self._refuse(refusal)
+            return
         super().on_headers_complete()
         assert self._answer is not None
         self.cycle.transport = self._answer
@@ -114,12 +118,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
-        super().on_body(body)
+        if not self._closing:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._unparsed = 0
         self._in_message = False
-        super().on_message_complete()
+        if not self._closing:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         if self._in_message and not self.pipeline:
@@ -170,8 +176,14 @@ class BoundedProtocol(HttpToolsProtocol):
             return HeadTooLarge(f"the request has {len(self.headers)} headers and, with its line, {size} bytes; {most}")
         return None
 
+    def _asks_for(self, paths: tuple[bytes, ...]) -> bool:
+        return self.parser.get_method() == b"GET" and self.url.partition(b"?")[0] in paths
+
     def _refuse(self, error: RequestError) -> None:
-        """Answer what has not become a request, unless another request is being answered: then just close."""
+        """Answer what does not become a request, unless another request is being answered: then just close.
+
+        It takes a fraction of what it takes to call the application, and there may be thousands of them at once.
+        """
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()
             return
@@ -180,12 +192,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self.close_gently()
 
     def _start_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(self._head_timeout, self._head_is_late)
+        self._head_timer = self.loop.call_later(self._limits.head_timeout, self._head_may_be_late)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _head_may_be_late(self) -> None:
+        """Look once more at what has come: the event loop itself may have been late."""
+        self._head_timer = self.loop.call_later(ROUND_S, self._head_is_late)
 
     def _head_is_late(self) -> None:
         self._head_timer = None
@@ -194,7 +210,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._start_head_timer()  # the next request waits for the answer to this one
         elif self._unparsed:
-            self._refuse(TooSlow(f"the request's headers did not come within {self._head_timeout:g} s"))
+            self._refuse(TooSlow(f"the request's headers did not come within {self._limits.head_timeout:g} s"))
         else:
             self.close_gently()
 

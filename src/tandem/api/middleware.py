@@ -1,4 +1,4 @@
-"""Give every request its id, refuse what its connection may not ask for, and on /v1 check the API key."""
+"""Give every request its id and its client's name and, on /v1, check the API key."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tandem.api.api_keys import ApiKeys
 from tandem.api.connections import client_of
 from tandem.api.http_errors import Unauthorized, error_response
-from tandem.api.http_protocol import REFUSAL
-from tandem.errors import Overloaded, RequestError
 from tandem.ids import new_request_id
 
 REQUEST_ID = b"x-request-id"
-ALWAYS = ("/health", "/metrics")
 _ALLOWED = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -24,7 +21,7 @@ class ApiMiddleware:
 
     A client's X-Request-Id is taken over if it has 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
     response has it. With API keys, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
-    /tandem/ are open. /health and /metrics are answered on any connection, also when there are too many.
+    /tandem/ are open.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
@@ -44,16 +41,13 @@ class ApiMiddleware:
         scope["tandem.request_id"] = request_id.decode()
         try:
             self._check(scope, headers.get(b"authorization", b""))
-        except RequestError as refusal:
+        except Unauthorized as refusal:
             await error_response(refusal)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
 
     def _check(self, scope: Scope, authorization: bytes) -> None:
-        """Name the client. Raises the RequestError that refuses the request."""
-        refusal: RequestError | None = scope.get(REFUSAL)
-        if refusal is not None and not (isinstance(refusal, Overloaded) and scope["path"] in ALWAYS):
-            raise refusal
+        """Name the client. Raises Unauthorized."""
         client: str | None = client_of(scope["client"][0]) if scope.get("client") else ""
         if self._keys is not None and scope["path"].startswith("/v1/"):
             scheme, _, key = authorization.partition(b" ")
