@@ -9,6 +9,7 @@ import zmq
 import zmq.asyncio
 
 from tandem.engine.step.pipeline import LEADER_SOCKET
+from tandem.transfer.prefill.listener import MAX_PEER_MESSAGE, MAX_PEER_MESSAGES
 from tandem.wire.keys import ClusterKey
 from tandem.wire.messages import Address
 from tandem.wire.sockets import SocketOptions, Sockets
@@ -39,6 +40,7 @@ class LeaderSockets:
         options = SocketOptions(handover=True)
         step, step_port = step_loop.bind(zmq.ROUTER, host, 0, LEADER_SOCKET)
         transfer, transfer_port = event_loop.bind(zmq.ROUTER, host, 0, options)
-        peer, peer_port = event_loop.bind(zmq.ROUTER, host, 0, options)
+        peers = SocketOptions(handover=True, max_message=MAX_PEER_MESSAGE, hwm=MAX_PEER_MESSAGES)
+        peer, peer_port = event_loop.bind(zmq.ROUTER, host, 0, peers)
         addresses = LeaderAddresses(Address(host, step_port), Address(host, transfer_port), Address(host, peer_port))
         return cls(step, transfer, peer, event_loop, addresses)
