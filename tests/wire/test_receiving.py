@@ -133,11 +133,13 @@ def test_a_sender_that_never_stops_does_not_have_the_event_loop_to_itself() -> N
     async def talk() -> int:
         context = zmq.asyncio.Context()
         handled = 0
-        stop = threading.Event()
+        enough, stop = asyncio.Event(), threading.Event()
 
         def take(sender: bytes, note: Note) -> None:
             nonlocal handled
             handled += 1
+            if handled == 5000:
+                enough.set()
 
         try:
             listener, port = Sockets(context, None).bind(zmq.ROUTER, "127.0.0.1", 0)
@@ -145,8 +147,7 @@ def test_a_sender_that_never_stops_does_not_have_the_event_loop_to_itself() -> N
             flood.start()
             dropped = DroppedMessages(logging.getLogger("test"), "notes")
             loop = asyncio.create_task(receive_messages(listener, CODEC, take, dropped))
-            while handled < 5000:
-                await asyncio.sleep(0.001)  # it is this that must go on
+            await enough.wait()
             loop.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await loop

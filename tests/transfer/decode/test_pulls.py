@@ -550,6 +550,7 @@ def test_engines_that_are_in_use_do_not_give_way_to_those_that_clients_name(
     monkeypatch.setattr(module, "MAX_FOREIGN_SESSIONS", 2)
     engines, decode = [net.prefill(f"p{number}") for number in range(3)], net.decode(ranks=1)
     for number, engine in enumerate(engines):
+        engine.offer("r")
         decode.pull(f"r{number}", engine.names("r", foreign=True))
     assert decode.failed == [("r2", "more than 2 prefill engines that clients named are in use")]
     assert decode.states() == ["ready", "ready"]
@@ -559,6 +560,7 @@ def test_however_many_engines_are_invented_sessions_stay_bounded_and_real_ones_a
     """2,000 requests at once, each with another engine that is not there; a real one is asked for all the while."""
     prefill, decode = pair(net)
     idle = net.prefill("idle")
+    idle.offer("first")
     decode.pull("first", idle.names("first", foreign=True))
     decode.give_up("first")
     for number in range(2000):
