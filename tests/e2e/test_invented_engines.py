@@ -56,7 +56,7 @@ def test_sessions_heartbeats_and_sockets_stay_bounded_and_real_engines_are_read_
         }
         return decode.send("POST", "/v1/completions", request).status
 
-    with ThreadPoolExecutor(48) as pool:
+    with ThreadPoolExecutor(256) as pool:
         lies = [pool.submit(lie, number) for number in range(REQUESTS)]
         for seed in range(8):
             prompt = prompt_of(70, seed=2000 + seed)
@@ -70,7 +70,7 @@ def test_sessions_heartbeats_and_sockets_stay_bounded_and_real_engines_are_read_
             assert routed.token_ids == reference_of("qwen3")(prompt, 4)
             most_sockets = max(most_sockets, sockets_of(pid))
             most_peers = max(most_peers, len(split.engines()["decode-0"]["peers"]))
-        assert {done.result() for done in lies} == {200}
+        assert {done.result() for done in lies} <= {200, 429, 503}  # computed here, or too many at once
     assert most_peers <= MAX_SESSIONS
     assert most_sockets <= before + 4 * MAX_SESSIONS
     assert until(lambda: split.engines()["decode-0"]["kv"]["in_use"] == 0, 10)

@@ -55,7 +55,7 @@ class KvChecksums:
         )
         self._kv = kv
         self._axes = [dimension.axis for dimension in layout.dimensions]
-        self._in_block = [axis for axis in self._axes if axis is not Axis.BLOCK]
+        self._in_block: list[Axis] = [axis for axis in self._axes if axis is not Axis.BLOCK]
         row = layout.head_dim * layout.itemsize
         self._word = next(_WORDS[size] for size in (4, 2, 1) if row % size == 0)
         drawn = np.random.default_rng(20_260_801).integers(0, 2**63, (layout.size(Axis.KV), row // self._word.itemsize))
