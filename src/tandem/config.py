@@ -27,6 +27,7 @@ from tandem.flags import (
     parse_size,
     text_flag,
 )
+from tandem.kv.lease import MAX_TTL, MIN_TTL
 from tandem.wire.messages import Address
 
 Role = Literal["prefill", "decode", "mixed"]
@@ -38,7 +39,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 MAX_TP = 1024
 MAX_PP = 256
 MAX_BLOCK_SIZE = 1024
-MIN_LEASE_TTL = 1.0
 
 
 @Parameter(name="*", group=MODEL)
@@ -172,10 +172,10 @@ class TimeSection:
 
     def __post_init__(self) -> None:
         check_positive(start_timeout=self.start_timeout, request_timeout=self.request_timeout)
-        if self.lease_ttl < MIN_LEASE_TTL:
+        if not MIN_TTL <= self.lease_ttl <= MAX_TTL:
             raise ConfigError(
-                f"--lease-ttl must be at least {MIN_LEASE_TTL:g} s, as it is renewed three times in it over the"
-                f" network; got {self.lease_ttl:g}"
+                f"--lease-ttl must be from {MIN_TTL:g} to {MAX_TTL:g} s: a lease is renewed three times in it over the"
+                f" network, and a peer that is gone is noticed after it; got {self.lease_ttl:g}"
             )
 
 

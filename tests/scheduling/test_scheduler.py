@@ -10,7 +10,7 @@ from tandem.scheduling.batch import Sampled, StepResult
 from tandem.scheduling.events import ChunkComputed, Finished, PrefillEnded, TokenOut
 from tandem.wire.messages import Failed, Generate, Local, Prefill
 from tandem.wire.sampling import SamplingParams
-from tests.scheduling.fake_engine import EOS, FakeEngine, Record, generate, pull, reference
+from tests.scheduling.fake_engine import EOS, VOCABULARY, FakeEngine, Record, generate, pull, reference
 from tests.scheduling.invariants import check_scheduler
 
 PROMPT = [1, 2, 3, 4, 1, 2, 3]
@@ -642,6 +642,21 @@ def test_chunks_of_local_requests_are_not_announced() -> None:
     assert batch is not None
     engine.scheduler.apply(StepResult(batch.batch_id, [Sampled(1)]), 0.0)
     assert not [event for event in engine.scheduler.drain() if isinstance(event, ChunkComputed)]
+
+
+@pytest.mark.parametrize(("token", "computed_here"), [(VOCABULARY - 1, 0), (VOCABULARY, 1), (2**31 - 1, 1)])
+def test_a_first_token_beyond_the_vocabulary_is_not_taken(token: int, computed_here: int) -> None:
+    """It would fail the whole batch in the embedding."""
+    engine = FakeEngine()
+    record = engine.add(generate("r", PROMPT, pull()))
+    engine.step()
+    engine.scheduler.kv_arrived("r", token, engine.now)
+    scheduled = engine.scheduler.get("r")
+    assert scheduled is not None
+    assert scheduled.recomputations == computed_here
+    assert (scheduled.tokens == [*PROMPT, token]) == (not computed_here)
+    assert record.terminal == []
+    check_scheduler(engine.scheduler)
 
 
 def test_it_says_when_a_request_begins_and_ceases_to_wait_for_room() -> None:

@@ -7,7 +7,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,7 +59,11 @@ class Shape:
 
 
 class Fleet:
-    """One engine of each shape; `answer` makes any of them prefill for any other."""
+    """One engine of each shape; `answer` makes any of them prefill for any other.
+
+    Args:
+        main: what each rank's process runs.
+    """
 
     def __init__(
         self,
@@ -69,7 +73,10 @@ class Fleet:
         *,
         kv_memory: int = 8 << 20,
         max_batched_tokens: int = 64,
+        verify_kv: bool = False,
+        main: Callable[..., None] = rank_main,
     ) -> None:
+        self._verify_kv, self._main = verify_kv, main
         self._cache_bytes, self._batch_tokens = kv_memory, max_batched_tokens
         self._children = ChildProcesses()
         self._folder = tempfile.TemporaryDirectory(prefix="fleet-")
@@ -171,7 +178,7 @@ class Fleet:
             role="mixed",
             model=ModelSection(dtype="float32"),
             engine_id=shape.name,
-            cache=CacheSection(shape.block_size, self._cache_bytes),
+            cache=CacheSection(shape.block_size, self._cache_bytes, verify_kv=self._verify_kv),
             batch=BatchSection(max_num_seqs=16, max_batched_tokens=self._batch_tokens),
             parallel=parallel,
             network=NetworkSection(connector=connector),
@@ -182,7 +189,7 @@ class Fleet:
         folder = ModelFolder(str(model), "random")
         for rank in range(parallel.world_size):
             placement = RankPlacement(rank, rank, "127.0.0.1", meeting, (self.control,), None, folder)
-            self._children.start(f"{shape.name} rank {rank}", rank_main, config, placement)
+            self._children.start(f"{shape.name} rank {rank}", self._main, config, placement)
 
     def _wait(self, names: set[str]) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -74,6 +74,7 @@ class Prefill:
         self.offers = Offers(identity.incarnation, ttl, 1000)
         self.heard: Counter[str] = Counter()
         self.ended: list[str] = []
+        self.corrupt: list[str] = []
         described = msgspec.Raw(msgspec.msgpack.encode(descriptor(identity)))
         self.welcome = Welcome(ENVELOPE, identity, ttl, described)
         self._readers: dict[offers.Client, Decode] = {}
@@ -156,6 +157,8 @@ class Prefill:
             match action:
                 case offers.Send(client=client, message=message):
                     self.answer(client, message)
+                case offers.OfferCorrupt(request_id=request_id):
+                    self.corrupt.append(request_id)
                 case offers.OfferEnded(request_id=request_id):
                     self.ended.append(request_id)
         self._network.deliver()
@@ -215,8 +218,9 @@ class Decode:
         *,
         peer_lost: bool = False,
         may_still_write: bool = False,
+        corrupt: bool = False,
     ) -> None:
-        report = ReadEnded(rank, read.job, 100, 2, 0.01, error, peer_lost, may_still_write)
+        report = ReadEnded(rank, read.job, 100, 2, 0.01, error, peer_lost, may_still_write, corrupt)
         self.pulls.reported(report, self._network.now)
         self._act()
 

@@ -21,6 +21,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+MIN_TTL = 1.0
+"""Seconds. A lease is renewed three times in its ttl over the network."""
+
+MAX_TTL = 3600.0
+"""Seconds. A peer that is gone is noticed after a ttl, and keeps blocks for as long."""
+
+
 # --- the holder ----------------------------------------------------------------------------------------------------
 
 

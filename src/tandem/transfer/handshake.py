@@ -45,6 +45,11 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
     ranks: Annotated[list[RankDescriptor], Meta(min_length=1, max_length=MAX_RANKS)]
 
     @property
+    def blocks(self) -> int:
+        """Return the number of blocks that every rank has."""
+        return min(rank.layout.blocks for rank in self.ranks)
+
+    @property
     def has_checksums(self) -> bool:
         """Return whether what is read from any rank can be verified."""
         return all(rank.checksums is not None for rank in self.ranks)

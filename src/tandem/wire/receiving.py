@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,6 +14,11 @@ from tandem.errors import WireError
 from tandem.wire.codec import Codec
 
 M = TypeVar("M")
+
+BURST = 64
+PAUSE_SECONDS = 0.001
+"""After so many messages a receiver waits for so long: what waits for it is bounded by its socket, and a sender that
+never stops would have the event loop to itself, as receiving what is there already does not yield."""
 
 LOGGED_AT_FIRST = 10
 LOGGED_EVERY = 1000
@@ -49,7 +56,9 @@ async def receive_messages(
     A message that is not of this channel, or that `handle` raises for, is counted in `dropped`; the next one is served.
     """
     routed = socket.type == zmq.ROUTER
-    while True:
+    for number in itertools.count(1):
+        if number % BURST == 0:
+            await asyncio.sleep(PAUSE_SECONDS)
         frames = await socket.recv_multipart()
         sender = frames.pop(0) if routed else b""
         try:

@@ -11,7 +11,7 @@ import zmq.asyncio
 from tandem.engine.io.frontends import Frontend, FrontendEvents
 from tandem.ids import EngineIdentity
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Address, EngineStatus, Generate, Register, Registered, ToFrontend
+from tandem.wire.messages import Address, EngineStatus, Failed, Generate, Outputs, Register, Registered, ToFrontend
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
 from tests.support.registrations import make_register
@@ -79,6 +79,37 @@ def test_when_the_connection_breaks_requests_are_given_up_and_the_frontend_is_to
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         after.close()
+        context.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
+def test_a_request_that_cannot_be_begun_ends_with_an_error_whoever_is_at_fault() -> None:
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        fake = FakeFrontend(sockets)
+
+        def fail(generate: Generate) -> None:
+            raise OSError("too many open files")
+
+        events = FrontendEvents(fail, lambda request_id: None, lambda introduce: None)
+        frontend = Frontend(
+            Address("127.0.0.1", fake.port), sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events
+        )
+        running = asyncio.create_task(frontend.run())
+        await fake.registration()
+        fake.send(Registered(True, 0))
+        fake.send(request("r"))
+        while not isinstance(message := await fake.receive(), Outputs):
+            pass
+        [failed] = message.items
+        assert isinstance(failed, Failed)
+        assert (failed.request_id, failed.code) == ("r", "engine_failed")
+        assert "too many open files" in failed.message
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        fake.close()
         context.destroy(linger=0)
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))

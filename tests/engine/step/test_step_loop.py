@@ -18,6 +18,7 @@ from tandem.engine.step_commands import (
     Command,
     Fail,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
@@ -266,6 +267,20 @@ def test_a_prefill_announces_its_chunks_before_its_token_and_keeps_its_blocks_un
     it.start("s", [1])
     it.end_of("s")
     assert it.pool.usage().leased == 0
+
+
+def test_kv_that_a_reader_found_damaged_is_found_by_no_later_request(rig: Any) -> None:
+    it = rig()
+    tokens = list(range(20))
+    for request_id, cached in (("r", 0), ("s", 16), ("t", 0)):
+        it.start(request_id, tokens, Prefill())
+        end = it.end_of(request_id)
+        assert isinstance(end, Tokens)
+        assert end.stats is not None
+        assert end.stats.prefix_tokens == cached
+        if request_id == "s":
+            it.send(KvCorrupt(["s", "unknown"]))
+        it.send(LeasesEnded([request_id]))
 
 
 def test_a_published_prefill_tells_what_a_foreign_proxy_needs(rig: Any) -> None:

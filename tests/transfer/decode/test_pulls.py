@@ -538,10 +538,46 @@ def test_engines_that_clients_name_take_no_place_from_those_of_the_router(
     for port in range(1, 5):
         decode.pull(f"r{port}", prefill.names("r", address=Address("127.0.0.1", port), foreign=True))
     assert decode.failed == [
-        (request_id, "more than 2 prefill engines that clients named are in use") for request_id in ("r3", "r4")
+        (request_id, "it had not answered, and others need its place") for request_id in ("r1", "r2")
     ]
     decode.introduce(prefill, net.prefill("p1"))
     assert decode.states() == ["connecting", "connecting", "ready", "ready"]
+
+
+def test_engines_that_are_in_use_do_not_give_way_to_those_that_clients_name(
+    net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FOREIGN_SESSIONS", 2)
+    engines, decode = [net.prefill(f"p{number}") for number in range(3)], net.decode(ranks=1)
+    for number, engine in enumerate(engines):
+        engine.offer("r")
+        decode.pull(f"r{number}", engine.names("r", foreign=True))
+    assert decode.failed == [("r2", "more than 2 prefill engines that clients named are in use")]
+    assert decode.states() == ["ready", "ready"]
+
+
+def test_however_many_engines_are_invented_sessions_stay_bounded_and_real_ones_are_read_from(net: Network) -> None:
+    """2,000 requests at once, each with another engine that is not there; a real one is asked for all the while."""
+    prefill, decode = pair(net)
+    idle = net.prefill("idle")
+    idle.offer("first")
+    decode.pull("first", idle.names("first", foreign=True))
+    decode.give_up("first")
+    for number in range(2000):
+        nowhere = prefill.names("r", engine_id=f"invented-{number}", address=Address("127.0.0.1", 1), foreign=True)
+        decode.pull(f"bad{number}", nowhere)
+        if number % 100 == 99:
+            prefill.offer(f"r{number}")
+            decode.pull(f"good{number}", prefill.names(f"r{number}", foreign=True))
+            decode.end_reads()
+        assert len(decode.peers) <= module.MAX_FOREIGN_SESSIONS
+        assert len(decode.connected) <= module.MAX_FOREIGN_SESSIONS
+    assert len(decode.arrived) == 20
+    assert not [request_id for request_id, _ in decode.failed if request_id.startswith("good")]
+    assert "ready" in [peer.state for peer in decode.peers if peer.engine_id == "idle"]
+    net.pass_time(11.0)
+    assert len(decode.failed) == 2000
+    assert len(decode.quiet) == 2001
 
 
 def test_a_foreign_session_that_nobody_uses_gives_way_the_one_that_ended_first(

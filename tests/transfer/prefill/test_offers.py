@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tandem.transfer.prefill import offers as module
-from tandem.transfer.prefill.offers import PUBLISHED_SECONDS, Action, OfferEnded, Offers, Send
+from tandem.transfer.prefill.offers import PUBLISHED_SECONDS, Action, OfferCorrupt, OfferEnded, Offers, Send
 from tandem.wire.peer_messages import Claim, Claimed, KvComputed, KvGone, Release, Renew, Renewed
 
 INCARNATION = "first"
@@ -242,6 +242,16 @@ def test_a_claim_that_is_not_early_is_told_at_once_that_there_is_nothing(offers:
     offers.claim(A, Claim(INCARNATION, "r", early=False), 0.0)
     assert kinds(offers.drain()) == [(A, KvGone)]
     assert len(offers) == 0
+
+
+def test_damage_is_told_by_those_who_read_and_before_the_blocks_go(offers: Offers) -> None:
+    begin(offers)
+    claim(offers, A, 0.0)
+    whole(offers)
+    offers.release(B, Release(INCARNATION, ["r"], ["r"]), 1.0)
+    assert offers.drain() == []
+    offers.release(A, Release(INCARNATION, ["r", "unknown"], ["r", "unknown"]), 1.0)
+    assert offers.drain() == [OfferCorrupt("r"), *ENDED]
 
 
 class Interleavings(RuleBasedStateMachine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ from tandem.wire.messages import (
     RequestCounts,
 )
 from tandem.wire.peer_messages import Envelope
+
+log = logging.getLogger(__name__)
 
 
 class LeaderEventLoop:
@@ -209,7 +212,11 @@ class LeaderEventLoop:
             self._listener.begin(request_id, prompt_digest(message.token_ids), published=kv.published)
         self._mailbox.put(StartRequest(frontend, message))
         if isinstance(kv, PullKv):
-            self._dialer.open(request_id, kv, prompt_digest(message.token_ids))
+            try:
+                self._dialer.open(request_id, kv, prompt_digest(message.token_ids), len(message.token_ids))
+            except Exception as error:  # the request is under way: it ends by the policy for lost KV
+                log.exception("request %s: its KV could not be claimed", request_id)
+                self._mailbox.put(KvFailed(request_id, f"it could not be claimed: {error}"))
 
     def _check_room(self, num_tokens: int) -> None:
         """Raise InvalidRequest for a prompt whose KV could not even wait here alone."""

@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.errors import InvalidRequest
+from tandem.errors import EngineFailed, InvalidRequest
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -28,6 +28,7 @@ from tandem.wire.messages import (
     ToEngine,
     ToFrontend,
     Tokens,
+    clip,
 )
 from tandem.wire.receiving import DroppedMessages, receive_messages
 from tandem.wire.silence import Silence
@@ -166,6 +167,10 @@ class Frontend:
             self._events.generate(message)
         except InvalidRequest as error:
             self.send([Failed(message.request_id, error.code, str(error), error.param)])
+        except Exception as error:  # our own: nobody else would tell the client
+            log.exception("request %s could not be begun", message.request_id)
+            failed = EngineFailed(f"the request could not be begun: {error}")
+            self.send([Failed(message.request_id, failed.code, clip(str(failed)))])
 
 
 def _forget(sent: asyncio.Future[Any]) -> None:

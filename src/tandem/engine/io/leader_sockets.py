@@ -9,6 +9,7 @@ import zmq
 import zmq.asyncio
 
 from tandem.engine.step.pipeline import LEADER_SOCKET, follower_socket
+from tandem.transfer.prefill.listener import MAX_PEER_MESSAGE, MAX_PEER_MESSAGES
 from tandem.transfer.thread.transfer_thread import LEADER_EVENTS
 from tandem.wire.keys import ClusterKey, new_key
 from tandem.wire.messages import Address
@@ -59,7 +60,8 @@ class LeaderSockets:
         transfer, transfer_port = Sockets(asynchronous, engine_key).bind(zmq.ROUTER, host, 0, transfer_options)
         transfer.bind(INSIDE)
         event_loop: Sockets[zmq.asyncio.Socket] = Sockets(asynchronous, key)
-        peer, peer_port = event_loop.bind(zmq.ROUTER, host, 0, SocketOptions(handover=True))
+        peers = SocketOptions(handover=True, max_message=MAX_PEER_MESSAGE, hwm=MAX_PEER_MESSAGES)
+        peer, peer_port = event_loop.bind(zmq.ROUTER, host, 0, peers)
         addresses = LeaderAddresses(
             Address(host, step_port),
             Address(host, transfer_port),

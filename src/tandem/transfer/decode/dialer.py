@@ -27,6 +27,10 @@ from tandem.wire.sockets import SocketOptions, Sockets
 
 log = logging.getLogger(__name__)
 
+MAX_MESSAGE = 32 * 1024 * 1024
+MAX_MESSAGES = 256
+"""Bytes in a message of a prefill engine (its description is the largest), and messages of each that may wait here."""
+
 TICK = 0.1
 """Seconds between looks at the clock; a lease lasts at least ten of them."""
 
@@ -73,7 +77,7 @@ class PeerDialer:
         self._transfer_threads = transfer_threads
         self._sockets = sockets
         self._events = events
-        self._codec: Codec[ToDecode] = Codec(ToDecode)
+        self._codec: Codec[ToDecode] = Codec(ToDecode, MAX_MESSAGE)
         self._pulls = Pulls(identity, envelope, layouts, verify=verify)
         self._connections: dict[int, _Connection] = {}
 
@@ -119,9 +123,9 @@ class PeerDialer:
         """Return whether the request's KV is awaited, or still being read."""
         return self._pulls.knows(request_id)
 
-    def open(self, request_id: str, source: PullKv, prompt: str | None = None) -> None:
-        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its tokens."""
-        self._pulls.open(request_id, source, prompt, time.monotonic())
+    def open(self, request_id: str, source: PullKv, prompt: str | None = None, tokens: int | None = None) -> None:
+        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its `tokens` tokens."""
+        self._pulls.open(request_id, source, prompt, time.monotonic(), tokens)
         self._act()
 
     def allocated(self, request_id: str, blocks: list[int], cached: int, wanted: int) -> None:
@@ -173,7 +177,12 @@ class PeerDialer:
     def _act(self) -> None:
         while actions := self._pulls.drain():
             for action in actions:
-                self._do(action)
+                try:
+                    self._do(action)
+                except Exception as error:
+                    if not isinstance(action, Connect | Send):
+                        raise
+                    self._failed(action.session, error)
 
     def _do(self, action: Action) -> None:
         match action:
@@ -196,7 +205,7 @@ class PeerDialer:
     def _connect(self, action: Connect) -> None:
         session, address = action.session, action.address
         # An identity of its own: leases are held under it, and must not pass from one session to the next.
-        options = SocketOptions(identity=f"{self._identity.incarnation}/{session}".encode())
+        options = SocketOptions(MAX_MESSAGE, MAX_MESSAGES, identity=f"{self._identity.incarnation}/{session}".encode())
         try:
             socket = self._sockets.connect(zmq.DEALER, address.host, address.port, options)
         except (ConfigError, zmq.ZMQError) as error:

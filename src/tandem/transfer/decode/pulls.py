@@ -95,12 +95,15 @@ class Pulls:
         """Return whether the request's KV is awaited, or still being read."""
         return request_id in self._pulls
 
-    def open(self, request_id: str, source: PullKv, prompt: str | None, now: float) -> None:
-        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its tokens."""
+    def open(self, request_id: str, source: PullKv, prompt: str | None, now: float, tokens: int | None = None) -> None:
+        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its `tokens` tokens."""
         early = not source.foreign
         pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token, prompt, early)
+        pull.wanted = tokens
         self._pulls[request_id] = pull
         target = Target(source.engine_id, source.incarnation, source.address)
+        while (unanswered := self._sessions.unanswered_in_the_way_of(target, not source.foreign, now)) is not None:
+            self._end_session(unanswered, PeerLost("it had not answered, and others need its place"), now)
         session = self._sessions.open(target, not source.foreign, now)
         if isinstance(session, str):
             self._fail(pull, session)
@@ -198,6 +201,8 @@ class Pulls:
             return
         if isinstance(message, KvGone):
             self._fail(pull, message.reason)
+        elif session.descriptor is not None and max(message.block_ids, default=0) >= session.descriptor.blocks:
+            self._fail(pull, f"block {max(message.block_ids)} was announced; it has {session.descriptor.blocks}")
         elif pull.claimed:  # what came before was meant for an earlier pull: perhaps other blocks
             try:
                 pull.announced(message, now)

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from tandem.errors import PeerRefused, TransferError, WireError
-from tandem.kv.lease import ReaderLeases
+from tandem.kv.lease import MAX_TTL, MIN_TTL, ReaderLeases
 from tandem.transfer.decode.pull import Pull
 from tandem.transfer.handshake import EngineDescriptor, check_envelopes, decode_descriptor
 from tandem.wire.messages import Address, PeerInfo, Refusal, clip
@@ -115,6 +115,8 @@ class Session:
         descriptor = decode_descriptor(message.descriptor)
         if descriptor.identity != identity:
             raise WireError(f"{identity} describes another engine, {descriptor.identity}")
+        if not MIN_TTL <= message.lease_ttl <= MAX_TTL:
+            raise WireError(f"a lease lasts from {MIN_TTL:g} to {MAX_TTL:g} s; it says {message.lease_ttl:g}")
         if verify and not descriptor.has_checksums:
             raise PeerRefused("verify_kv", "on", "off")
         self.incarnation = identity.incarnation

@@ -21,7 +21,10 @@ from tandem.wire.receiving import DroppedMessages, receive_messages
 
 log = logging.getLogger(__name__)
 
-MAX_PEER_MESSAGE = 8 * 1024 * 1024
+MAX_PEER_MESSAGE = 1024 * 1024
+MAX_PEER_MESSAGES = 1024
+"""Bytes in a message of a decode engine, and messages of each that may wait here: what one may make us hold."""
+
 TICK = 0.25
 
 

@@ -179,8 +179,9 @@ class TransferThread:
             for source in message.sources:
                 self._transport.connect(source.endpoint)
             self._peers[message.session] = PeerReads.of(message.sources, self._layouts, self._rank, self._verifier)
-        except (TransferError, LayoutError) as problem:
-            error = str(problem)
+        except Exception as problem:  # whatever a peer says of itself must not end this thread
+            _log_bug(f"session {message.session} cannot be opened", problem)
+            error = str(problem) or type(problem).__name__
             self._disconnect([source.endpoint.agent for source in message.sources])
         self._report(PeerOpened(self._rank, message.session, error and clip(error)))
 
@@ -206,8 +207,9 @@ class TransferThread:
                 job.reads.append(self._transport.post(agent, runs))
                 job.bytes += runs.nbytes
                 job.descriptors += len(runs)
-        except (TransferError, LayoutError) as problem:
-            job.error = str(problem)
+        except Exception as problem:
+            _log_bug(f"job {order.job} cannot be started", problem)
+            job.error = str(problem) or type(problem).__name__
             job.peer_lost = isinstance(problem, PeerLost)
         self._last_post = time.monotonic()
 
@@ -255,6 +257,11 @@ class TransferThread:
             may_still_write,
             job.corrupt,
         )
+
+
+def _log_bug(what: str, error: Exception) -> None:
+    if not isinstance(error, TransferError | LayoutError):
+        log.error("%s", what, exc_info=error)
 
 
 def _poller(handles: list[Any]) -> zmq.Poller:
