@@ -42,6 +42,18 @@ def test_blocks_may_wait_longer_for_their_claim_than_a_ttl() -> None:
     assert ended(table, 69.9) == ["r"]
 
 
+def test_blocks_that_were_withdrawn_stay_for_their_readers_alone() -> None:
+    table = LeaseTable(TTL)
+    table.hold("unclaimed", [1], now=0.0, wait=60.0)
+    table.hold("read", [2], now=0.0)
+    table.claim("read", "d", now=0.0)
+    for request_id in ("unclaimed", "read", "unknown"):
+        table.withdraw(request_id, now=1.0)
+    assert ended(table, 1.0) == ["unclaimed"]
+    assert ended(table, 9.9) == []
+    assert ended(table, 10.0) == ["read"]
+
+
 def test_a_claim_may_come_before_the_blocks() -> None:
     table = LeaseTable(TTL)
     table.claim("r", "d", now=0.0)

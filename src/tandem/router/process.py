@@ -19,12 +19,13 @@ from tandem.api.loaded_model import ModelLoader
 from tandem.config import RouterConfig
 from tandem.errors import RequestError
 from tandem.reports import ControlPort, Health, Reporter
+from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy, SingleEnginePolicy
 from tandem.router.request_router import RequestRouter
 from tandem.wire.keys import load_key
-from tandem.wire.sockets import SocketOptions, Sockets
+from tandem.wire.sockets import Sockets
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,17 @@ def run_frontend(report: Reporter, kind: Kind, name: str, config: RouterConfig, 
 async def _serve(report: Reporter, kind: Kind, config: RouterConfig, listener: socket.socket) -> None:
     key = load_key(config.access.cluster_key_file)
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), key)
-    control, port = sockets.bind(
-        zmq.ROUTER, config.control_host or config.host, config.control_port, SocketOptions(handover=True)
-    )
+    control, port = sockets.bind(zmq.ROUTER, config.control_host or config.host, config.control_port, CONTROL_SOCKET)
     registry = EngineRegistry()
     policy = OneModelPolicy(registry) if kind == "router" else SingleEnginePolicy(registry)
     connections = EngineConnections(control, registry, introduce=kind == "router")
-    backend = RequestRouter(connections, policy, request_timeout=config.time.request_timeout, seed=config.run.seed)
+    backend = RequestRouter(
+        connections,
+        policy,
+        request_timeout=config.time.request_timeout,
+        route_timeout=config.time.route_timeout,
+        seed=config.run.seed,
+    )
     loader = ModelLoader(backend)
     app = create_app(backend, loader, kind=kind, api_key=config.access.api_key)
     health = _HealthReporter(report, backend)

@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, RequestError
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -28,6 +28,7 @@ from tandem.wire.messages import (
     ToEngine,
     ToFrontend,
     Tokens,
+    clip,
 )
 from tandem.wire.receiving import DroppedMessages, receive_messages
 from tandem.wire.sockets import SocketOptions, Sockets
@@ -43,7 +44,7 @@ MAX_QUEUED = 4096
 
 @dataclass(frozen=True, slots=True)
 class FrontendEvents:
-    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise InvalidRequest."""
+    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise, and has begun nothing."""
 
     generate: Callable[[Generate], None]
     abort: Callable[[str], None]
@@ -98,8 +99,8 @@ class Frontend:
                 self._active.discard(item.request_id)
         self._send(Outputs(items))
 
-    def goodbye(self, reason: str) -> None:
-        self._send(Goodbye(reason))
+    def goodbye(self, reason: str, *, failed: bool) -> None:
+        self._send(Goodbye(clip(reason), failed))
 
     def _send(self, message: ToFrontend) -> None:
         """Send now or never: what a frontend that is not there cannot take must not pile up here."""
@@ -165,6 +166,10 @@ class Frontend:
             self._events.generate(message)
         except InvalidRequest as error:
             self.send([Failed(message.request_id, error.code, str(error), error.param)])
+        except Exception:  # of our own: the request has an outcome all the same, and the next one is served
+            log.exception("request %s could not begin", message.request_id)
+            text = "the engine failed to begin this request; its log says why"
+            self.send([Failed(message.request_id, RequestError.code, text)])
 
 
 def _forget(sent: asyncio.Future[Any]) -> None:

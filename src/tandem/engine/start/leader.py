@@ -13,6 +13,7 @@ from tandem.engine.start.rank import Rank
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
+from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import Command
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
@@ -55,8 +56,17 @@ class Leader:
         descriptor = EngineDescriptor(identity, config.cache.block_size, engine.ranks)
         envelope = Envelope(PROTOCOL, rank.fingerprint, dtype, connector, f"tandem {__version__}")
         registration = _registration(rank, agreement, self._status, sockets)
+        clock = StepClock()
         self._event_loop = LeaderEventLoop(
-            config, descriptor, envelope, registration, sockets, rank.placement.frontends, self.mailbox, end_process
+            config,
+            descriptor,
+            envelope,
+            registration,
+            sockets,
+            rank.placement.frontends,
+            self.mailbox,
+            clock,
+            end_process,
         )
         published = KvTransferParams(
             do_remote_prefill=True,
@@ -65,7 +75,15 @@ class Leader:
             tp_size=config.parallel.tp,
         )
         self._step_loop = StepLoop(
-            scheduler, pool, self._pipeline, self.mailbox, self._event_loop, connector, config.run.kv_failure, published
+            scheduler,
+            pool,
+            self._pipeline,
+            self.mailbox,
+            self._event_loop,
+            connector,
+            config.run.kv_failure,
+            published,
+            clock,
         )
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
@@ -88,7 +106,7 @@ class Leader:
             reason = str(error)
             raise
         finally:
-            self._event_loop.stop(reason)
+            self._event_loop.stop(reason, failed=failed)
             self._pipeline.close(reason, failed=failed)
 
 
@@ -132,5 +150,7 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         dtype=agreement.records[0].dtype,
         version=__version__,
         protocol=PROTOCOL,
+        vocab_size=rank.model.vocab_size,
+        step_timeout=config.batch.step_timeout,
         http_address=rank.placement.http_address,
     )

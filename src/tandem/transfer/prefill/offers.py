@@ -131,6 +131,13 @@ class Offers:
         self._leases.hold(request_id, offer.blocks, now, wait=0.0)
         self._gone_for_all(request_id, reason)
 
+    def withdraw(self, request_id: str, now: float) -> None:
+        """Nobody waits for the request any more: its KV, also what is still to come, waits for no first claim."""
+        offer = self._offers.get(request_id)
+        if offer is not None and offer.known_by is None:
+            offer.wait = 0.0
+            self._leases.withdraw(request_id, now)
+
     # --- what decode engines say -----------------------------------------------------------------------------------
 
     def claim(self, client: Client, message: Claim, now: float) -> None:
