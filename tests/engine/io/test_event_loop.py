@@ -11,7 +11,6 @@ from tandem.config import EngineConfig
 from tandem.engine.io.event_loop import LeaderEventLoop
 from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.mailbox import Mailbox
-from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import AbortRequest, Command, StartRequest
 from tandem.ids import EngineIdentity
 from tandem.transfer.decode.dialer import PeerDialer
@@ -32,10 +31,9 @@ class Rig:
         step: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         sockets = LeaderSockets.bind("127.0.0.1", Sockets(step, None), None)
         self._contexts = [step, sockets.peer.context]
-        self.clock = StepClock()
         register = make_register(WHO, "mixed")
         self.loop = LeaderEventLoop(
-            EngineConfig(), descriptor(WHO), ENVELOPE, register, sockets, [], self.mailbox, self.clock, lambda _: None
+            EngineConfig(), descriptor(WHO), ENVELOPE, register, sockets, [], self.mailbox, lambda _: None
         )
 
     def begin(self, kv: Local | Prefill | PullKv) -> None:
@@ -92,5 +90,5 @@ def test_an_abort_lets_go_of_kv_that_nobody_has_claimed(rig: Rig) -> None:
 
 def test_the_status_tells_how_long_the_running_step_has_run(rig: Rig) -> None:
     assert rig.loop._current_registration().status.step_seconds == 0.0
-    rig.clock.since = 0.0  # long ago
+    rig.loop.clock.since = 0.0  # long ago
     assert rig.loop._current_registration().status.step_seconds > 0.0

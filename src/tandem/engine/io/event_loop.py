@@ -59,6 +59,9 @@ class LeaderEventLoop:
         descriptor: of this engine, for its peers.
         registration: at the frontends; its status is kept up to date.
         end_process: ends this process, with the error, when the step loop hangs and cannot.
+
+    Attributes:
+        clock: for the step loop to keep.
     """
 
     def __init__(
@@ -70,11 +73,11 @@ class LeaderEventLoop:
         sockets: LeaderSockets,
         frontends: Sequence[Address],
         mailbox: Mailbox[Command],
-        clock: StepClock,
         end_process: Callable[[EngineFailed], None],
     ) -> None:
         self._access = config.access
-        self._step_watch = StepWatch(clock, config.batch.step_timeout)
+        self.clock = StepClock()
+        self._step_watch = StepWatch(self.clock, config.batch.step_timeout)
         self._registration = registration
         self._status = registration.status
         self._mailbox = mailbox

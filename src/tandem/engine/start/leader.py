@@ -13,7 +13,6 @@ from tandem.engine.start.rank import Rank
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
-from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import Command
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
@@ -56,17 +55,8 @@ class Leader:
         descriptor = EngineDescriptor(identity, config.cache.block_size, engine.ranks)
         envelope = Envelope(PROTOCOL, rank.fingerprint, dtype, connector, f"tandem {__version__}")
         registration = _registration(rank, agreement, self._status, sockets)
-        clock = StepClock()
         self._event_loop = LeaderEventLoop(
-            config,
-            descriptor,
-            envelope,
-            registration,
-            sockets,
-            rank.placement.frontends,
-            self.mailbox,
-            clock,
-            end_process,
+            config, descriptor, envelope, registration, sockets, rank.placement.frontends, self.mailbox, end_process
         )
         published = KvTransferParams(
             do_remote_prefill=True,
@@ -83,7 +73,7 @@ class Leader:
             connector,
             config.run.kv_failure,
             published,
-            clock,
+            self._event_loop.clock,
         )
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
