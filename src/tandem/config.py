@@ -89,13 +89,12 @@ class BatchSection:
     "Most tokens in a step; longer prompts are computed in chunks."
     max_waiting: int = 1024
     "Most requests that wait; more are answered with 503."
+    step_timeout: float = 60.0
+    "Seconds after which a step is taken to hang and the engine ends; after a quarter of it the router uses others."
 
     def __post_init__(self) -> None:
-        check_positive(
-            max_num_seqs=self.max_num_seqs,
-            max_batched_tokens=self.max_batched_tokens,
-            max_waiting=self.max_waiting,
-        )
+        check_positive(max_num_seqs=self.max_num_seqs, max_batched_tokens=self.max_batched_tokens)
+        check_positive(max_waiting=self.max_waiting, step_timeout=self.step_timeout)
         if self.max_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-batched-tokens ({self.max_batched_tokens}) must not be less than --max-num-seqs"
@@ -167,11 +166,14 @@ class TimeSection:
     "Seconds within which everything must have started."
     request_timeout: float = 600.0
     "Seconds within which a request must end."
+    route_timeout: float = 120.0
+    "Seconds for which a request waits for engines when all that were there are gone."
     lease_ttl: float = 10.0
     "Seconds for which a prefill engine keeps KV for a decode engine that it does not hear of."
 
     def __post_init__(self) -> None:
-        check_positive(start_timeout=self.start_timeout, request_timeout=self.request_timeout)
+        check_positive(start_timeout=self.start_timeout)
+        check_positive(request_timeout=self.request_timeout, route_timeout=self.route_timeout)
         if not MIN_TTL <= self.lease_ttl <= MAX_TTL:
             raise ConfigError(
                 f"--lease-ttl must be from {MIN_TTL:g} to {MAX_TTL:g} s: a lease is renewed three times in it over the"

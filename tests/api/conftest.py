@@ -127,12 +127,14 @@ class ListedEngine:
     register: Register
     status: EngineStatus
     state: EngineState
+    reason: str | None
 
 
 def listed_engine(engine_id: str, role: str, state: EngineState) -> ListedEngine:
     counts = RequestCounts(waiting=1, waiting_for_kv=2, running=3)
     register = make_register(EngineIdentity(engine_id, "i"), role, requests=counts)
-    return ListedEngine(register, register.status, state)
+    reason = None if state is EngineState.READY else "its connection broke"
+    return ListedEngine(register, register.status, state, reason)
 
 
 Step = TokenDelta | Exception | Literal["hang"]

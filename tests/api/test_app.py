@@ -101,9 +101,9 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(folder: Path) -> Non
 
 def test_a_router_shows_its_engines(api: Api) -> None:
     engines = api.get("/tandem/engines").json["engines"]
-    assert [(one["engine_id"], one["role"], one["state"]) for one in engines] == [
-        ("p0", "prefill", "ready"),
-        ("d0", "decode", "lost"),
+    assert [(one["engine_id"], one["role"], one["state"], one["reason"]) for one in engines] == [
+        ("p0", "prefill", "ready", None),
+        ("d0", "decode", "lost", "its connection broke"),
     ]
     assert api.get("/tandem/engine").status == 404
 

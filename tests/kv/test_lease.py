@@ -58,6 +58,18 @@ def test_blocks_give_way_only_if_nobody_ever_claimed_them() -> None:
     assert ended(table, TTL) == ["early", "claimed"]
 
 
+def test_blocks_that_were_withdrawn_stay_for_their_readers_alone() -> None:
+    table = LeaseTable(TTL)
+    table.hold("unclaimed", [1], now=0.0, wait=60.0)
+    table.hold("read", [2], now=0.0)
+    table.claim("read", "d", now=0.0)
+    for request_id in ("unclaimed", "read", "unknown"):
+        table.withdraw(request_id, now=1.0)
+    assert ended(table, 1.0) == ["unclaimed"]
+    assert ended(table, 9.9) == []
+    assert ended(table, 10.0) == ["read"]
+
+
 def test_a_claim_may_come_before_the_blocks() -> None:
     table = LeaseTable(TTL)
     table.claim("r", "d", now=0.0)

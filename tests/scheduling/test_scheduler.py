@@ -224,7 +224,7 @@ def test_a_resumed_request_goes_on_with_its_output() -> None:
 def test_a_row_that_cannot_be_sampled_fails_alone_and_leaves_nothing_in_the_cache() -> None:
     engine = FakeEngine(max_batched_tokens=8)
     bad, good = (engine.add(generate(name, [token] * 13, max_tokens=3)) for name, token in (("bad", 1), ("good", 2)))
-    engine.broken.add("bad")
+    engine.broken["bad"] = EngineFailed("the logits are not numbers")
     engine.run_until_done()
     assert failure(bad).code == EngineFailed.code
     assert "not numbers" in failure(bad).message

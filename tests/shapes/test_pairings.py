@@ -81,7 +81,8 @@ def config(
 def start(
     family: ChildProcesses, *engines: tuple[str, tuple[EngineConfig, ModelFolder]]
 ) -> tuple[RouterProcess, dict[str, EngineProcesses]]:
-    router = start_router(family, RouterConfig(port=0, control_port=0, run=RunSection(log_level="warning")), None)
+    quick, quiet = TimeSection(route_timeout=0.5), RunSection(log_level="warning")
+    router = start_router(family, RouterConfig(port=0, control_port=0, time=quick, run=quiet), None)
     started = [start_engine(family, name, *engine, router) for name, engine in engines]
     wait_ready(family, started, SECONDS)
     return router, {engine.name: engine for engine in started}

@@ -31,13 +31,14 @@ from tandem.engine.start.placement import RankPlacement
 from tandem.errors import RequestError
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
-from tandem.router.engine_connections import EngineConnections, StreamQueue
+from tandem.router.connection_monitor import CONTROL_SOCKET
+from tandem.router.engine_connections import EngineConnections, Stalled, StreamQueue
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import NoRoute, Route
 from tandem.router.request_router import RequestRouter
 from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, Tokens
 from tandem.wire.sampling import SamplingParams
-from tandem.wire.sockets import SocketOptions, Sockets
+from tandem.wire.sockets import Sockets
 
 T = TypeVar("T")
 
@@ -120,7 +121,9 @@ class Fleet:
         async def first() -> Tokens | RequestError:
             queue: StreamQueue = asyncio.Queue()
             self._connections.open(message, self._engine(name), queue)
-            return (await queue.get())[1]
+            _, answer = await queue.get()
+            assert not isinstance(answer, Stalled)
+            return answer
 
         return self._call(first())
 
@@ -151,9 +154,11 @@ class Fleet:
 
     async def _open(self) -> Address:
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), None)
-        socket, port = sockets.bind(zmq.ROUTER, "127.0.0.1", 0, SocketOptions(handover=True))
+        socket, port = sockets.bind(zmq.ROUTER, "127.0.0.1", 0, CONTROL_SOCKET)
         self._connections = EngineConnections(socket, self._registry, introduce=False)
-        self._router = RequestRouter(self._connections, self, request_timeout=ANSWER_SECONDS)
+        self._router = RequestRouter(
+            self._connections, self, request_timeout=ANSWER_SECONDS, route_timeout=ANSWER_SECONDS
+        )
         self._receiving = asyncio.create_task(self._connections.run())
         return Address("127.0.0.1", port)
 

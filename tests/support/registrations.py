@@ -9,6 +9,9 @@ import msgspec
 from tandem.ids import EngineIdentity
 from tandem.wire.messages import Address, EngineStatus, KvUsage, Register, RequestCounts
 
+VOCABULARY = 1000
+STEP_TIMEOUT = 20.0
+
 
 def make_status(identity: EngineIdentity, role: str, **changes: Any) -> EngineStatus:
     status = EngineStatus(
@@ -41,4 +44,6 @@ def make_register(identity: EngineIdentity, role: str, **changes: Any) -> Regist
         dtype="float32",
         version="0",
         protocol=(1, 1),
+        vocab_size=VOCABULARY,
+        step_timeout=STEP_TIMEOUT,
     )

@@ -180,6 +180,7 @@ class Decode:
         self.reads: list[ReadOrder] = []
         self.arrived: list[Pull] = []
         self.failed: list[tuple[str, str]] = []
+        self.first_tokens: dict[str, int | None] = {}  # of those that failed
         self.quiet: list[str] = []
 
     @property
@@ -267,8 +268,9 @@ class Decode:
                     self.reads.append(order)
                 case PullArrived(pull=pull):
                     self.arrived.append(pull)
-                case PullFailed(request_id=request_id, reason=reason):
+                case PullFailed(request_id=request_id, reason=reason, first_token=first_token):
                     self.failed.append((request_id, reason))
+                    self.first_tokens[request_id] = first_token
                 case PullQuiet(request_id=request_id):
                     self.quiet.append(request_id)
         self._network.deliver()

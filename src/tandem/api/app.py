@@ -100,8 +100,9 @@ class InfoEndpoints:
         return Response(self._metrics.expose(), headers={"content-type": CONTENT_TYPE})
 
     async def engines(self, request: Request) -> Response:
-        engines = [_describe_engine(one) | {"state": one.state.value} for one in self._backend.engines()]
-        return json_response({"engines": engines})
+        engines = self._backend.engines()
+        described = [_describe_engine(one) | {"state": one.state.value, "reason": one.reason} for one in engines]
+        return json_response({"engines": described})
 
     async def engine(self, request: Request) -> Response:
         engines = self._backend.engines()

@@ -33,10 +33,14 @@ class KvArrived:
 
 @dataclass(frozen=True, slots=True)
 class KvFailed:
-    """The KV of a request will not come; reads may still be in progress until `ReadsEnded`."""
+    """The KV of a request will not come; reads may still be in progress until `ReadsEnded`.
+
+    `first_token`: the prefill engine has sent it to the client; None where that is not known.
+    """
 
     request_id: str
     reason: str
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

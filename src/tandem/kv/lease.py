@@ -109,6 +109,13 @@ class LeaseTable:
         lease.until = now if abandoned else now + (self.ttl if wait is None else wait)
         self._soonest = min(self._soonest, lease.end())
 
+    def withdraw(self, request_id: str, now: float) -> None:
+        """Let blocks that are held wait for no first claim: they stay only for readers that may be reading them."""
+        lease = self._leases.get(request_id)
+        if lease is not None and lease.blocks is not None:
+            lease.until = now
+            self._soonest = min(self._soonest, lease.end())
+
     def release(self, request_id: str, reader: str, now: float) -> EndedLease | None:
         """End this reader's part. Returns the lease if that was the last reader and the blocks are here."""
         lease = self._leases.get(request_id)

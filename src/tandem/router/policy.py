@@ -25,9 +25,13 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class NoRoute:
-    """No engines can take a request now; `reason` is for people."""
+    """No engines can take a request now; `reason` is for people.
+
+    `may_come`: engines are missing, and may come; else those that are there do not fit each other.
+    """
 
     reason: str
+    may_come: bool = True
 
 
 class RoutingPolicy(Protocol):
@@ -73,7 +77,7 @@ class OneModelPolicy:
         route = self._choose_weights(engines, exclude)
         if isinstance(route, NoRoute) and served is not None and len(engines) < len(ready):
             others = f"{len(ready) - len(engines)} engines of other models than {served.status.model} are not used"
-            return NoRoute(f"{route.reason}; {others}")
+            return NoRoute(f"{route.reason}; {others}", route.may_come)
         return route
 
     def _choose_weights(self, engines: Sequence[EngineEntry], exclude: Collection[str]) -> Route | NoRoute:
@@ -107,7 +111,7 @@ def choose_route(engines: Sequence[EngineEntry], exclude: Collection[str] = ()) 
         return Route(pair[1], pair[0])
     if prefills and decodes:
         refusals = {_refusal(p, d) for p in prefills for d in decodes}
-        return NoRoute("no prefill engine fits a decode engine: " + "; ".join(sorted(refusals)))
+        return NoRoute("no prefill engine fits a decode engine: " + "; ".join(sorted(refusals)), may_come=False)
     missing = [role for role, found in (("prefill", prefills), ("decode", decodes)) if not found]
     return NoRoute(f"no {' and no '.join(missing)} engine is ready")
 

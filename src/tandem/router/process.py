@@ -21,13 +21,14 @@ from tandem.config import RouterConfig
 from tandem.config_access import HttpSection
 from tandem.errors import RequestError
 from tandem.reports import ControlPort, Health, Reporter
+from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy, SingleEnginePolicy
 from tandem.router.request_router import RequestRouter
 from tandem.wire.addresses import is_loopback
 from tandem.wire.keys import ClusterKey
-from tandem.wire.sockets import SocketOptions, Sockets
+from tandem.wire.sockets import Sockets
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +59,17 @@ async def _serve(
     report: Reporter, kind: Kind, config: RouterConfig, listener: socket.socket, key: ClusterKey | None
 ) -> None:
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(zmq.asyncio.Context(), key)
-    control, port = sockets.bind(
-        zmq.ROUTER, config.control_host or config.host, config.control_port, SocketOptions(handover=True)
-    )
+    control, port = sockets.bind(zmq.ROUTER, config.control_host or config.host, config.control_port, CONTROL_SOCKET)
     registry = EngineRegistry()
     policy = OneModelPolicy(registry) if kind == "router" else SingleEnginePolicy(registry)
     connections = EngineConnections(control, registry, introduce=kind == "router")
-    backend = RequestRouter(connections, policy, request_timeout=config.time.request_timeout, seed=config.run.seed)
+    backend = RequestRouter(
+        connections,
+        policy,
+        request_timeout=config.time.request_timeout,
+        route_timeout=config.time.route_timeout,
+        seed=config.run.seed,
+    )
     loader = ModelLoader(backend)
     http = config.http
     keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None

@@ -21,6 +21,7 @@ class TokenOut(msgspec.Struct, frozen=True):
 
     Attributes:
         index: its place in the request's output, counted from the client's prompt (0: first token).
+        digest: of the output before it (`tandem.ids.output_digest`).
         finish_reason: set on the last token of the whole request; `Finished` follows at once.
     """
 
@@ -29,6 +30,7 @@ class TokenOut(msgspec.Struct, frozen=True):
     token_id: int
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    digest: int = 0
 
     @property
     def stop_token_id(self) -> int | None:

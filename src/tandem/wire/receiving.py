@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+import zmq
 import zmq.asyncio
 
 from tandem.errors import WireError
@@ -62,8 +63,25 @@ async def receive_messages(
         frames = await socket.recv_multipart()
         sender = frames.pop(0) if routed else b""
         try:
-            if len(frames) != 1:
-                raise WireError(f"a message has one frame; this one has {len(frames)}")
-            handle(sender, codec.decode(frames[0]))
+            handle(sender, _decode(codec, frames))
         except Exception as error:
             dropped.add(error)
+
+
+async def receive_with_connections(
+    socket: zmq.asyncio.Socket, codec: Codec[M], handle: Callable[[bytes, int, M], None], dropped: DroppedMessages
+) -> None:
+    """As `receive_messages` on a ROUTER; `handle` also gets the file descriptor of the connection, as monitors do."""
+    while True:
+        sender, *frames = await socket.recv_multipart(copy=False)
+        try:
+            message = _decode(codec, [frame.bytes for frame in frames])
+            handle(sender.bytes, int(frames[0].get(zmq.SRCFD)), message)
+        except Exception as error:
+            dropped.add(error)
+
+
+def _decode(codec: Codec[M], frames: list[bytes]) -> M:
+    if len(frames) != 1:
+        raise WireError(f"a message has one frame; this one has {len(frames)}")
+    return codec.decode(frames[0])

@@ -9,9 +9,19 @@ import zmq
 import zmq.asyncio
 
 from tandem.engine.io.frontends import Frontend, FrontendEvents
+from tandem.errors import InvalidRequest
 from tandem.ids import EngineIdentity
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Address, EngineStatus, Failed, Generate, Outputs, Register, Registered, ToFrontend
+from tandem.wire.messages import (
+    Address,
+    EngineStatus,
+    Failed,
+    Generate,
+    Outputs,
+    Register,
+    Registered,
+    ToFrontend,
+)
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
 from tests.support.registrations import make_register
@@ -133,3 +143,44 @@ def test_only_the_answer_to_the_last_registration_counts() -> None:
         context.destroy(linger=0)
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
+def test_a_request_that_cannot_begin_has_an_outcome_and_the_next_one_is_served() -> None:
+    """Whatever is raised for it, by an error of our own too."""
+    errors = {"bad": InvalidRequest("no", param="prompt"), "bug": RuntimeError("a bug")}
+    begun: list[str] = []
+
+    def begin(generate: Generate) -> None:
+        if (error := errors.get(generate.request_id)) is not None:
+            raise error
+        begun.append(generate.request_id)
+
+    async def play() -> list[Failed]:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        there = FakeFrontend(sockets)
+        events = FrontendEvents(begin, lambda request_id: None, lambda introduce: None)
+        address = Address("127.0.0.1", there.port)
+        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
+        running = asyncio.create_task(frontend.run())
+        await there.registration()
+        failed: list[Failed] = []
+        for request_id in ("bad", "bug", "good"):
+            there.send(request(request_id))
+        while len(failed) < 2:
+            if isinstance(message := await there.receive(), Outputs):
+                failed += [item for item in message.items if isinstance(item, Failed)]
+        while not begun:
+            await there.receive()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        there.close()
+        context.destroy(linger=0)
+        return failed
+
+    failed = asyncio.run(asyncio.wait_for(play(), SECONDS))
+    assert [(one.request_id, one.code, one.param) for one in failed] == [
+        ("bad", "invalid_request", "prompt"),
+        ("bug", "internal_error", None),
+    ]
+    assert begun == ["good"]

@@ -95,7 +95,9 @@ class Decode:
         self.arrived: list[Pull] = []
         self.failed: list[tuple[str, str]] = []
         self.quiet: list[str] = []
-        events = PullEvents(self.arrived.append, lambda *told: self.failed.append(told), self.quiet.append)
+        events = PullEvents(
+            self.arrived.append, lambda request_id, why, _: self.failed.append((request_id, why)), self.quiet.append
+        )
         self.transfer_threads = FakeTransferThreads()
         layouts = [rank.layout for rank in descriptor(identity).ranks]
         sockets = Sockets(context, None)

@@ -611,3 +611,25 @@ def test_a_foreign_session_that_ended_is_shown_for_a_while_and_then_forgotten(ne
     assert decode.states() == ["refused", "ready"]
     net.pass_time(60.0)
     assert decode.states() == ["ready"]
+
+
+def test_kv_that_is_lost_after_its_last_chunk_leaves_the_first_token(net: Network) -> None:
+    """The prefill engine has sent it to the client, so nobody may choose another."""
+    prefill, decode = pair(net)
+    for request_id in ("final", "early"):
+        prefill.begin(request_id)
+        decode.pull(request_id, prefill.names(request_id))
+    prefill.chunk("final", 0, [5, 6], 8, True, 42)
+    prefill.chunk("early", 0, [7], 4, False)
+    for read in list(decode.reads):
+        decode.end(read, 0, "connection reset")
+    assert [request for request, _ in decode.failed] == ["final", "early"]
+    assert decode.first_tokens == {"final": 42, "early": None}
+
+
+def test_a_first_token_that_the_prefill_engine_does_not_send_is_not_passed_on(net: Network) -> None:
+    prefill, decode = pair(net)
+    prefill.offer("r")
+    decode.pull("r", msgspec.structs.replace(prefill.names("r"), first_token=False))
+    decode.end(decode.reads[0], 0, "connection reset")
+    assert decode.first_tokens == {"r": None}

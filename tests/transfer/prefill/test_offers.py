@@ -92,6 +92,30 @@ def test_a_late_claim_is_told_all_at_once_and_a_grown_block_once(offers: Offers)
     ]
 
 
+def test_kv_that_nobody_waits_for_any_more_goes_back_at_once_unless_it_is_read(offers: Offers) -> None:
+    """Its client has gone between prefill and decode; the decode engine may not have claimed it."""
+    begin(offers)
+    whole(offers)
+    offers.withdraw("r", 1.0)
+    assert expire(offers, 1.0) == ENDED
+    begin(offers)
+    claim(offers, A, 2.0)
+    whole(offers, 2.0)
+    offers.withdraw("r", 3.0)
+    assert expire(offers, 3.0) == []
+    assert release(offers, A, 4.0) == ENDED
+
+
+def test_kv_that_is_computed_after_its_client_has_gone_waits_for_nobody(offers: Offers) -> None:
+    """The word of it and the last chunk may cross."""
+    begin(offers)
+    offers.withdraw("r", 0.0)
+    whole(offers, 1.0)
+    assert expire(offers, 1.0) == ENDED
+    offers.withdraw("r", 2.0)
+    assert (offers.drain(), len(offers)) == ([], 0)
+
+
 def test_the_answer_to_a_claim_carries_its_number(offers: Offers) -> None:
     offers.claim(A, Claim(INCARNATION, "r", number=5), 0.0)
     assert offers.drain() == [Send(A, Claimed(INCARNATION, "r", 5))]

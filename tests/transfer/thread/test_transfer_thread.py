@@ -409,6 +409,20 @@ def test_the_thread_reports_that_it_is_alive_carries_out_orders_and_stops(transp
     assert (died, transport.closed) == ([], 1)
 
 
+def test_the_end_of_an_engine_that_has_failed_is_the_end_of_the_rank_with_the_reason(transport: FakeTransport) -> None:
+    """Its step loop may hang, and then only this thread can say why."""
+    died: list[BaseException] = []
+    with rig(transport, HERE) as it:
+        thread = start_transfer_thread(lambda: it.transfer_thread, "transfer_thread", died.append)
+        it.leader.send(it._reports.encode(StopThread("a step has run for 61 s")))
+        thread.join(10)
+        assert not thread.is_alive()
+    [error] = died
+    assert isinstance(error, EngineFailed)
+    assert str(error) == "the engine has failed: a step has run for 61 s"
+    assert transport.closed == 1
+
+
 def test_a_thread_that_dies_says_why() -> None:
     died: list[BaseException] = []
     told = threading.Event()

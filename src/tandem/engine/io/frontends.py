@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.errors import EngineFailed, InvalidRequest
+from tandem.errors import InvalidRequest, RequestError
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -45,7 +45,7 @@ MAX_QUEUED = 4096
 
 @dataclass(frozen=True, slots=True)
 class FrontendEvents:
-    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise InvalidRequest."""
+    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise, and has begun nothing."""
 
     generate: Callable[[Generate], None]
     abort: Callable[[str], None]
@@ -100,8 +100,8 @@ class Frontend:
                 self._active.discard(item.request_id)
         self._send(Outputs(items))
 
-    def goodbye(self, reason: str) -> None:
-        self._send(Goodbye(reason))
+    def goodbye(self, reason: str, *, failed: bool) -> None:
+        self._send(Goodbye(clip(reason), failed))
 
     def _send(self, message: ToFrontend) -> None:
         """Send now or never: what a frontend that is not there cannot take must not pile up here."""
@@ -167,10 +167,10 @@ class Frontend:
             self._events.generate(message)
         except InvalidRequest as error:
             self.send([Failed(message.request_id, error.code, str(error), error.param)])
-        except Exception as error:  # our own: nobody else would tell the client
-            log.exception("request %s could not be begun", message.request_id)
-            failed = EngineFailed(f"the request could not be begun: {error}")
-            self.send([Failed(message.request_id, failed.code, clip(str(failed)))])
+        except Exception:  # of our own: the request has an outcome all the same, and the next one is served
+            log.exception("request %s could not begin", message.request_id)
+            text = "the engine failed to begin this request; its log says why"
+            self.send([Failed(message.request_id, RequestError.code, text)])
 
 
 def _forget(sent: asyncio.Future[Any]) -> None:

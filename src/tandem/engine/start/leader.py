@@ -66,7 +66,15 @@ class Leader:
             tp_size=config.parallel.tp,
         )
         self._step_loop = StepLoop(
-            scheduler, pool, self._pipeline, self.mailbox, self._event_loop, connector, config.run.kv_failure, published
+            scheduler,
+            pool,
+            self._pipeline,
+            self.mailbox,
+            self._event_loop,
+            connector,
+            config.run.kv_failure,
+            published,
+            self._event_loop.clock,
         )
 
     def drain(self, seconds: float) -> None:
@@ -97,7 +105,7 @@ class Leader:
             reason = str(error)
             raise
         finally:
-            self._event_loop.stop(reason)
+            self._event_loop.stop(reason, failed=failed)
             self._pipeline.close(reason, failed=failed)
 
 
@@ -141,5 +149,7 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         dtype=agreement.records[0].dtype,
         version=__version__,
         protocol=PROTOCOL,
+        vocab_size=rank.model.vocab_size,
+        step_timeout=config.batch.step_timeout,
         http_address=rank.placement.http_address,
     )

@@ -76,6 +76,8 @@ class TransferStart:
         if isinstance(error, RankLost):
             time.sleep(STUCK_SECONDS)  # this rank's step loop, if it does not hang, hears of it too and ends by itself
             self._end_process(error)
+        if isinstance(error, EngineFailed):  # on the leader, which tells more
+            self._end_process(RankLost(str(error)))
         why = str(error) or type(error).__name__
         self._end_process(EngineFailed(f"the transfer thread of rank {self._number} died: {why}"))
 

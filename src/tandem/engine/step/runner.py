@@ -9,14 +9,14 @@ from torch import Tensor
 
 from tandem.engine.step.sampler import sample
 from tandem.engine.world import SoloWorld, TorchWorld
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RequestError
 from tandem.kv.checksums import checksum_layout, checksum_offset
 from tandem.kv.layout import KvLayout
 from tandem.models.decoder import Decoder
-from tandem.models.forward_batch import ForwardRow, build_forward_batch
+from tandem.models.forward_batch import ForwardRow, build_forward_batch, row_problem
 from tandem.models.kv_cache import PagedKvCache
 from tandem.models.kv_checksums import KvChecksums
-from tandem.scheduling.batch import Batch, Sampled, StepResult
+from tandem.scheduling.batch import Batch, Row, Sampled, StepResult, row_failed
 from tandem.transfer.transports.base import Region
 
 CPU_KV_BYTES = 1 << 30
@@ -72,8 +72,23 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult | None:
-        """Compute this rank's part; return the result on the one rank that samples."""
-        rows = [ForwardRow(row.tokens, row.start, row.block_ids) for row in batch.rows]
+        """Compute this rank's part; return the result on the one rank that samples.
+
+        A row that no batch can be made of fails alone: every rank finds the same ones, and computes the others.
+        """
+        block_size = self._cache.block_size
+        problems = [row_problem(_forward_row(row), block_size) for row in batch.rows]
+        whole = Batch(batch.batch_id, [row for row, why in zip(batch.rows, problems, strict=True) if why is None])
+        result = self._compute(whole) if whole.rows else StepResult(batch.batch_id, [])
+        if result is None or not self._samples:
+            return None
+        sampled = iter(result.sampled)
+        return StepResult(
+            batch.batch_id, [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems]
+        )
+
+    def _compute(self, batch: Batch) -> StepResult | None:
+        rows = [_forward_row(row) for row in batch.rows]
         forward = build_forward_batch(rows, self._device, self._cache.block_size)
         width = self._decoder.config.hidden_size
         hidden = self._world.receive_from_last_stage(forward.num_tokens, width, self._dtype)
@@ -83,7 +98,7 @@ class Runner:
             return None
         return self._sample(batch, hidden, forward.last_tokens)
 
-    def _sample(self, batch: Batch, hidden: Tensor, last_tokens: Tensor) -> StepResult | None:
+    def _sample(self, batch: Batch, hidden: Tensor, last_tokens: Tensor) -> StepResult:
         wanted = [index for index, row in enumerate(batch.rows) if row.sample is not None]
         sampled: list[Sampled | None] = [None] * len(batch.rows)
         if wanted:
@@ -95,7 +110,11 @@ class Runner:
                     sampled[index] = token
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a chunk is announced for others to read: it must be written
-        return StepResult(batch.batch_id, sampled) if self._samples else None
+        return StepResult(batch.batch_id, sampled)
+
+
+def _forward_row(row: Row) -> ForwardRow:
+    return ForwardRow(row.tokens, row.start, row.block_ids)
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

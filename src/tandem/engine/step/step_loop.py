@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import msgspec
 from tandem.config import KvFailure
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent, Outbox, Outputs
+from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
@@ -94,6 +95,7 @@ class StepLoop:
     Args:
         outbox: takes tokens, KV events and status to the event loop.
         published: transfer parameters for a foreign proxy, less the request's own part.
+        clock: shows other threads how long the step that runs now has run.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class StepLoop:
         transport: str,
         kv_failure: KvFailure,
         published: KvTransferParams,
+        clock: StepClock,
     ) -> None:
         self._scheduler = scheduler
         self._pool = pool
@@ -122,6 +125,8 @@ class StepLoop:
         self._kv_bytes = 0
         self._kv_descriptors = 0
         self._status_at = 0.0
+        self._submitted: deque[float] = deque()
+        self._clock = clock
 
     def run(self) -> str:
         """Serve until told to stop; return the reason. Raises EngineFailed."""
@@ -130,21 +135,31 @@ class StepLoop:
         if (results := self._pipeline.fileno()) is not None:
             wait.register(results, select.POLLIN)
         while self._stopping is None:
-            for command in self._mailbox.take():
-                self._handle(command)
-            now = time.monotonic()
-            self._scheduler.expire(now)
-            batch = self._scheduler.schedule(now)
-            if batch is not None:
-                self._pipeline.submit(batch)
-            for result in self._pipeline.results():
-                self._scheduler.apply(result, time.monotonic())
-            self._publish(self._scheduler.drain())
-            self._end_drain(now)
-            self._post_status(time.monotonic(), idle=batch is None)
-            if batch is None:
+            idle = self._step()
+            self._clock.since = self._submitted[0] if self._submitted else None
+            if idle:
                 wait.poll(IDLE_SECONDS * 1000)
         return self._stopping
+
+    def _step(self) -> bool:
+        """Go once through everything there is to do. Return whether no batch was begun."""
+        now = time.monotonic()
+        self._clock.since = self._submitted[0] if self._submitted else now  # also what is no batch may hang
+        for command in self._mailbox.take():
+            self._handle(command)
+        now = time.monotonic()
+        self._scheduler.expire(now)
+        batch = self._scheduler.schedule(now)
+        if batch is not None:
+            self._submitted.append(now)
+            self._pipeline.submit(batch)
+        for result in self._pipeline.results():
+            self._scheduler.apply(result, time.monotonic())
+            self._submitted.popleft()
+        self._publish(self._scheduler.drain())
+        self._end_drain(now)
+        self._post_status(time.monotonic(), idle=batch is None)
+        return batch is None
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
@@ -158,8 +173,8 @@ class StepLoop:
                 scheduler.abort(request_id)
             case KvArrived(pull=pull):
                 self._arrived(pull, now)
-            case KvFailed(request_id=request_id, reason=reason):
-                self._kv_failed(request_id, reason, now)
+            case KvFailed():
+                self._kv_failed(command, now)
             case ReadsEnded(request_id=request_id):
                 scheduler.read_ended(request_id)
             case KvCorrupt(request_ids=request_ids):
@@ -208,11 +223,12 @@ class StepLoop:
             request.pull = pull
         self._scheduler.kv_arrived(pull.request_id, pull.first_token if pull.first_token_expected else None, now)
 
-    def _kv_failed(self, request_id: str, reason: str, now: float) -> None:
+    def _kv_failed(self, command: KvFailed, now: float) -> None:
+        request_id, reason, first_token = command.request_id, command.reason, command.first_token
         text = clip(f"the prompt's KV could not be had: {reason}")
         match self._kv_failure:
             case "recompute":
-                self._scheduler.kv_failed(request_id, reason, now, reading=True)
+                self._scheduler.kv_failed(request_id, reason, now, reading=True, first_token=first_token)
             case "retry":
                 self._scheduler.fail(request_id, KvRetry(text, retry_after=1), now)
             case "fail":
@@ -287,6 +303,7 @@ class StepLoop:
                 done=finished is not None,
                 stats=stats,
                 kv_transfer_params=params,
+                digest=event.digest,
             )
         )
 

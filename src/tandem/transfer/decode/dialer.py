@@ -39,12 +39,13 @@ TICK = 0.1
 class PullEvents:
     """Callbacks into the engine, all in the event loop's thread.
 
-    `arrived`: all KV is here. `failed`: it will not come, and why. After either, nothing is said of the request
-    but `quiet`, which follows `failed` and `PeerDialer.give_up`: no byte can arrive in its blocks any more.
+    `arrived`: all KV is here. `failed`: it will not come, and why, and the first token if that is known. After
+    either, nothing is said of the request but `quiet`, which follows `failed` and `PeerDialer.give_up`: no byte can
+    arrive in its blocks any more.
     """
 
     arrived: Callable[[Pull], None]
-    failed: Callable[[str, str], None]
+    failed: Callable[[str, str, int | None], None]
     quiet: Callable[[str], None]
 
 
@@ -197,8 +198,8 @@ class PeerDialer:
                 self._transfer_threads.order(order, rank)
             case PullArrived(pull=pull):
                 self._events.arrived(pull)
-            case PullFailed(request_id=request_id, reason=reason):
-                self._events.failed(request_id, reason)
+            case PullFailed(request_id=request_id, reason=reason, first_token=first_token):
+                self._events.failed(request_id, reason, first_token)
             case PullQuiet(request_id=request_id):
                 self._events.quiet(request_id)
 

@@ -332,7 +332,8 @@ class Pulls:
         self.failures += 1
         log.warning("request %s: its KV does not come from %s: %s", pull.request_id, pull.source_engine, reason)
         self._end_pull(pull, reason)
-        self._actions.append(PullFailed(pull.request_id, reason))
+        first_token = pull.first_token if pull.first_token_expected else None
+        self._actions.append(PullFailed(pull.request_id, reason, first_token))
         self._settle(pull)
 
     def _end_pull(self, pull: Pull, reason: str) -> None:

@@ -101,7 +101,16 @@ class PeerListener:
 
     def abort(self, request_id: str, reason: str) -> None:
         """The request ends here before its prompt was computed."""
-        self._offers.abort(request_id, reason, time.monotonic())
+        now = time.monotonic()
+        self._offers.abort(request_id, reason, now)
+        self._offers.expire(now)
+        self._act()
+
+    def withdraw(self, request_id: str) -> None:
+        """Nobody waits for the request any more: its blocks stay only for those who may be reading them."""
+        now = time.monotonic()
+        self._offers.withdraw(request_id, now)
+        self._offers.expire(now)
         self._act()
 
     # --- what peers say ------------------------------------------------------------------------------------------

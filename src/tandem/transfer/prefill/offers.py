@@ -34,6 +34,7 @@ class _Offer:
         known_by: None once the request itself has arrived; for a claim that came first, until when it may still.
         published: a foreign proxy tells a decode engine where it is, some time later.
         prompt: digest of its tokens; what a claim says must be equal.
+        withdrawn: nobody waits for the request any more, so its blocks wait for no first claim.
         aborted: why nothing more comes, though the prompt was not computed.
     """
 
@@ -46,6 +47,7 @@ class _Offer:
     num_tokens: int = 0
     final: bool = False
     first_token: int | None = None
+    withdrawn: bool = False
     aborted: str | None = None
 
 
@@ -157,6 +159,13 @@ class Offers:
         self._leases.hold(request_id, offer.blocks, now, wait=0.0)
         self._gone_for_all(request_id, reason)
 
+    def withdraw(self, request_id: str, now: float) -> None:
+        """Nobody waits for the request any more: its KV, also what is still to come, waits for no first claim."""
+        offer = self._offers.get(request_id)
+        if offer is not None and offer.known_by is None:
+            offer.withdrawn = True
+            self._leases.withdraw(request_id, now)
+
     # --- what decode engines say -----------------------------------------------------------------------------------
 
     def claim(self, client: Client, message: Claim, now: float) -> None:
@@ -238,7 +247,8 @@ class Offers:
 
     def _hold(self, request_id: str, offer: _Offer, now: float) -> None:
         """Keep the blocks of a whole prompt for its readers, those that are to come too."""
-        self._leases.hold(request_id, offer.blocks, now, wait=PUBLISHED_SECONDS if offer.published else None)
+        wait = PUBLISHED_SECONDS if offer.published else None
+        self._leases.hold(request_id, offer.blocks, now, wait=0.0 if offer.withdrawn else wait)
         if offer.published and not offer.claimed:
             self._unclaimed.add(request_id, offer.blocks, now)
             while (oldest := self._unclaimed.excess()) is not None:

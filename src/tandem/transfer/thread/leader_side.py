@@ -19,6 +19,7 @@ from tandem.transfer.thread.thread_messages import (
     ToTransferThread,
 )
 from tandem.wire.codec import Codec
+from tandem.wire.messages import clip
 from tandem.wire.receiving import DroppedMessages, receive_messages
 from tandem.wire.silence import Silence
 
@@ -75,5 +76,8 @@ class TransferThreads:
         for number in range(self.ranks) if rank is None else [rank]:
             self._socket.send_multipart([b"%d" % number, data])
 
-    def stop(self) -> None:
-        self.order(StopThread())
+    def stop(self, failed: str | None = None) -> None:
+        """End all transfer threads, and where the engine has `failed`, the other ranks with the reason."""
+        self.order(StopThread(), rank=0)
+        for rank in range(1, self.ranks):
+            self.order(StopThread(failed and clip(failed)), rank)

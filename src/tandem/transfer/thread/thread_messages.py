@@ -42,7 +42,9 @@ class ReadOrder(msgspec.Struct, frozen=True, tag="read"):
 
 
 class StopThread(msgspec.Struct, frozen=True, tag="stop"):
-    """The engine ends."""
+    """The engine ends. `failed`: why, if nobody asked for it: this rank cannot go on, whatever its step loop does."""
+
+    failed: Text | None = None
 
 
 class LeaderAlive(msgspec.Struct, frozen=True, tag="leader_alive"):

@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tandem.errors import PeerLost, RankLost, TransferError, WireError
+from tandem.errors import EngineFailed, PeerLost, RankLost, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
 from tandem.transfer.thread.thread_messages import (
     ClosePeer,
@@ -99,7 +99,7 @@ class TransferThread:
         self._beaten = 0.0
 
     def run(self) -> None:
-        """Serve orders until `StopThread` comes. Raise RankLost when the leader is lost."""
+        """Serve orders until `StopThread` comes. Raise EngineFailed if the engine has failed or the leader is lost."""
         poller, watched = zmq.Poller(), None
         try:
             while self._running:
@@ -170,8 +170,10 @@ class TransferThread:
                 self._close(session)
             case ReadOrder():
                 self._start(message)
-            case StopThread():
+            case StopThread(failed=None):
                 self._running = False
+            case StopThread(failed=failed):
+                raise EngineFailed(f"the engine has failed: {failed}")
 
     def _open(self, message: OpenPeer) -> None:
         error = None
@@ -282,7 +284,7 @@ def start_transfer_thread(
     def body() -> None:
         try:
             make().run()
-        except RankLost as error:
+        except EngineFailed as error:
             on_failure(error)
         except BaseException as error:
             log.exception("%s: the transfer thread died", name)
