@@ -59,6 +59,7 @@ def test_sessions_heartbeats_and_sockets_stay_bounded_and_real_engines_are_read_
 
     with ThreadPoolExecutor(256) as pool:
         lies = [pool.submit(lie, number) for number in range(REQUESTS)]
+        assert until(lambda: len(split.engines()["decode-0"]["peers"]) == MAX_SESSIONS, 30)
         for seed in range(8):
             prompt = prompt_of(70, seed=2000 + seed)
             request = completion(prompt, max_tokens=4, ignore_eos=True)

@@ -61,17 +61,16 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
         for rank in self.ranks:
             try:
                 rank.layout.check()
+                end = 0 if rank.checksums is None else rank.checksums + checksum_layout(rank.layout).nbytes
             except LayoutError as error:
                 raise WireError(f"layout of rank {rank.rank}: {error}") from None
+            if end > rank.endpoint.region.length:
+                raise WireError(f"the checksums of rank {rank.rank} end at {end}, outside of its memory")
             if rank.layout.nbytes > rank.endpoint.region.length:
                 raise WireError(
                     f"rank {rank.rank} describes {rank.layout.nbytes} bytes of KV memory"
                     f" but registered only {rank.endpoint.region.length}"
                 )
-            if rank.checksums is not None:
-                end = rank.checksums + checksum_layout(rank.layout).nbytes
-                if end > rank.endpoint.region.length:
-                    raise WireError(f"the checksums of rank {rank.rank} end at {end}, outside of its memory")
             if rank.layout.block_size != self.block_size:
                 raise WireError(
                     f"rank {rank.rank} has block size {rank.layout.block_size}, its engine {self.block_size}"

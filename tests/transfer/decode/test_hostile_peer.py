@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.errors import WireError
-from tandem.kv.layout import MOST_BYTES
+from tandem.kv.layout import MOST_BYTES, latent
 from tandem.kv.lease import MAX_TTL, MIN_TTL
+from tandem.kv.shard import shard
 from tandem.transfer.handshake import decode_descriptor
 from tandem.transfer.transports.base import MAX_METADATA, RankEndpoint, Region
 from tandem.wire.codec import Codec
@@ -92,6 +93,19 @@ def test_a_description_of_absurd_sizes_is_a_wire_error_or_lies_within_bounds(
     assert 0 <= region.address < 2**62
     assert taken.ranks[0].layout.nbytes <= region.length <= MOST_BYTES
     assert checksums is None or checksums <= region.length
+
+
+def test_a_table_of_checksums_that_no_memory_could_hold_is_a_wire_error() -> None:
+    """It is eight times as large as KV of one byte a token."""
+    _, prefill, _ = pair()
+    plain = descriptor(prefill.identity)
+    one = shard(1, 1, tp=1, pp=1, tp_rank=0, pp_rank=0)
+    layout = latent(one, blocks=2**47, block_size=4, latent_dim=1, itemsize=1)
+    endpoint = RankEndpoint("p", b"", Region(0, MOST_BYTES))
+    rank = msgspec.structs.replace(plain.ranks[0], layout=layout, endpoint=endpoint, checksums=0)
+    hostile = msgspec.structs.replace(plain, ranks=[rank])
+    with pytest.raises(WireError, match="layout of rank 0"):
+        decode_descriptor(msgspec.Raw(msgspec.msgpack.encode(hostile)))
 
 
 # --- what is announced ---------------------------------------------------------------------------------------------

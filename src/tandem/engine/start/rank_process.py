@@ -99,6 +99,7 @@ class RankProcess:
         decoder = load_decoder(
             rank.placement.model.path, world.position, world.collectives, rank.dtype, rank.device, self._report_loading
         )
+        fingerprint = self._fingerprint()  # before the next exchange, after which nobody waits long for another rank
         memory = self._allocate(world)
         runner = Runner(decoder, memory, world)
         leader = LeaderSockets.bind(rank.placement.host, rank.context, rank.key) if world.rank == 0 else None
@@ -113,7 +114,6 @@ class RankProcess:
             transfer.endpoint(),
             memory.checksums.offset if memory.checksums else None,
         )
-        fingerprint = rank.fingerprint.result() if rank.fingerprint else None
         try:
             engine = exchange(world, own, leader.addresses if leader else None, fingerprint)
         except StartError:
@@ -128,6 +128,13 @@ class RankProcess:
 
     def _report_loading(self, loaded: int, total: int) -> None:
         self._report(Loading(loaded, total))
+
+    def _fingerprint(self) -> str | None:
+        """Return the fingerprint of the model, on the first rank of a node. Raises ModelError."""
+        future = self._rank.fingerprint
+        if future is not None and not future.done():
+            log.info("the model is loaded; the rest of its weights is being read for the fingerprint")
+        return None if future is None else future.result()
 
     def _allocate(self, world: SoloWorld | TorchWorld) -> KvMemory:
         """Allocate KV memory with as many blocks as the rank with the least room has."""

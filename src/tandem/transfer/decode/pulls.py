@@ -97,14 +97,13 @@ class Pulls:
 
     def open(self, request_id: str, source: PullKv, prompt: str | None, now: float, tokens: int | None = None) -> None:
         """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its `tokens` tokens."""
-        early = not source.foreign
-        pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token, prompt, early)
-        pull.wanted = tokens
-        self._pulls[request_id] = pull
+        introduced = not source.foreign
+        pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token, prompt, introduced)
+        self._pulls[request_id], pull.wanted = pull, tokens
         target = Target(source.engine_id, source.incarnation, source.address)
-        while (unanswered := self._sessions.unanswered_in_the_way_of(target, not source.foreign, now)) is not None:
+        while (unanswered := self._sessions.unanswered_in_the_way_of(target, introduced)) is not None:
             self._end_session(unanswered, PeerLost("it had not answered, and others need its place"), now)
-        session = self._sessions.open(target, not source.foreign, now)
+        session = self._sessions.open(target, introduced, now)
         if isinstance(session, str):
             self._fail(pull, session)
         elif session.ended_at is not None:
@@ -254,8 +253,7 @@ class Pulls:
         if pull.ended is not None:
             self._settle(pull)
         elif report.error is not None:
-            pull.corrupt = report.corrupt
-            self.corrupt += report.corrupt
+            pull.corrupt, self.corrupt = report.corrupt, self.corrupt + report.corrupt
             self._fail(pull, report.error)
         elif session is None or not session.good(pull, now):
             self._fail(pull, "the lease ended before the read did")

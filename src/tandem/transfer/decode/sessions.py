@@ -58,7 +58,7 @@ class Sessions:
             if session.introduced and incarnation not in present and not session.pulls:
                 self._forget(session)
 
-    def unanswered_in_the_way_of(self, target: Target, introduced: bool, now: float) -> Session | None:
+    def unanswered_in_the_way_of(self, target: Target, introduced: bool) -> Session | None:
         """Return a session that should end so that `open` finds room, though requests wait for it.
 
         Clients can name engines that are not there. The foreign session that has waited longest for an answer ends
