@@ -7,8 +7,10 @@ import uuid
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from tandem.errors import ConfigError
 
@@ -25,8 +27,8 @@ class EngineIdentity(msgspec.Struct, frozen=True, array_like=True):
         incarnation: new at every start.
     """
 
-    engine_id: str
-    incarnation: str
+    engine_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    incarnation: Annotated[str, Meta(min_length=1, max_length=256)]
 
     def __str__(self) -> str:
         return f"{self.engine_id}/{self.incarnation[:8]}"
