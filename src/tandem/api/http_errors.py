@@ -20,6 +20,7 @@ import msgspec
 from starlette.responses import Response
 
 from tandem.errors import InvalidRequest, RequestError
+from tandem.wire.messages import clip
 
 RETRY_AFTER_S = 1
 
@@ -65,9 +66,13 @@ class ClientGone(Exception):
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """Return `{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
+    """Return `{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it.
+
+    What is at fault is quoted, and may be the whole of a large body; so all of it is clipped here.
+    """
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    param = None if error.param is None else clip(error.param)
+    return {"error": {"message": clip(str(error)), "type": kind, "param": param, "code": error.code}}
 
 
 def error_response(error: RequestError) -> Response:
