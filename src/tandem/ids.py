@@ -7,9 +7,11 @@ import uuid
 from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from typing import Annotated
 from zlib import crc32
 
 import msgspec
+from msgspec import Meta
 
 from tandem.errors import ConfigError
 
@@ -26,8 +28,8 @@ class EngineIdentity(msgspec.Struct, frozen=True, array_like=True):
         incarnation: new at every start.
     """
 
-    engine_id: str
-    incarnation: str
+    engine_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    incarnation: Annotated[str, Meta(min_length=1, max_length=256)]
 
     def __str__(self) -> str:
         return f"{self.engine_id}/{self.incarnation[:8]}"

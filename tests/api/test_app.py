@@ -10,7 +10,7 @@ from tandem.api.api_keys import ApiKeys
 from tandem.api.backend import Health, TokenDelta
 from tandem.config_limits import LimitsSection
 from tandem.errors import Unavailable
-from tandem.wire.messages import KvTransferParams
+from tandem.wire.messages import MAX_TEXT, KvTransferParams
 from tests.api.conftest import MODEL, MODEL_LEN, Api, FakeBackend, details, ids, running
 
 
@@ -46,6 +46,18 @@ def test_a_model_folder_without_tokenizer_is_a_500_that_says_so(tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_text("{}")
     with running(FakeBackend(tmp_path)) as api:
         assert "tokenizer.json" in api.complete().error["message"]
+
+
+@pytest.mark.parametrize("path", ["x" * 4096, "a\0b"])
+def test_a_model_folder_that_cannot_be_is_a_500_that_says_so(path: str) -> None:
+    with running(FakeBackend(Path(path))) as api:
+        assert "text files cannot be used" in api.complete().error["message"]
+
+
+def test_an_error_quotes_a_large_body_only_in_part(api: Api) -> None:
+    for body in ({"x" * 100_000: 1}, {"model": "x" * 100_000}):
+        error = api.complete(**body).error
+        assert max(len(error["message"]), len(error["param"])) <= MAX_TEXT
 
 
 @pytest.mark.parametrize(

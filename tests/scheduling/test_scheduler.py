@@ -10,7 +10,7 @@ from tandem.scheduling.batch import Sampled, StepResult
 from tandem.scheduling.events import ChunkComputed, Finished, PrefillEnded, TokenOut
 from tandem.wire.messages import Failed, Generate, Local, Prefill
 from tandem.wire.sampling import SamplingParams
-from tests.scheduling.fake_engine import EOS, VOCABULARY, FakeEngine, Record, generate, pull, reference
+from tests.scheduling.fake_engine import EOS, VOCABULARY, FakeEngine, Record, digests, generate, pull, reference
 from tests.scheduling.invariants import check_scheduler
 
 PROMPT = [1, 2, 3, 4, 1, 2, 3]
@@ -495,6 +495,20 @@ def test_a_first_token_that_does_not_come_does_not_write_into_shared_blocks() ->
     (end,) = record.terminal
     assert isinstance(end, Finished)
     assert end.stats.recompute_reason == "the peer sent no first token"
+
+
+def test_a_first_token_beyond_the_vocabulary_is_not_given_to_the_model() -> None:
+    engine = FakeEngine()
+    record = engine.add(generate("r", PROMPT, pull(), max_tokens=4))
+    engine.schedule()
+    allocated = engine.reads.pop("r")
+    engine.write(allocated, digests(PROMPT))
+    engine.scheduler.kv_arrived("r", VOCABULARY, engine.now)
+    engine.run_until_done()
+    assert record.tokens == expected(record)
+    (end,) = record.terminal
+    assert isinstance(end, Finished)
+    assert end.stats.recompute_reason == f"the peer's first token is {VOCABULARY}; this model has {VOCABULARY} tokens"
 
 
 @pytest.mark.parametrize("first_token", [True, False])

@@ -201,6 +201,8 @@ OUT_OF_BOUNDS = [
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 0), "r"))),
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 65536), "r"))),
     (m.ToEngine, m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)] * (m.MAX_PEERS + 1))),
+    (m.ToEngine, m.Introduce([m.PeerAddress(EngineIdentity("", "incarnation"), ADDRESS)])),
+    (m.ToEngine, m.Introduce([m.PeerAddress(EngineIdentity("p0", "i" * 257), ADDRESS)])),
     (p.ToPrefill, p.Claim("", "r")),
     (p.ToPrefill, p.Renew("x", -1, [])),
     (p.ToPrefill, p.Renew("x", 1, ["r"] * (p.MAX_BATCH + 1))),

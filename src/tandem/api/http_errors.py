@@ -88,7 +88,10 @@ class ClientGone(Exception):
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """Return `{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
+    """Return `{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it.
+
+    What is at fault is quoted, and may be the whole of a large body; so all of it is clipped here.
+    """
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     param = None if error.param is None else clipped(error.param)
     return {"error": {"message": clipped(str(error), MAX_MESSAGE), "type": kind, "param": param, "code": error.code}}

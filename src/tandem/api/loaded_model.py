@@ -85,7 +85,7 @@ class ModelLoader:
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, folder)
             return self._model(card, tokenizer, await asyncio.to_thread(load_template, folder))
-        except ModelError as error:
+        except (ModelError, OSError, ValueError) as error:  # the path is what an engine says
             raise RequestError(f"the model's text files cannot be used: {error}") from error
 
     def _model(self, card: ModelCard, tokenizer: Tokenizer, template: ChatTemplate) -> LoadedModel:

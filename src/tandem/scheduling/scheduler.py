@@ -143,6 +143,12 @@ class Scheduler:
             # To compute the last token would write into a block that others share.
             self.kv_failed(request_id, "the peer sent no first token", now, reading=False)
             return
+        vocabulary = self.limits.vocab_size
+        if first_token is not None and first_token >= vocabulary:
+            # One bad id would fail the whole batch in the embedding, and the engine with it.
+            reason = f"the peer's first token is {first_token}; this model has {vocabulary} tokens"
+            self.kv_failed(request_id, reason, now, reading=False)
+            return
         request.kv_arrived_at = now
         request.num_computed = length if first_token is not None else length - 1
         self._publish(request, request.num_computed)

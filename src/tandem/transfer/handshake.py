@@ -14,6 +14,7 @@ from tandem.kv.checksums import checksum_layout
 from tandem.kv.layout import MOST_BYTES, KvLayout, LayoutError
 from tandem.kv.plan import sources_of_all
 from tandem.transfer.transports.base import RankEndpoint
+from tandem.wire.codec import Codec
 from tandem.wire.messages import MAX_RANKS, Count, Text
 from tandem.wire.peer_messages import Envelope, Hello
 
@@ -77,6 +78,9 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
                 )
 
 
+_DESCRIPTORS: Codec[EngineDescriptor] = Codec(EngineDescriptor)
+
+
 def check_envelopes(ours: Envelope, theirs: Envelope) -> int:
     """Return the highest protocol version that both speak. Raises PeerRefused, naming the first field that differs."""
     version = min(ours.protocol[1], theirs.protocol[1])
@@ -104,8 +108,8 @@ def _range(versions: tuple[int, int]) -> str:
 def decode_descriptor(raw: msgspec.Raw) -> EngineDescriptor:
     """Decode strictly. Raises WireError."""
     try:
-        descriptor = msgspec.msgpack.decode(raw, type=EngineDescriptor)
-    except msgspec.DecodeError as error:
+        descriptor = _DESCRIPTORS.decode(memoryview(raw))
+    except WireError as error:
         raise WireError(f"the peer's description cannot be read: {error}") from None
     descriptor.check()
     return descriptor

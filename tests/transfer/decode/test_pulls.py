@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from tandem.transfer.decode import sessions as module
+from tandem.transfer.thread.thread_messages import PeerOpened
 from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Claimed, KvComputed, Release, Renewed, Welcome
 from tests.transfer.engines import ENVELOPE
@@ -24,6 +25,14 @@ def pair(net: Network, ranks: int = 1) -> tuple[Prefill, Decode]:
 
 
 # --- handshake -----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_speak_of_a_session_before_its_welcome_do_not_make_it_ready(net: Network) -> None:
+    prefill, decode = pair(net)
+    net.lost = lambda message: isinstance(message, Welcome)
+    decode.introduce(prefill)
+    decode.pulls.reported(PeerOpened(0, 1), net.now)
+    assert decode.states() == ["connecting"]
 
 
 def test_a_pair_shakes_hands_in_one_round_trip_over_one_connection(net: Network) -> None:

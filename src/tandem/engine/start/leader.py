@@ -50,6 +50,8 @@ class Leader:
         self.mailbox: Mailbox[Command] = Mailbox()
         size = len(engine.ranks)
         self._pipeline = LeaderPipeline(runner, sockets.step, size) if size > 1 else SoloPipeline(runner)
+        if size == 1:
+            sockets.step.close(linger=0)  # what strangers sent to it nobody would read
         pool = BlockPool(layout.blocks, layout.block_size)
         scheduler = _scheduler(rank, pool)
         self._status = _initial_status(rank, agreement, engine, scheduler)

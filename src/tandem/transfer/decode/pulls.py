@@ -226,7 +226,7 @@ class Pulls:
 
     def _opened(self, report: PeerOpened, now: float) -> None:
         session = self._sessions.live(report.session)
-        if session is None or session.state is not SessionState.CONNECTING:
+        if session is None or session.state is not SessionState.CONNECTING or session.descriptor is None:
             return
         if report.error is not None:
             self._end_session(session, TransferError(report.error), now)
