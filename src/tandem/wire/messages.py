@@ -186,13 +186,9 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class PeerInfo(msgspec.Struct, frozen=True):
-    """A peer session.
+    """A peer session. `state` is connecting, ready, refused or lost; `error` says why, `refusal` what differs.
 
-    Attributes:
-        state: connecting, ready, refused or lost.
-        error: why it is refused or lost, for people.
-        handshake_time: seconds until it was ready.
-        refusal: if it is refused, what differs.
+    `handshake_time`: seconds until it was ready.
     """
 
     engine_id: Text

@@ -90,18 +90,13 @@ class LeaderEventLoop:
         self._transfer_socket = sockets.transfer
         self._transfer_threads = TransferThreads(sockets.transfer, len(descriptor.ranks))
         layouts = [rank.layout for rank in descriptor.ranks]
-        events = PullEvents(
-            arrived=lambda pull: mailbox.put(KvArrived(pull)),
-            failed=lambda request_id, why, first_token: mailbox.put(KvFailed(request_id, why, first_token)),
-            quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
-        )
         self._dialer = PeerDialer(
             descriptor.identity,
             envelope,
             layouts,
             self._transfer_threads,
             sockets.event_loop,
-            events,
+            _pull_events(mailbox),
             verify=config.cache.verify_kv,
         )
         self._listener = PeerListener(
@@ -274,6 +269,14 @@ class LeaderEventLoop:
                 self._dialer.give_up(request_id, "the request has ended")
             case ShortOfBlocks(short=short):
                 self._listener.short_of_blocks(short)
+
+
+def _pull_events(mailbox: Mailbox[Command]) -> PullEvents:
+    return PullEvents(
+        arrived=lambda pull: mailbox.put(KvArrived(pull)),
+        failed=lambda request_id, why, first_token: mailbox.put(KvFailed(request_id, why, first_token)),
+        quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
+    )
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -43,6 +43,19 @@ class Here(msgspec.Struct, frozen=True, array_like=True, tag="here"):
     """First message of a follower."""
 
 
+class Pipeline(Protocol):
+    """Runs batches on all ranks of the engine, in order."""
+
+    def submit(self, batch: Batch) -> None:
+        """Start a batch; returns when this rank's part is done."""
+
+    def results(self) -> list[StepResult]:
+        """Batches that are done, in order, without waiting."""
+
+    def fileno(self) -> int | None:
+        """Readable when a result may be there; None if results are there as soon as `submit` returns."""
+
+
 class SoloPipeline:
     """An engine of one rank: no hop to anywhere."""
 

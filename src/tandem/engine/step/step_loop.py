@@ -6,14 +6,14 @@ import logging
 import select
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
 
 import msgspec
 
 from tandem.config import KvFailure
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent, Outbox, Outputs
+from tandem.engine.step.pipeline import Pipeline
 from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
     AbortRequest,
@@ -30,7 +30,6 @@ from tandem.engine.step_commands import (
 )
 from tandem.errors import KvLost, KvRetry, Overloaded, RequestError
 from tandem.kv.blocks import BlockPool
-from tandem.scheduling.batch import Batch, StepResult
 from tandem.scheduling.events import (
     BlocksAllocated,
     ChunkComputed,
@@ -60,19 +59,6 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.25
 STATUS_SECONDS = 0.1
-
-
-class Pipeline(Protocol):
-    """Runs batches on all ranks of the engine, in order."""
-
-    def submit(self, batch: Batch) -> None:
-        """Start a batch; returns when this rank's part is done."""
-
-    def results(self) -> list[StepResult]:
-        """Batches that are done, in order, without waiting."""
-
-    def fileno(self) -> int | None:
-        """Readable when a result may be there; None if results are there as soon as `submit` returns."""
 
 
 @dataclass(slots=True)
@@ -351,17 +337,8 @@ class StepLoop:
         """Post what others may know of the scheduler, which belongs to this thread; while steps run, now and then."""
         if not idle and now - self._status_at < STATUS_SECONDS:
             return
-        totals = self._scheduler.totals
         counters = EngineCounters(
-            requests=totals.requests,
-            requests_failed=totals.requests_failed,
-            prompt_tokens=totals.prompt_tokens,
-            output_tokens=totals.output_tokens,
-            prefix_tokens=totals.prefix_tokens,
-            preemptions=totals.preemptions,
-            kv_bytes=self._kv_bytes,
-            kv_descriptors=self._kv_descriptors,
-            steps=totals.steps,
+            **asdict(self._scheduler.totals), kv_bytes=self._kv_bytes, kv_descriptors=self._kv_descriptors
         )
         self._status_at = now
         self._outbox.post_status(self._scheduler.kv_usage(), self._scheduler.counts(), counters)

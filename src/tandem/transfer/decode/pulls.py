@@ -1,8 +1,7 @@
 """The decode side of all hand-offs of an engine: sessions with prefill engines, claims, reads. Pure; time is passed in.
 
 Events come in by methods, what is to be done about them is taken out with `drain`. KV is used only if every read of it
-completed within its lease and its session; and the blocks it was to go to are quiet only when no byte can arrive any
-more, whatever became of request, lease and session meanwhile.
+completed within its lease and its session; its blocks are quiet only when no byte can arrive in them any more.
 """
 
 from __future__ import annotations
