@@ -63,7 +63,7 @@ def rig() -> Iterator[Rig]:
 def test_a_request_that_cannot_begin_leaves_nothing(
     kv: Prefill | PullKv, where: type, method: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bug(*_: object) -> None:
+    def bug(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patched:

@@ -115,8 +115,7 @@ def test_a_request_that_cannot_be_begun_ends_with_an_error_whoever_is_at_fault()
             pass
         [failed] = message.items
         assert isinstance(failed, Failed)
-        assert (failed.request_id, failed.code) == ("r", "engine_failed")
-        assert "too many open files" in failed.message
+        assert (failed.request_id, failed.code) == ("r", "internal_error")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         fake.close()
