@@ -188,3 +188,9 @@ def test_seed_0_is_a_seed_and_a_server_may_have_one_for_requests_that_bring_none
     assert sampling_params(completion(seed=0), 16, None, 7).seed == 0
     assert sampling_params(completion(), 16, None, 7).seed == 7
     assert sampling_params(completion(), 16, None, 0).seed == 0
+
+
+@pytest.mark.parametrize("body", [b'{"prompt":0.5,"\xff":1}', b'{"n":"x","user":"\xff"}'])
+def test_a_wrong_field_beside_bytes_that_are_no_text_is_refused_as_any_other(body: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        parse(body, CompletionBody)

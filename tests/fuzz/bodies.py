@@ -38,8 +38,6 @@ PLAIN: list[dict[str, Any]] = [
 ]
 HEADERS = ("X-Request-Id", "Authorization", "Content-Type", "Content-Length", "Accept", "Expect", "Transfer-Encoding")
 MOST_CHOICES = 8
-LEAST_PENALTY = 1e-3
-"""The reciprocal of a repetition penalty must be a number in float32."""
 
 
 class Bodies:
@@ -65,9 +63,6 @@ class Bodies:
             for name, most in (("n", most_choices), ("best_of", most_choices), ("max_tokens", 64)):
                 if isinstance(tree.get(name), int) and most < tree[name] <= 128:
                     tree[name] = most
-            penalty = tree.get("repetition_penalty")
-            if isinstance(penalty, float) and 0 < penalty < LEAST_PENALTY:
-                tree["repetition_penalty"] = LEAST_PENALTY
         data = to_json(tree)
         return spoil(data, rng) if chance > 0.9 else data
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import zmq
@@ -64,6 +68,62 @@ class FakeSocket:
 
     def close(self, linger: int | None = None) -> None:
         self.closed = True
+
+
+@dataclass(frozen=True)
+class FakeFrame:
+    """A frame that knows its connection."""
+
+    bytes: bytes
+    connection: int
+
+    def get(self, option: int) -> int:
+        assert option == zmq.SRCFD
+        return self.connection
+
+
+class MonitoredSocket(FakeSocket):
+    """A bound ROUTER: each sender has a connection, which its monitor tells of."""
+
+    def __init__(self) -> None:
+        super().__init__(zmq.ROUTER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._events, self._monitor = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        self._events.bind(f"inproc://monitor-{id(self)}")
+        self._monitor.connect(f"inproc://monitor-{id(self)}")
+        self._connections: dict[bytes, int] = {}
+        self._came_by: deque[int] = deque()
+
+    def put(self, *frames: bytes) -> None:
+        sender = frames[0]
+        if sender not in self._connections:
+            used = self._connections.values()
+            self._connections[sender] = next(number for number in itertools.count(3) if number not in used)
+            self._tell(zmq.Event.ACCEPTED, self._connections[sender])
+        self._came_by.append(self._connections[sender])
+        super().put(*frames)
+
+    def break_connection(self, sender: bytes) -> None:
+        """What it sends next comes by another one."""
+        connection = self._connections.pop(sender, None)
+        if connection is not None:
+            self._tell(zmq.Event.DISCONNECTED, connection)
+
+    async def recv_multipart(self, copy: bool = False) -> Any:
+        frames = await super().recv_multipart()
+        connection = self._came_by.popleft()
+        return [FakeFrame(frame, connection) for frame in frames]
+
+    def get_monitor_socket(self, events: int = 0) -> Any:
+        return SimpleNamespace(underlying=self._monitor.underlying)
+
+    def close(self, linger: int | None = None) -> None:
+        super().close(linger)
+        self._events.close(linger=0)
+        self._monitor.close(linger=0)
+
+    def _tell(self, event: int, connection: int) -> None:
+        self._events.send_multipart([struct.pack("=hi", event, connection), b"tcp://127.0.0.1:1"])
 
 
 class FakeSockets:

@@ -144,7 +144,7 @@ def _shown(body: bytes | bytearray) -> Any:
         return None
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError:  # a number out of range somewhere
+    except (msgspec.DecodeError, UnicodeDecodeError):  # a number out of range somewhere, or bytes that are no text
         return None
 
 

@@ -72,7 +72,9 @@ async def receive_with_connections(
     socket: zmq.asyncio.Socket, codec: Codec[M], handle: Callable[[bytes, int, M], None], dropped: DroppedMessages
 ) -> None:
     """As `receive_messages` on a ROUTER; `handle` also gets the file descriptor of the connection, as monitors do."""
-    while True:
+    for number in itertools.count(1):
+        if number % BURST == 0:
+            await asyncio.sleep(PAUSE_SECONDS)
         sender, *frames = await socket.recv_multipart(copy=False)
         try:
             message = _decode(codec, [frame.bytes for frame in frames])

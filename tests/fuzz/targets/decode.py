@@ -36,6 +36,7 @@ from tandem.wire.peer_messages import (
     ToPrefill,
     Welcome,
 )
+from tandem.wire.sampling import TokenId
 from tests.fuzz.channel import Channel
 from tests.fuzz.fakes import Clock, Defect, FakeSocket, FakeSockets, OwnErrors
 from tests.fuzz.target import Target
@@ -165,10 +166,11 @@ class Decode(Target):
         self._open.discard(pull.request_id)
         self._arrived.append(pull)
 
-    def _on_failed(self, request_id: str, reason: str) -> None:
+    def _on_failed(self, request_id: str, reason: str, first_token: int | None) -> None:
         if request_id not in self._open:
             raise Defect(f"{request_id} failed, but it had ended")
         msgspec.convert(reason, Text)
+        msgspec.convert(first_token, TokenId | None)
         self._open.discard(request_id)
         self._loud[request_id] += 1
 

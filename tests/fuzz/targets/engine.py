@@ -12,6 +12,7 @@ from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent, Outputs
 from tandem.engine.step.sampler import sample
 from tandem.engine.step.step_loop import StepLoop
+from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
@@ -49,7 +50,6 @@ from tandem.wire.messages import (
 from tandem.wire.messages import Outputs as OutputsMessage
 from tandem.wire.peer_messages import KvComputed
 from tandem.wire.sampling import SamplingParams
-from tests.fuzz.bodies import LEAST_PENALTY
 from tests.fuzz.channel import Channel
 from tests.fuzz.fakes import Clock, Defect, OwnErrors
 from tests.fuzz.target import Target
@@ -90,7 +90,7 @@ class Engine(Target):
         try:
             self.last = self._channel.data(self.rng)
             match _TO_ENGINE.decode(self.last):
-                case Generate(sampling=sampling) as generate if sampling.repetition_penalty >= LEAST_PENALTY:
+                case Generate() as generate:
                     self._commands.append(StartRequest(0, generate))
                 case Abort(request_id=request_id):
                     self._commands.append(AbortRequest(request_id))
@@ -105,7 +105,7 @@ class Engine(Target):
         surroundings = _Surroundings(self, self._commands, self._computed, scheduler, pool, mailbox)
         policy: Any = self.rng.choice(["recompute", "retry", "fail"])
         published = KvTransferParams(do_remote_prefill=True, remote_engine_id="d0")
-        loop = StepLoop(scheduler, pool, surroundings, mailbox, surroundings, "tcp", policy, published)
+        loop = StepLoop(scheduler, pool, surroundings, mailbox, surroundings, "tcp", policy, published, StepClock())
         loop.run()
         surroundings.check()
         mailbox.close()
@@ -201,7 +201,8 @@ class _Surroundings:
         try:
             message: KvComputed = _COMPUTED.decode(self._computed.data(self._rng))
         except WireError:
-            self._mailbox.put(KvFailed(event.request_id, "spoilt"))
+            first_token = self._rng.choice([None, *range(VOCABULARY)])
+            self._mailbox.put(KvFailed(event.request_id, "spoilt", first_token))
             self._mailbox.put(ReadsEnded(event.request_id))
             return
         # The decode side has checked all of it but the token, which is the prefill engine's to choose.

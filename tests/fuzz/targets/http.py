@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
+from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
 from tandem.api.backend import EngineState, Health, ModelCard, TokenDelta, TokenRequest
 from tandem.api.loaded_model import LoadedModel, ModelLoader
@@ -46,7 +47,7 @@ class Echo:
 
     def engines(self) -> list[ListedEngine]:
         register = make_register(EngineIdentity("d0", "i"), "mixed")
-        return [ListedEngine(register, register.status, EngineState.READY)]
+        return [ListedEngine(register, register.status, EngineState.READY, None)]
 
 
 class HttpApi(Target):
@@ -59,7 +60,7 @@ class HttpApi(Target):
         backend = Echo()
         self._loader = ModelLoader(backend)
         kind: Literal["router", "engine"] = rng.choice(["router", "engine"])
-        self._app = create_app(backend, self._loader, kind=kind, api_key=rng.choice([None, None, None, "key"]))
+        self._app = create_app(backend, self._loader, kind=kind, keys=rng.choice([None, None, None, ApiKeys("key")]))
         self._bodies = Bodies()
 
     async def begin(self) -> None:

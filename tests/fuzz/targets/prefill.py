@@ -9,6 +9,7 @@ import zmq
 
 from tandem.ids import EngineIdentity
 from tandem.transfer.prefill.listener import PeerListener
+from tandem.transfer.prefill.offers import PUBLISHED_SECONDS
 from tandem.wire.peer_messages import Claim, Hello, Release, Renew, ToPrefill
 from tests.fuzz.channel import Channel
 from tests.fuzz.fakes import Clock, Defect, FakeSocket, OwnErrors
@@ -20,6 +21,7 @@ READER = EngineIdentity("d0", "reader")
 REQUESTS = [f"r{number}" for number in range(6)]
 CLIENTS = [b"reader/1", b"reader/2", b"\0auto", b"x" * 255]
 TTL = 10.0
+MAX_PUBLISHED = 4
 REAL = [
     Hello(ENVELOPE, READER, "p0", "life"),
     Hello(ENVELOPE, READER, "p0"),
@@ -28,6 +30,7 @@ REAL = [
     Renew("life", 1, ["r1", "r1", "unknown"]),
     Release("life", ["r0"]),
     Release("life", REQUESTS),
+    Release("life", ["r0", "r1"], ["r1"]),
 ]
 
 
@@ -48,9 +51,15 @@ class Prefill(Target):
             ENVELOPE,
             descriptor(IDENTITY),
             TTL,
-            self._ended.update,
+            MAX_PUBLISHED,
+            on_ended=self._ended.update,
+            on_corrupt=self._on_corrupt,
         )
         self._count = 0
+
+    def _on_corrupt(self, request_ids: list[str]) -> None:
+        if not request_ids:
+            raise Defect("KV of no request is damaged")
 
     async def begin(self) -> None:
         self.spawn(self._listener.run())
@@ -69,10 +78,11 @@ class Prefill(Target):
     def _live(self) -> None:
         """Do as the engine does: begin a request, compute a chunk of one, or end one early."""
         listener, rng = self._listener, self.rng
+        listener.short_of_blocks(rng.random() < 0.3)
         request = rng.choice(REQUESTS)
         if request not in self._begun:
             if not listener.knows(request):
-                listener.begin(request, prompt=rng.choice([None, "digest"]))
+                listener.begin(request, rng.choice([None, "digest"]), published=rng.random() < 0.3)
                 self._begun[request] = 0
                 self._count += 1
         elif rng.random() < 0.3:
@@ -90,7 +100,7 @@ class Prefill(Target):
         for request in list(self._begun):
             self._listener.abort(request, "the end")
         for _ in range(3):
-            await self.clock.advance(2 * TTL)
+            await self.clock.advance(max(2 * TTL, PUBLISHED_SECONDS))
         if self._ended.total() != self._count:
             raise Defect(f"{self._count} requests had blocks, {self._ended.total()} gave them back")
         if any(self._listener.knows(request) for request in REQUESTS):

@@ -8,12 +8,10 @@ import random
 from typing import Any
 
 import msgspec
-import zmq
 
 from tandem.api.app import create_app
 from tandem.api.loaded_model import LoadedModel, ModelLoader
-from tandem.errors import WireError
-from tandem.ids import EngineIdentity
+from tandem.ids import EngineIdentity, output_digest
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy
@@ -35,7 +33,7 @@ from tandem.wire.messages import (
 )
 from tests.fuzz.asgi import ALLOWED, Answer, call
 from tests.fuzz.channel import Channel
-from tests.fuzz.fakes import Clock, Defect, FakeSocket, OwnErrors
+from tests.fuzz.fakes import Clock, Defect, MonitoredSocket, OwnErrors
 from tests.fuzz.target import Target
 from tests.support.families import DEMO_MODEL
 from tests.support.registrations import make_register
@@ -44,9 +42,10 @@ PREFILL, DECODE = EngineIdentity("p0", "life"), EngineIdentity("d0", "reader")
 STRANGERS = [b"stranger", b"\0auto", b"x" * 255]
 ENGINE_FAILED = {500, 504}
 TIMEOUT = 600.0
+ROUTE_TIMEOUT = 60.0
+FIRST = 5
+"""The token that the prefill engine samples."""
 MOST_CLIENTS = 4
-VOCABULARY = 256
-_TO_FRONTEND: Codec[ToFrontend] = Codec(ToFrontend)
 INFO = ["/health", "/metrics", "/v1/models", "/tandem/engines"]
 _LOADED: list[LoadedModel] = []
 
@@ -78,9 +77,10 @@ class Router(Target):
 
     def __init__(self, rng: random.Random, clock: Clock, errors: OwnErrors) -> None:
         super().__init__(rng, clock, errors)
-        self._socket = FakeSocket(zmq.ROUTER)
+        self._socket = MonitoredSocket()
         self._connections = EngineConnections(self._socket, EngineRegistry(), introduce=True)  # type: ignore[arg-type]
-        backend = RequestRouter(self._connections, OneModelPolicy(self._connections.registry), request_timeout=TIMEOUT)
+        policy = OneModelPolicy(self._connections.registry)
+        backend = RequestRouter(self._connections, policy, request_timeout=TIMEOUT, route_timeout=ROUTE_TIMEOUT)
         self._loader = ModelLoader(backend)
         self._app = create_app(backend, self._loader, kind="router")
         self._codec: Codec[ToEngine] = Codec(ToEngine)
@@ -111,13 +111,15 @@ class Router(Target):
         if len(self._clients) < MOST_CLIENTS and rng.random() < 0.3:
             self._clients.append(asyncio.ensure_future(self._ask()))
             await asyncio.sleep(0)
+        if rng.random() < 0.02:
+            self._socket.break_connection(rng.choice([*HONEST, *STRANGERS]))
         if rng.random() < 0.3:
             await self._introduce()
         self._take()
         if self._open and rng.random() < 0.4:
             self._answer(*self._open.pop(rng.randrange(len(self._open))))
         self.last = self._channel.data(rng)
-        sender = rng.choice([*HONEST, *STRANGERS] if _sound(self.last, self._top) else STRANGERS)
+        sender = rng.choice([*HONEST, *STRANGERS])
         self._socket.put(sender, *([self.last] if rng.random() < 0.98 else [self.last] * rng.choice([0, 2])))
         await self._socket.taken()
         for _ in range(3):
@@ -182,23 +184,7 @@ class Router(Target):
             client.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
         await super().close()
-
-
-def _sound(data: bytes, top: int | None) -> bool:
-    """Whether tokens and their logprobs can be: an engine that is registered is believed in this."""
-    try:
-        message = _TO_FRONTEND.decode(data)
-    except WireError:
-        return True
-    items = message.items if isinstance(message, Outputs) else []
-    for item in items:
-        if isinstance(item, Tokens):
-            tops = [token for one in item.logprobs or [] for token, _ in one.top]
-            if not all(0 <= token < VOCABULARY for token in (*item.token_ids, *tops)):
-                return False
-            if len(item.logprobs or []) != (0 if top is None else len(item.token_ids)):
-                return False
-    return True
+        self._connections.stop()
 
 
 def _said(message: Generate) -> list[Tokens]:
@@ -206,6 +192,8 @@ def _said(message: Generate) -> list[Tokens]:
     request, stats, top = message.request_id, RequestStats(), message.sampling.logprobs
     begun = len(message.token_ids) - message.prompt_len
     reads = isinstance(message.kv, PullKv)
-    tokens = [6] * (message.sampling.max_tokens - begun - 1) if reads else [5]
+    before = [*message.token_ids[message.prompt_len :], *[FIRST] * reads]
+    tokens = [6] * (message.sampling.max_tokens - begun - 1) if reads else [FIRST]
     logprobs = None if top is None else [TokenLogprobs(-0.5, [(1, -0.5)] * top)] * len(tokens)
-    return [Tokens(request, begun + reads, tokens, logprobs, "length" if reads else None, done=True, stats=stats)]
+    finish, digest = "length" if reads else None, output_digest(before)
+    return [Tokens(request, len(before), tokens, logprobs, finish, done=True, stats=stats, digest=digest)]
