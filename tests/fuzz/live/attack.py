@@ -30,10 +30,10 @@ class LiveReport:
     log_bytes: int
 
 
-def attack(folder: Path, inputs: int, seed: int, *, keyed: bool) -> LiveReport:
+def attack(folder: Path, inputs: int, seed: int) -> LiveReport:
     """Send this many inputs. Raises Defect with the last of them."""
-    with fuzzed_cluster(folder, keyed=keyed) as cluster:
-        rng = random.Random(f"{seed}/{keyed}")
+    with fuzzed_cluster(folder) as cluster:
+        rng = random.Random(seed)
         raw, members = RawClients(cluster, rng), Members(cluster, rng)
         last: list[bytes] = []
         started = time.monotonic()

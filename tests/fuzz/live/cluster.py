@@ -34,7 +34,7 @@ class FuzzedCluster:
     """
 
     deployment: Deployment
-    key: ClusterKey | None
+    key: ClusterKey
     witness: Witness
     ports: dict[str, list[Port]]
     engines: dict[str, dict[str, Any]]
@@ -84,16 +84,13 @@ class FuzzedCluster:
 
 
 @contextmanager
-def fuzzed_cluster(folder: Path, *, keyed: bool) -> Iterator[FuzzedCluster]:
+def fuzzed_cluster(folder: Path) -> Iterator[FuzzedCluster]:
     """Start a cluster of a small random model, with a witness; both are ended with the block, whatever happens."""
     model = FAMILIES["qwen3"].write(folder / "model")
-    arguments: list[str | Path] = [model, *SHAPE]
-    key = None
-    if keyed:
-        assert run_tandem("keygen", folder / "key").code == 0
-        key = load_key(folder / "key")
-        arguments += ["--cluster-key-file", folder / "key"]
-    with Deployment(*arguments) as deployment:
+    assert run_tandem("keygen", folder / "key").code == 0
+    key = load_key(folder / "key")
+    assert key is not None
+    with Deployment(model, *SHAPE, "--cluster-key-file", folder / "key") as deployment:
         engines = deployment.engines()
         doors = {"router": deployment.http} | {name: deployment.engine(name) for name in engines}
         witness = Witness(doors)

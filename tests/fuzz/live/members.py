@@ -1,4 +1,4 @@
-"""Hostile members: clients that hold the cluster key, if there is one, and send messages over ZeroMQ."""
+"""Hostile members: clients that hold the cluster key and send messages over ZeroMQ."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ class Members:
         self._rng = rng
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sockets = Sockets(self._context, cluster.key)
-        self._strangers = [Sockets(self._context, None)]
-        if cluster.key is not None:
-            self._strangers.append(Sockets(self._context, new_key()))
+        self._strangers = [Sockets(self._context, None), Sockets(self._context, new_key())]
         self._open: dict[Port, list[zmq.Socket[bytes]]] = {}
         self._names = 0
         self._door = DecoyEngine(self._sockets, rng)
