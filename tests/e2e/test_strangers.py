@@ -47,7 +47,7 @@ def test_a_stranger_is_let_in_nowhere(split: Deployment) -> None:
     engines = split.engines()
     http = {int(url.rpartition(":")[2]) for url in (split.http.url, *(split.engine(name).url for name in engines))}
     internal = listening_ports(split.pids) - http
-    assert len(internal) == 11, "control ports of router and APIs, and each leader's three and KV port"
+    assert len(internal) == 9, "control ports of router and APIs; of each leader those for peers, transfers and KV"
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     for port in internal:
         for identity in (b"0", b"1", engines["prefill-0"]["incarnation"].encode()):

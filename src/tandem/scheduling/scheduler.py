@@ -135,9 +135,6 @@ class Scheduler:
         request = self.get(request_id)
         if request is None or request.state is not RequestState.WAITING_FOR_KV:
             return
-        if first_token is not None and first_token >= self.limits.vocab_size:
-            self.kv_failed(request_id, f"the peer sent token {first_token}", now, reading=False)
-            return
         length = len(request.tokens)
         if first_token is None and request.num_cached == length:
             # To compute the last token would write into a block that others share.
