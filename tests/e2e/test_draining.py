@@ -27,6 +27,7 @@ def router() -> Iterator[Deployment]:
 
 @pytest.fixture
 def engine(router: Deployment, folder_of: Callable[[str], Path]) -> Iterator[Callable[..., Deployment]]:
+    assert until(lambda: "--router " in router.log, PATIENCE), router.log
     [control] = re.findall(r"--router (\S+)", router.log)
     with ExitStack() as stack:
 
@@ -62,7 +63,7 @@ def test_running_requests_end_well_and_new_ones_go_to_another_engine(
         replies = [answer.result() for answer in answers]
     assert {len(reply.token_ids) for reply in replies} == {900}
     assert len({tuple(reply.token_ids) for reply in replies}) == 1
-    assert {reply.how["decode_engine"] for reply in replies} == {"old", "new"}, "what ran there ended there"
+    assert {reply.how["decode_engine"] for reply in replies} == {"old", "new"}, old.log
     assert old.wait(PATIENCE) == 0, old.log
     assert until(lambda: states(router) == {"new": "ready"}, PATIENCE)
 
