@@ -28,7 +28,9 @@ class ConnectionMonitor:
     def __init__(self, socket: zmq.asyncio.Socket, on_lost: Callable[[bytes], None]) -> None:
         self._socket = socket
         # Read without asyncio's wrapper: `identify` must read what is there without waiting.
-        self._monitor: zmq.Socket[bytes] = zmq.Socket.shadow(socket.get_monitor_socket(EVENTS).underlying)
+        # Kept beside its shadow: an event that libzmq sends once its reader is closed blocks for ever, and us with it.
+        self._events = socket.get_monitor_socket(EVENTS)
+        self._monitor: zmq.Socket[bytes] = zmq.Socket.shadow(self._events.underlying)
         self._on_lost = on_lost
         self._open: set[int] = set()
         self._engines: dict[int, bytes] = {}
