@@ -118,20 +118,24 @@ class StepLoop:
         if (results := self._pipeline.fileno()) is not None:
             wait.register(results, select.POLLIN)
         while self._stopping is None:
-            for command in self._mailbox.take():
-                self._handle(command)
-            now = time.monotonic()
-            self._scheduler.expire(now)
-            batch = self._scheduler.schedule(now)
-            if batch is not None:
-                self._pipeline.submit(batch)
-            for result in self._pipeline.results():
-                self._scheduler.apply(result, time.monotonic())
-            self._publish(self._scheduler.drain())
-            self._post_status(time.monotonic(), idle=batch is None)
-            if batch is None:
+            if not self.step():
                 wait.poll(IDLE_SECONDS * 1000)
         return self._stopping
+
+    def step(self) -> bool:
+        """Do once what there is to do, without waiting. Return whether a batch was begun. Raises EngineFailed."""
+        for command in self._mailbox.take():
+            self._handle(command)
+        now = time.monotonic()
+        self._scheduler.expire(now)
+        batch = self._scheduler.schedule(now)
+        if batch is not None:
+            self._pipeline.submit(batch)
+        for result in self._pipeline.results():
+            self._scheduler.apply(result, time.monotonic())
+        self._publish(self._scheduler.drain())
+        self._post_status(time.monotonic(), idle=batch is None)
+        return batch is not None
 
     # --- what comes in -------------------------------------------------------------------------------------------
 

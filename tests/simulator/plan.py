@@ -1,0 +1,198 @@
+"""A schedule: engines, routers, requests and faults, drawn from a seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from tandem.config import KvFailure, Role
+from tests.simulator.model import VOCABULARY
+from tests.simulator.reads import ReadProfile
+
+FaultKind = Literal["kill", "pause", "cut", "break", "leave"]
+
+SHAPES = ((1, 1), (1, 1), (2, 1), (1, 2))
+BLOCK_SIZES = (2, 3, 4, 4, 8)
+MAX_PROMPT = 20
+MAX_TOKENS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    name: str
+    role: Role
+    tp: int
+    pp: int
+    block_size: int
+    blocks: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    token_major: bool
+    salt: int
+    step_seconds: float
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """A client and its request.
+
+    Attributes:
+        router: number of the router that it asks.
+        leaves: seconds after which the client goes away, if it does.
+    """
+
+    at: float
+    router: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    min_tokens: int
+    leaves: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something breaks, between `at` and `until`: a process (`one`), or what is between two."""
+
+    at: float
+    until: float
+    kind: FaultKind
+    one: str
+    other: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    engines: tuple[EngineSpec, ...]
+    routers: int
+    requests: tuple[RequestSpec, ...]
+    faults: tuple[Fault, ...]
+    reads: ReadProfile
+    kv_failure: KvFailure
+    lease_ttl: float
+    request_timeout: float
+    slowest: float
+    spikes: float
+    duplicates: float
+    same_address: bool
+
+    @property
+    def quiet_from(self) -> float:
+        """When nothing breaks any more."""
+        return max((fault.until for fault in self.faults), default=0.0)
+
+
+def router_name(number: int) -> str:
+    return f"router-{number}"
+
+
+def draw(seed: int, *, skew: float = 0.0, diverge: bool = False) -> Plan:
+    """Return the schedule of a seed.
+
+    Args:
+        skew: most by which the rates of two clocks differ from true time, as a fraction.
+        diverge: engines may choose different tokens after the same ones, as with other batches or shapes in bf16.
+    """
+    chance = random.Random(seed)
+    engines = _engines(chance, skew, diverge)
+    routers = 2 if chance.random() < 0.25 else 1
+    broken_reads = chance.random() < 0.4
+    reads = ReadProfile(
+        one_sided=chance.random() < 0.7,
+        slow=0.2 if broken_reads else 0.0,
+        failing=0.15 if broken_reads else 0.0,
+        hanging=0.0 if broken_reads else 0.0,
+    )
+    requests = _requests(chance, routers)
+    faults = _faults(chance, engines, routers)
+    return Plan(
+        engines=engines,
+        routers=routers,
+        requests=requests,
+        faults=faults,
+        reads=reads,
+        kv_failure=chance.choice(("recompute", "recompute", "recompute", "retry", "fail")),
+        lease_ttl=chance.choice((1.0, 1.0, 2.0)),
+        request_timeout=chance.choice((5.0, 20.0)) if faults or broken_reads else 60.0,
+        slowest=chance.choice((0.001, 0.005, 0.03)),
+        spikes=chance.choice((0.0, 0.02, 0.1)),
+        duplicates=chance.choice((0.0, 0.5)),
+        same_address=chance.random() < 0.5,
+    )
+
+
+def _engines(chance: random.Random, skew: float, diverge: bool) -> tuple[EngineSpec, ...]:
+    roles: tuple[Role, ...] = chance.choice(
+        (
+            ("prefill", "decode"),
+            ("prefill", "decode"),
+            ("prefill", "prefill", "decode"),
+            ("prefill", "decode", "decode"),
+            ("prefill", "prefill", "decode", "decode"),
+            ("mixed",),
+            ("prefill", "decode", "mixed"),
+        )
+    )
+    specs = []
+    for number, role in enumerate(roles):
+        tp, pp = chance.choice(SHAPES)
+        size = chance.choice(BLOCK_SIZES)
+        least = -(-(MAX_PROMPT + MAX_TOKENS + 1) // size)
+        specs.append(
+            EngineSpec(
+                name=f"{role}-{number}",
+                role=role,
+                tp=tp,
+                pp=pp,
+                block_size=size,
+                blocks=least + chance.choice((0, 2, least)),
+                max_num_seqs=chance.choice((1, 2, 4)),
+                max_batched_tokens=chance.choice((4, 8, 16)),
+                token_major=chance.random() < 0.3,
+                salt=chance.randrange(1, VOCABULARY) if diverge else 0,
+                step_seconds=chance.choice((0.001, 0.01, 0.08)),
+                rate=1.0 + chance.uniform(-skew, skew),
+            )
+        )
+    return tuple(specs)
+
+
+def _requests(chance: random.Random, routers: int) -> tuple[RequestSpec, ...]:
+    stems = [tuple(chance.randrange(40, VOCABULARY) for _ in range(MAX_PROMPT)) for _ in range(2)]
+    specs = []
+    for _ in range(chance.choice((1, 2, 3, 5, 8))):
+        length = chance.randrange(1, MAX_PROMPT + 1)
+        kept = chance.randrange(0, length + 1)
+        own = tuple(chance.randrange(40, VOCABULARY) for _ in range(length - kept))
+        max_tokens = chance.randrange(1, MAX_TOKENS + 1)
+        specs.append(
+            RequestSpec(
+                at=chance.uniform(1.0, 2.2),
+                router=chance.randrange(routers),
+                prompt=(chance.choice(stems)[:kept] + own),
+                max_tokens=max_tokens,
+                min_tokens=chance.choice((0, 0, max_tokens)),
+                leaves=chance.uniform(0.0, 1.0) if chance.random() < 0.15 else None,
+            )
+        )
+    return tuple(sorted(specs, key=lambda spec: spec.at))
+
+
+def _faults(chance: random.Random, engines: tuple[EngineSpec, ...], routers: int) -> tuple[Fault, ...]:
+    names = [spec.name for spec in engines]
+    everybody = names + [router_name(number) for number in range(routers)]
+    faults = []
+    for _ in range(chance.choice((0, 0, 1, 1, 1, 2, 3))):
+        kind: FaultKind = chance.choice(("kill", "pause", "pause", "cut", "cut", "break", "break", "leave"))
+        at = chance.uniform(0.2, 3.2)
+        seconds = chance.choice((0.05, 0.3, 0.8, 1.5, 3.0, 9.0)) * chance.uniform(0.5, 1.5)
+        if kind in ("cut", "break"):
+            one, other = chance.sample(everybody, 2)
+            faults.append(Fault(at, at if kind == "break" else at + seconds, kind, one, other))
+        elif kind == "leave":
+            faults.append(Fault(at, at + min(seconds, 3.0), kind, chance.choice(names)))
+        else:
+            one = chance.choice(everybody)
+            faults.append(Fault(at, at + (min(seconds, 3.0) if kind == "kill" else seconds), kind, one))
+    return tuple(sorted(faults, key=lambda fault: fault.at))
