@@ -30,6 +30,7 @@ class Pull:
         posted: tokens, from the start, that are here or being read.
         jobs: ranks by read job that may still write into the destination blocks.
         ended: why the KV is not wanted any more, or will not come.
+        abandoned_at: when a look at the clock first found reads in progress for it although it has ended.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class Pull:
     posted: int = 0
     jobs: dict[int, set[int]] = field(default_factory=dict)
     ended: str | None = None
+    abandoned_at: float | None = None
     bytes: int = 0
     descriptors: int = 0
     job_seconds: dict[int, float] = field(default_factory=dict)

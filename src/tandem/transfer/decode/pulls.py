@@ -43,6 +43,9 @@ from tandem.wire.peer_messages import (
 
 log = logging.getLogger(__name__)
 
+READ_SECONDS = 20.0
+"""A read that nobody wants any more may go on for this long; then its session ends, so that its blocks come back."""
+
 
 class Pulls:
     """Sessions by prefill engine, pulls by request.
@@ -268,6 +271,9 @@ class Pulls:
             return
         if session.state is not SessionState.READY:
             return
+        if self._has_endless_read(number, now):
+            self._end_session(session, PeerLost("a read that nobody wants any more does not end"), now)
+            return
         for pull in session.run_out(now):
             self._fail(pull, "the lease was not renewed in time")
         for pull in session.unheard(now):
@@ -275,6 +281,16 @@ class Pulls:
         renewal = session.renewal(now)
         if renewal is not None:
             self._send(session, renewal)
+
+    def _has_endless_read(self, session: int, now: float) -> bool:
+        """Return whether a pull that ended some time ago still has reads in progress: only the session's end ends them."""
+        for pull in self._jobs.values():
+            if pull.session == session and pull.ended is not None:
+                if pull.abandoned_at is None:
+                    pull.abandoned_at = now
+                elif now - pull.abandoned_at > READ_SECONDS:
+                    return True
+        return False
 
     def forget_ended(self, now: float) -> None:
         """Forget foreign sessions that ended a while ago."""
