@@ -65,7 +65,8 @@ class RequestRouter:
         failure: RequestError | None = None
         fingerprint: str | None = None
         for number in range(MAX_ATTEMPTS):
-            route = await self._choose(exclude, fingerprint if merger.tokens else None, failure)
+            begun = fingerprint if merger.tokens else None
+            route = await self._choose(exclude, begun, failure, merger.started + self._timeout)
             fingerprint = route.decode.status.fingerprint
             merger.forget_early()
             attempt = Attempt(self._connections, request, route, merger, number, self._timeout)
@@ -82,13 +83,16 @@ class RequestRouter:
                 exclude.add(_at_fault(error, route).incarnation)
         raise failure or EngineFailed("no attempt succeeded")
 
-    async def _choose(self, exclude: set[str], fingerprint: str | None, failure: RequestError | None) -> Route:
+    async def _choose(
+        self, exclude: set[str], fingerprint: str | None, failure: RequestError | None, end: float
+    ) -> Route:
         """Return a route for the next attempt. After the loss of an engine it waits a while for one to come (back).
 
         Args:
             fingerprint: of the engines that made the tokens so far: an answer is of one model.
+            end: when the request must have ended.
         """
-        deadline = time.monotonic() + (RESUME_SECONDS if isinstance(failure, EngineLost) else 0.0)
+        deadline = min(end, time.monotonic() + (RESUME_SECONDS if isinstance(failure, EngineLost) else 0.0))
         route = self._policy.choose(exclude, fingerprint)
         while isinstance(route, NoRoute):
             if time.monotonic() >= deadline:
