@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from tandem.engine.io.frontends import Frontend
 from tandem.errors import InvalidRequest, KvLost, KvRetry, Overloaded, RequestError
 from tandem.router.attempt import GRACE_SECONDS
 from tests.simulator.engine import SimEngine
@@ -64,7 +65,7 @@ def _busy_reader(engine: SimEngine, living: Collection[str]) -> Iterator[str]:
 
 
 def not_whole(router: SimRouter, engines: Collection[SimEngine]) -> Iterator[str]:
-    """Yield what keeps a router from using all engines, or what it still holds."""
+    """Yield what keeps a router from using its engines, or what it still holds."""
     if router.connections._streams:
         yield f"{router.process.name} has streams {list(router.connections._streams)}"
     known = {entry.incarnation: entry for entry in router.registry.ready()}
@@ -74,10 +75,20 @@ def not_whole(router: SimRouter, engines: Collection[SimEngine]) -> Iterator[str
             yield f"{router.process.name} does not use {engine.identity}"
         elif entry.active:
             yield f"{router.process.name} counts {entry.active} requests on {engine.spec.name}"
+        elif entry.register.connection != _frontend(router, engine)._breaks:
+            yield f"{engine.spec.name} has not registered with {router.process.name} since their connection broke"
+
+
+def _frontend(router: SimRouter, engine: SimEngine) -> Frontend:
+    return next(one for one in engine.event_loop._frontends if one._address.host == router.process.name)
+
+
+def not_connected(engines: Collection[SimEngine]) -> Iterator[str]:
+    """Yield which decode engines cannot read from which prefill engines."""
     for reader in (one for one in engines if one.spec.role == "decode"):
-        entry = known.get(reader.identity.incarnation)
+        peers = {(peer.engine_id, peer.incarnation): peer for peer in reader.event_loop._dialer.peers}
         for source in (one for one in engines if one.spec.role == "prefill"):
-            peer = entry and entry.peers.get((source.spec.name, source.identity.incarnation))
+            peer = peers.get((source.spec.name, source.identity.incarnation))
             if peer is None or peer.state != "ready":
                 yield f"{reader.spec.name} has no session with {source.spec.name}: {peer}"
 

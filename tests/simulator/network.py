@@ -153,6 +153,8 @@ class Connection:
         if frames is None:
             self._close(receiver)
         elif not receiver.closed:
+            if self.network.world.verbose:
+                self.network.world.note_message(self.other(receiver).process.name, frames[-1])
             receiver.arrived(self, frames)
 
     def release_held(self) -> None:

@@ -87,22 +87,35 @@ def router_name(number: int) -> str:
     return f"router-{number}"
 
 
-def draw(seed: int, *, skew: float = 0.0, diverge: bool = False) -> Plan:
-    """Return the schedule of a seed.
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """What a deployment is taken to be like.
 
-    Args:
-        skew: most by which the rates of two clocks differ from true time, as a fraction.
+    Attributes:
+        skew: most by which the rate of a clock differs from true time, as a fraction.
         diverge: engines may choose different tokens after the same ones, as with other batches or shapes in bf16.
+        tight: memory is short also where two routers share engines (decision 13).
     """
+
+    skew: float = 0.001
+    diverge: bool = False
+    tight: bool = False
+
+
+DEFAULT = Assumptions()
+
+
+def draw(seed: int, assumptions: Assumptions = DEFAULT) -> Plan:
+    """Return the schedule of a seed."""
     chance = random.Random(seed)
-    engines = _engines(chance, skew, diverge)
     routers = 2 if chance.random() < 0.25 else 1
+    engines = _engines(chance, assumptions, roomy=routers > 1 and not assumptions.tight)
     broken_reads = chance.random() < 0.4
     reads = ReadProfile(
         one_sided=chance.random() < 0.7,
         slow=0.2 if broken_reads else 0.0,
         failing=0.15 if broken_reads else 0.0,
-        hanging=0.0 if broken_reads else 0.0,
+        hanging=0.05 if broken_reads else 0.0,
     )
     requests = _requests(chance, routers)
     faults = _faults(chance, engines, routers)
@@ -122,7 +135,7 @@ def draw(seed: int, *, skew: float = 0.0, diverge: bool = False) -> Plan:
     )
 
 
-def _engines(chance: random.Random, skew: float, diverge: bool) -> tuple[EngineSpec, ...]:
+def _engines(chance: random.Random, assumptions: Assumptions, *, roomy: bool) -> tuple[EngineSpec, ...]:
     roles: tuple[Role, ...] = chance.choice(
         (
             ("prefill", "decode"),
@@ -146,13 +159,13 @@ def _engines(chance: random.Random, skew: float, diverge: bool) -> tuple[EngineS
                 tp=tp,
                 pp=pp,
                 block_size=size,
-                blocks=least + chance.choice((0, 2, least)),
+                blocks=least + chance.choice((0, 2, least)) + (9 * least if roomy else 0),
                 max_num_seqs=chance.choice((1, 2, 4)),
                 max_batched_tokens=chance.choice((4, 8, 16)),
                 token_major=chance.random() < 0.3,
-                salt=chance.randrange(1, VOCABULARY) if diverge else 0,
+                salt=chance.randrange(1, VOCABULARY) if assumptions.diverge else 0,
                 step_seconds=chance.choice((0.001, 0.01, 0.08)),
-                rate=1.0 + chance.uniform(-skew, skew),
+                rate=1.0 + chance.uniform(-assumptions.skew, assumptions.skew),
             )
         )
     return tuple(specs)

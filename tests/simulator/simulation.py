@@ -15,9 +15,9 @@ from tandem.engine.io import event_loop
 from tandem.wire.messages import Address
 from tests.simulator.engine import SimEngine, SimEventLoopThread
 from tests.simulator.frontend import Answer, SimRouter
-from tests.simulator.invariants import busy, not_whole, wrong_answer
+from tests.simulator.invariants import busy, not_connected, not_whole, wrong_answer
 from tests.simulator.network import Network
-from tests.simulator.plan import EngineSpec, Fault, Plan, RequestSpec, draw, router_name
+from tests.simulator.plan import DEFAULT, Assumptions, EngineSpec, Fault, Plan, RequestSpec, draw, router_name
 from tests.simulator.reads import Fabric
 from tests.simulator.world import Process, World
 
@@ -173,6 +173,7 @@ class Simulation:
         living = {engine.identity.incarnation for engine in engines}
         for engine in engines:
             yield from busy(engine, living)
+        yield from not_connected(engines)
         for router in self.routers.values():
             yield from not_whole(router, engines)
 
@@ -206,8 +207,17 @@ class Simulation:
                     self.world.fail(wrong)
 
 
+class _TraceLogs(logging.Handler):
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.INFO)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._world.note(f"LOG {record.getMessage()}")
+
+
 @contextlib.contextmanager
-def simulated_time() -> Iterator[list[World]]:
+def simulated_time(handler: logging.Handler | None = None) -> Iterator[list[World]]:
     """Let `time.monotonic`, random ids and the leader's thread belong to the world that is put into the list."""
     worlds: list[World] = []
     before = time.monotonic, uuid.uuid4, event_loop.EventLoopThread, logging.root.manager.disable
@@ -216,23 +226,27 @@ def simulated_time() -> Iterator[list[World]]:
     event_loop.EventLoopThread = SimEventLoopThread  # type: ignore[misc,assignment]
     collecting = gc.isenabled()
     gc.disable()
-    logging.disable(logging.CRITICAL)
+    logging.disable(logging.CRITICAL if handler is None else logging.NOTSET)
+    if handler is not None:
+        logging.root.addHandler(handler)
     try:
         yield worlds
     finally:
         time.monotonic, uuid.uuid4, event_loop.EventLoopThread, disabled = before  # type: ignore[misc]
         logging.disable(disabled)
+        if handler is not None:
+            logging.root.removeHandler(handler)
         asyncio._set_running_loop(None)
         if collecting:
             gc.enable()
 
 
-def run_schedule(seed: int, *, skew: float = 0.0, diverge: bool = False, verbose: bool = False) -> Result:
+def run_schedule(seed: int, assumptions: Assumptions = DEFAULT, *, verbose: bool = False) -> Result:
     """Run the schedule of a seed. The same seed goes the same way."""
-    plan = draw(seed, skew=skew, diverge=diverge)
-    with simulated_time() as worlds:
-        simulation = Simulation(seed, plan, verbose=verbose)
-        world = simulation.world
+    plan = draw(seed, assumptions)
+    simulation = Simulation(seed, plan, verbose=verbose)
+    world = simulation.world
+    with simulated_time(_TraceLogs(world) if verbose else None) as worlds:
         worlds.append(world)
         asyncio._set_running_loop(world.loop.itself)
         try:

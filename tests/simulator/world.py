@@ -13,10 +13,15 @@ from collections.abc import Callable, Coroutine
 from heapq import heappop, heappush
 from typing import Any, cast
 
+import msgspec
+
 Action = Callable[[], object]
 
 MAX_EVENTS = 400_000
 """A schedule that needs more does not come to rest."""
+
+
+BEATS = {"status", "registered", "thread_alive", "introduce", "renew", "renewed"}
 
 
 class Handle:
@@ -145,6 +150,13 @@ class World:
         if self.verbose:
             name = self.current.name if self.current else "-"
             self.lines.append(f"{self.now:9.4f} {name:12} {text}")
+
+    def note_message(self, sender: str, data: bytes) -> None:
+        """Add a message that arrived, but for those that come all the time."""
+        message: dict[str, Any] = msgspec.msgpack.decode(data)
+        kind = message.pop("type")
+        if kind not in BEATS:
+            self.note(f"{sender} says {kind} {str(message)[:300]}")
 
     def monotonic(self) -> float:
         """Return what `time.monotonic` returns to the code that runs now."""
