@@ -283,7 +283,7 @@ class Pulls:
             self._send(session, renewal)
 
     def _has_endless_read(self, session: int, now: float) -> bool:
-        """Return whether a pull that ended some time ago still has reads in progress: only the session's end ends them."""
+        """Return whether a pull that ended a while ago has reads in progress: only the session's end ends them."""
         for pull in self._jobs.values():
             if pull.session == session and pull.ended is not None:
                 if pull.abandoned_at is None:
