@@ -27,17 +27,21 @@ from tandem.transfer.handshake import PROTOCOL, EngineDescriptor, RankDescriptor
 from tandem.transfer.thread.transfer_thread import BEAT_SECONDS, TransferThread
 from tandem.wire.messages import Address, EngineStatus, KvTransferParams, Register
 from tandem.wire.peer_messages import Envelope
+from tests.scheduling.invariants import check_scheduler
 from tests.simulator.model import EOS, ITEM, VOCABULARY, Memory, extend_digests, next_token
-from tests.simulator.network import Network, Socket, Sockets
+from tests.simulator.network import Network
 from tests.simulator.plan import MAX_PROMPT, MAX_TOKENS, EngineSpec, Plan
 from tests.simulator.reads import Fabric, Place, SimTransport
+from tests.simulator.sockets import Socket, Sockets
 from tests.simulator.world import Process, World
-from tests.scheduling.invariants import check_scheduler
 
 LAYERS = HEADS = 2
 MAX_WAITING = 6
 HAND_OVER_SECONDS = (0.00001, 0.002)
 """From one thread to another."""
+
+LATE_SECONDS = 0.6
+"""An engine ends a request at its deadline, or as soon as the step loop looks."""
 
 Main = Callable[[Callable[[], None], "asyncio.Future[str]"], Coroutine[Any, Any, None]]
 
@@ -99,7 +103,7 @@ class SimMailbox:
 
 
 class SimPipeline:
-    """Runs batches on the memories of all ranks. With one batch in flight `submit` computes, as a single process does."""
+    """Runs batches on the memories of all ranks. Without pipeline stages `submit` computes, as one process does."""
 
     def __init__(self, engine: SimEngine) -> None:
         self._engine = engine
@@ -211,7 +215,15 @@ class SimEngine:
             "simulated", [], self.scheduler.kv_usage(), self.scheduler.counts(), [],
         )  # fmt: skip
         register = Register(
-            self.identity, status, address, self.scheduler.limits.max_model_len, MAX_WAITING, "/model", "int", "0", PROTOCOL
+            self.identity,
+            status,
+            address,
+            self.scheduler.limits.max_model_len,
+            MAX_WAITING,
+            "/model",
+            "int",
+            "0",
+            PROTOCOL,
         )
         SimEventLoopThread.process = self.process
         self.world.current = self.process
@@ -262,6 +274,10 @@ class SimEngine:
         self._wake_at = float("inf")
         begun = self.step_loop.step()
         check_scheduler(self.scheduler)
+        late = self.process.time() - LATE_SECONDS  # of this very step: it has looked
+        for request in self.scheduler.state.requests.values():
+            if request.deadline < late:
+                self.world.fail(f"{self.spec.name} still has {request.request_id} after its deadline")
         if self.step_loop._stopping is not None:
             self._stop(self.step_loop._stopping)
         elif begun:
@@ -305,4 +321,6 @@ class SimEngine:
         state = self.scheduler.state
         if any(block in blocks for blocks in state.quarantined.values()):
             return True
-        return any(block in request.block_ids[request.num_cached // self.spec.block_size :] for request in state.waiting_for_kv)
+        return any(
+            block in request.block_ids[request.num_cached // self.spec.block_size :] for request in state.waiting_for_kv
+        )

@@ -15,8 +15,9 @@ from tandem.router.policy import OneModelPolicy
 from tandem.router.request_router import RequestRouter
 from tandem.wire.messages import Address
 from tandem.wire.sampling import SamplingParams
-from tests.simulator.network import Network, Sockets
+from tests.simulator.network import Network
 from tests.simulator.plan import Plan, RequestSpec
+from tests.simulator.sockets import Sockets
 from tests.simulator.world import Process, World
 
 

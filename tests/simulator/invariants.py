@@ -83,6 +83,15 @@ def _frontend(router: SimRouter, engine: SimEngine) -> Frontend:
     return next(one for one in engine.event_loop._frontends if one._address.host == router.process.name)
 
 
+def needless_losses(engine: SimEngine) -> str | None:
+    """Return what an engine has lost, where nothing broke."""
+    loop = engine.event_loop
+    if loop._listener.expired or loop._dialer.failures:
+        lost = f"{loop._listener.expired} leases ran out, {loop._dialer.failures} pulls failed"
+        return f"nothing broke; {engine.spec.name}: {lost}"
+    return None
+
+
 def not_connected(engines: Collection[SimEngine]) -> Iterator[str]:
     """Yield which decode engines cannot read from which prefill engines."""
     for reader in (one for one in engines if one.spec.role == "decode"):
@@ -125,6 +134,6 @@ def _wrong_error(answer: Answer, error: RequestError, plan: Plan) -> str | None:
     if isinstance(error, InvalidRequest) or type(error) is RequestError:
         return text
     expected = {"recompute": (), "retry": (KvRetry,), "fail": (KvLost,)}[plan.kv_failure]
-    if not plan.faults and not plan.reads.failing and not isinstance(error, (Overloaded, *expected)):
+    if plan.nothing_breaks and not isinstance(error, (Overloaded, *expected)):
         return f"nothing broke, and {text}"
     return None

@@ -15,6 +15,9 @@ VOCABULARY = 1000
 EOS = frozenset(range(40))
 """One token in 25 ends a request."""
 GARBAGE = -1
+"""What nobody has written yet."""
+TAKEN = -2
+"""What a read finds in a block that nobody protects: anything."""
 ITEM = 8
 """Bytes of a cell: one number."""
 
@@ -44,10 +47,8 @@ def next_token(digest: int, salt: int, banned: Sequence[int] = ()) -> int:
     return token
 
 
-def contradiction(
-    prompt: Sequence[int], output: Sequence[int], min_tokens: int, salts: Sequence[int]
-) -> str | None:
-    """Return what is wrong with an answer; None if each of its tokens is one that some engine chooses after the others."""
+def contradiction(prompt: Sequence[int], output: Sequence[int], min_tokens: int, salts: Sequence[int]) -> str | None:
+    """Return what is wrong with an answer; None if each token is one that some engine chooses after the others."""
     digest = extend_digests([], prompt)[-1]
     for index, token in enumerate(output):
         banned = sorted(EOS) if index < min_tokens else []

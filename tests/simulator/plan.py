@@ -82,6 +82,10 @@ class Plan:
         """When nothing breaks any more."""
         return max((fault.until for fault in self.faults), default=0.0)
 
+    @property
+    def nothing_breaks(self) -> bool:
+        return not self.faults and not self.reads.failing
+
 
 def router_name(number: int) -> str:
     return f"router-{number}"
@@ -110,29 +114,50 @@ def draw(seed: int, assumptions: Assumptions = DEFAULT) -> Plan:
     chance = random.Random(seed)
     routers = 2 if chance.random() < 0.25 else 1
     engines = _engines(chance, assumptions, roomy=routers > 1 and not assumptions.tight)
-    broken_reads = chance.random() < 0.4
-    reads = ReadProfile(
-        one_sided=chance.random() < 0.7,
-        slow=0.2 if broken_reads else 0.0,
-        failing=0.15 if broken_reads else 0.0,
-        hanging=0.05 if broken_reads else 0.0,
-    )
+    lease_ttl = chance.choice((1.0, 1.0, 2.0))
+    kind = chance.choices(("any", "reads", "leases"), (6, 4, 3))[0]
     requests = _requests(chance, routers)
-    faults = _faults(chance, engines, routers)
+    faults = _lease_faults(chance, engines, lease_ttl) if kind == "leases" else _faults(chance, engines, routers)
     return Plan(
         engines=engines,
         routers=routers,
         requests=requests,
         faults=faults,
-        reads=reads,
+        reads=_reads(chance, kind),
         kv_failure=chance.choice(("recompute", "recompute", "recompute", "retry", "fail")),
-        lease_ttl=chance.choice((1.0, 1.0, 2.0)),
-        request_timeout=chance.choice((5.0, 20.0)) if faults or broken_reads else 60.0,
+        lease_ttl=lease_ttl,
+        request_timeout=chance.choice((5.0, 20.0)) if faults or kind == "reads" else 60.0,
         slowest=chance.choice((0.001, 0.005, 0.03)),
         spikes=chance.choice((0.0, 0.02, 0.1)),
         duplicates=chance.choice((0.0, 0.5)),
         same_address=chance.random() < 0.5,
     )
+
+
+def _reads(chance: random.Random, kind: str) -> ReadProfile:
+    """Return how reads end. Plans of the kind "reads" have bad ones, those of the kind "leases" slow ones."""
+    return ReadProfile(
+        one_sided=chance.random() < 0.7,
+        own_network=chance.random() < 0.5,
+        slow={"any": 0.0, "reads": 0.2, "leases": 0.5}[kind],
+        failing=0.15 if kind == "reads" else 0.0,
+        hanging=0.05 if kind == "reads" else 0.0,
+    )
+
+
+def _lease_faults(chance: random.Random, engines: tuple[EngineSpec, ...], ttl: float) -> tuple[Fault, ...]:
+    """Let engines lose sight of each other for about as long as a lease lasts, while they read."""
+    faults = []
+    for _ in range(chance.choice((1, 2))):
+        at, seconds = chance.uniform(1.0, 2.6), ttl * chance.uniform(0.5, 3.0)
+        one = chance.choice([spec.name for spec in engines if spec.role != "prefill"])
+        other = chance.choice([spec.name for spec in engines if spec.role != "decode"])
+        both = chance.random() < 0.5  # nobody can tell the reader that its lease is over when it wakes up
+        if one != other and (both or chance.random() < 0.3):
+            faults.append(Fault(at, at + 1.5 * seconds, "cut", one, other))
+        if one == other or both or chance.random() < 0.7:
+            faults.append(Fault(at, at + seconds, "pause", one))
+    return tuple(sorted(faults, key=lambda fault: fault.at))
 
 
 def _engines(chance: random.Random, assumptions: Assumptions, *, roomy: bool) -> tuple[EngineSpec, ...]:
@@ -198,7 +223,7 @@ def _faults(chance: random.Random, engines: tuple[EngineSpec, ...], routers: int
     faults = []
     for _ in range(chance.choice((0, 0, 1, 1, 1, 2, 3))):
         kind: FaultKind = chance.choice(("kill", "pause", "pause", "cut", "cut", "break", "break", "leave"))
-        at = chance.uniform(0.2, 3.2)
+        at = chance.uniform(0.2, 3.2) if chance.random() < 0.5 else chance.uniform(1.0, 2.3)
         seconds = chance.choice((0.05, 0.3, 0.8, 1.5, 3.0, 9.0)) * chance.uniform(0.5, 1.5)
         if kind in ("cut", "break"):
             one, other = chance.sample(everybody, 2)

@@ -15,7 +15,7 @@ from tandem.errors import PeerLost, TransferError
 from tandem.kv.blocks import BlockPool
 from tandem.kv.runs import Runs
 from tandem.transfer.transports.base import RankEndpoint, ReadState, Region
-from tests.simulator.model import GARBAGE, ITEM, Memory
+from tests.simulator.model import ITEM, TAKEN, Memory
 from tests.simulator.network import Network
 from tests.simulator.world import Process, World
 
@@ -31,12 +31,14 @@ class ReadProfile:
 
     Attributes:
         one_sided: bytes move though the processes stand still, as with RDMA; else both processes move them.
+        own_network: bytes take other cables than messages do, which are not cut with those.
         slow: probability of a read that takes longer than leases do.
         failing: probability of FAILED, and again of FAILING.
         hanging: probability of a read that never ends by itself.
     """
 
     one_sided: bool
+    own_network: bool
     slow: float
     failing: float
     hanging: float
@@ -178,7 +180,8 @@ class SimTransport:
             world.after(world.wait(0.001, 2.0), lambda: self._fail(read, "the peer is gone"))
             return
         stopped = not self._fabric.profile.one_sided and their.paused
-        if stopped or self._fabric.network.is_cut(own, their):
+        cut = not self._fabric.profile.own_network and self._fabric.network.is_cut(own, their)
+        if stopped or cut:
             if waited > UNREACHABLE_SECONDS and not stopped:
                 self._fail(read, "the peer cannot be reached")
             else:
@@ -188,7 +191,7 @@ class SimTransport:
         content = source.memory.cells[piece[0] : piece[0] + piece[2]]
         first, last = block, (piece[0] + piece[2] - 1) // source.memory.block
         if not all(source.owner.pool.references(one) for one in range(first, last + 1)):
-            content = [GARBAGE] * piece[2]
+            content = [TAKEN] * piece[2]
         process = None if self._fabric.profile.one_sided else own
         world.after(world.random.random() * most, lambda: self._land(read, piece, content), process)
 
@@ -198,7 +201,9 @@ class SimTransport:
         memory = self._own.memory
         for block in range(piece[1] // memory.block, (piece[1] + piece[2] - 1) // memory.block + 1):
             if not self._own.owner.may_be_written(block):
-                self._world.fail(f"{self._agent}: bytes of a read arrive in block {block}, which is not its own any more")
+                self._world.fail(
+                    f"{self._agent}: bytes of a read arrive in block {block}, which is not its own any more"
+                )
         memory.cells[piece[1] : piece[1] + piece[2]] = content
         read.to_land -= 1
         if not read.to_land and read.state is ReadState.IN_PROGRESS:

@@ -11,11 +11,11 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from tandem.engine.io import event_loop
+from tandem.engine.io import event_loop, event_loop_thread
 from tandem.wire.messages import Address
 from tests.simulator.engine import SimEngine, SimEventLoopThread
 from tests.simulator.frontend import Answer, SimRouter
-from tests.simulator.invariants import busy, not_connected, not_whole, wrong_answer
+from tests.simulator.invariants import busy, needless_losses, not_connected, not_whole, wrong_answer
 from tests.simulator.network import Network
 from tests.simulator.plan import DEFAULT, Assumptions, EngineSpec, Fault, Plan, RequestSpec, draw, router_name
 from tests.simulator.reads import Fabric
@@ -24,6 +24,7 @@ from tests.simulator.world import Process, World
 LOOK_SECONDS = 0.25
 SETTLE_SECONDS = 45.0
 """From the last fault, or the last request's end, until everything must be quiet and whole again."""
+CANCEL_SECONDS = 0.5
 CALM_LOOKS = 3
 """In a row: what a pause has done shows a moment after it."""
 
@@ -82,7 +83,9 @@ class Simulation:
     # --- beginnings and faults -----------------------------------------------------------------------------------
 
     def _processes(self) -> list[Process]:
-        return [one.process for one in (*self.engines.values(), *self.routers.values())]
+        return [engine.process for engine in self.engines.values()] + [
+            router.process for router in self.routers.values()
+        ]
 
     def _process(self, name: str) -> Process | None:
         owner = self.engines.get(name) or self.routers.get(name)
@@ -114,7 +117,15 @@ class Simulation:
         router.ask(answer)
         if spec.leaves is not None:
             self.world.after(spec.leaves, lambda: router.leave(answer))
+            if self.plan.nothing_breaks and not self.plan.spikes:
+                self.world.after(spec.leaves + CANCEL_SECONDS, lambda: self._check_cancelled(answer))
         return answer
+
+    def _check_cancelled(self, answer: Answer) -> None:
+        for engine in self.engines.values():
+            for request_id in engine.scheduler.state.requests:
+                if answer.ended == "left" and request_id.startswith(f"request-{answer.number}-"):
+                    self.world.fail(f"{engine.spec.name} still works on {request_id}, whose client has left")
 
     def _begin(self, fault: Fault) -> None:
         self.world.note(f"FAULT {fault}")
@@ -192,6 +203,7 @@ class Simulation:
     def _probe(self) -> None:
         """Ask every router once more: everything is well, so the answer has to be right."""
         self.fabric.profile = replace(self.plan.reads, slow=0.0, failing=0.0, hanging=0.0)
+        self.network.spikes = 0.0
         for number in range(self.plan.routers):
             spec = RequestSpec(self.world.now, number, (50, 51, 52, 53, 54), 4, 4, None)
             answer = self._ask(spec)
@@ -200,6 +212,11 @@ class Simulation:
                 self.world.fail(f"all is well, and a request ends with {answer.ended}: {answer.error}")
 
     def _judge(self) -> None:
+        left = any(answer.ended == "left" for answer in self.answers)  # a prompt that is aborted fails its pull
+        for engine in self.engines.values():
+            lost = needless_losses(engine) if self.plan.nothing_breaks and not self.plan.spikes and not left else None
+            if lost is not None:
+                self.world.fail(lost)
         for answer in self.answers:
             if answer.ended is not None:
                 wrong = wrong_answer(answer, self.plan)
@@ -220,10 +237,10 @@ class _TraceLogs(logging.Handler):
 def simulated_time(handler: logging.Handler | None = None) -> Iterator[list[World]]:
     """Let `time.monotonic`, random ids and the leader's thread belong to the world that is put into the list."""
     worlds: list[World] = []
-    before = time.monotonic, uuid.uuid4, event_loop.EventLoopThread, logging.root.manager.disable
+    before = time.monotonic, uuid.uuid4, logging.root.manager.disable
     time.monotonic = lambda: worlds[-1].monotonic()
     uuid.uuid4 = lambda: uuid.UUID(int=worlds[-1].random.getrandbits(128))
-    event_loop.EventLoopThread = SimEventLoopThread  # type: ignore[misc,assignment]
+    setattr(event_loop, "EventLoopThread", SimEventLoopThread)  # noqa: B010
     collecting = gc.isenabled()
     gc.disable()
     logging.disable(logging.CRITICAL if handler is None else logging.NOTSET)
@@ -232,7 +249,8 @@ def simulated_time(handler: logging.Handler | None = None) -> Iterator[list[Worl
     try:
         yield worlds
     finally:
-        time.monotonic, uuid.uuid4, event_loop.EventLoopThread, disabled = before  # type: ignore[misc]
+        time.monotonic, uuid.uuid4, disabled = before
+        setattr(event_loop, "EventLoopThread", event_loop_thread.EventLoopThread)  # noqa: B010
         logging.disable(disabled)
         if handler is not None:
             logging.root.removeHandler(handler)

@@ -21,6 +21,9 @@ MAX_EVENTS = 400_000
 """A schedule that needs more does not come to rest."""
 
 
+LATE_TIMERS_SECONDS = 0.05
+"""After a pause; with that, what other threads still have to do comes first."""
+
 BEATS = {"status", "registered", "thread_alive", "introduce", "renew", "renewed"}
 
 
@@ -169,7 +172,8 @@ class World:
 
     def wait(self, least: float, most: float) -> float:
         """Return a time between the two, the short ones as likely as the long ones."""
-        return least * (most / least) ** self.random.random()
+        share: float = (most / least) ** self.random.random()
+        return least * share
 
 
 class Process:
@@ -230,14 +234,15 @@ class Process:
         self._paused_at = self.world.now
 
     def resume(self) -> None:
-        """Go on: everything that was due meanwhile happens now."""
+        """Go on: everything that was due meanwhile happens now; timers in some pauses after all that has come."""
         if self.dead or not self.paused:
             return
         self.paused = False
         self.paused_seconds += self.world.now - self._paused_at
         backlog, self._backlog = self._backlog, []
+        late = self.world.random.random() * LATE_TIMERS_SECONDS if self.world.chance(0.5) else 0.0
         for action in backlog:
-            self.post(action)
+            self.world.after(late if isinstance(action, Handle) else 0.0, action, self)
 
     def kill(self) -> None:
         """End at once, wherever it is. Its tasks are cancelled only to free their memory: nothing gets out any more."""
