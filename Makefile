@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch>=2.11,<2.14
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test check lint format chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tandem demo
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# The inner loop: all that starts no processes, in less than two minutes.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --ignore tests/shapes --ignore tests/netns $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -20,6 +24,12 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Kills, stops and cuts a real cluster under load, and checks every answer; fails if one is wrong, hung or leaked.
+ROUNDS ?= 50
+SEED ?= 1
+chaos: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --rounds $(ROUNDS) --seed $(SEED) --connector both $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; try make PYTHON=python3.12")'

@@ -17,7 +17,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scripts.make_random_model import RandomModel, write_random_model
-from tests.shapes.fleet import Fleet, Shape
+from tests.support.fleet import Fleet, Shape
 
 
 def measure(model: Path, ranks: int, connector: str) -> tuple[float, float, int]:

@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scripts.make_random_model import RandomModel, write_random_model
-from tests.shapes.fleet import Fleet, Shape
+from tests.support.fleet import Fleet, Shape
 
 from tandem.kv.runs import Runs
 from tandem.transfer.transports.base import ReadState, Region, Transport

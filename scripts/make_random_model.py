@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tandem
-from tandem.models.loader import INDEX
+from tandem.checkpoint.weight_files import INDEX
 from tandem.models.model_config import DTYPES
 
 ARCHITECTURES = {

@@ -13,7 +13,6 @@ from tandem import cli
 from tandem.commands.doctor_options import DoctorOptions
 from tandem.commands.workload import Slo, Workload
 from tandem.config import (
-    AccessSection,
     CacheSection,
     ClusterConfig,
     EngineConfig,
@@ -23,6 +22,7 @@ from tandem.config import (
     RouterConfig,
     RunSection,
 )
+from tandem.config_access import AccessSection
 from tandem.errors import ConfigError
 from tandem.wire.messages import Address
 

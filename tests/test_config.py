@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tandem.config import (
-    AccessSection,
     BatchSection,
     CacheSection,
     ClusterConfig,
@@ -21,6 +20,7 @@ from tandem.config import (
     RunSection,
     TimeSection,
 )
+from tandem.config_access import AccessSection
 from tandem.config_file import check_tables, take_config
 from tandem.errors import ConfigError
 from tandem.flags import parse_address, parse_size
@@ -71,7 +71,11 @@ def test_what_is_no_address_is_said_with_the_flag(text: str) -> None:
         (lambda: AccessSection(allow_peers=("everywhere",)), "--allow-peers takes networks such as"),
         (lambda: AccessSection(allow_peers=("10.0.0.0/8",)), "leads off this machine, which needs a cluster key"),
         (lambda: AccessSection(cluster_key_file=Path("/no/key")), "--cluster-key-file /no/key is not a file"),
-        (lambda: TimeSection(lease_ttl=0.5), "--lease-ttl must be at least 1 s"),
+        (lambda: TimeSection(lease_ttl=0.5), "--lease-ttl must be from 1 to 3600 s"),
+        (lambda: TimeSection(lease_ttl=3601), "--lease-ttl must be from 1 to 3600 s"),
+        (lambda: TimeSection(lease_ttl=float("nan")), "--lease-ttl must be from 1 to 3600 s"),
+        (lambda: CacheSection(max_published_kv=1.1), "--max-published-kv is a share from 0 to 1"),
+        (lambda: CacheSection(max_published_kv=float("nan")), "--max-published-kv is a share from 0 to 1"),
         (lambda: TimeSection(request_timeout=-1), "--request-timeout must be greater than 0"),
         (lambda: RunSection(kv_failure="hope"), "--kv-failure must be one of recompute"),  # type: ignore[arg-type]
         (lambda: RunSection(log_level="loud"), "--log-level must be one of debug"),  # type: ignore[arg-type]

@@ -62,3 +62,9 @@ def test_commands_flags_and_scripts_exist(name: str) -> None:
 def test_commands_in_manifests_exist(name: str) -> None:
     for found in ARGUMENTS.findall(MANIFESTS[name]):
         check_command([line.strip()[2:] for line in found.splitlines()])
+
+
+def test_the_waits_are_those_of_the_code() -> None:
+    rows = re.findall(r"\| `([\w: ]+ = [\d_.]+)` \| `([\w/.]+)` \|", PAGES["docs/timing.md"])
+    assert rows
+    assert [(value, file) for value, file in rows if value not in (ROOT / "src/tandem" / file).read_text()] == []

@@ -16,8 +16,8 @@ import pytest
 from tandem.errors import EngineStopped, StartError
 from tandem.processes import Child, ChildProcesses
 from tandem.reports import Ended, Following, Loading
-from tests import child_processes
-from tests.e2e.processes import is_alive, survivors
+from tests.support import child_targets as child_processes
+from tests.support.processes import is_alive, survivors
 
 PATIENCE = 60.0
 
@@ -189,7 +189,7 @@ OWNER = """
 import sys
 from tandem import processes
 processes.PRELOAD = ()
-from tests import child_processes
+from tests.support import child_targets as child_processes
 children = processes.ChildProcesses()
 child = children.start("child", child_processes.stay)
 assert children.next_report([child], 60)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tandem.models.loader import weight_files
+from tandem.checkpoint.weight_files import weight_files
 from tandem.models.model_config import load_config
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_random_model.py"

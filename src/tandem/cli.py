@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from tandem.commands.workload import Workload
 from tandem.config import ClusterConfig, EngineConfig, LogLevel, RouterConfig
 from tandem.config_file import check_tables, take_config
 from tandem.errors import TandemError
+
+STDOUT = 1
 
 app = App(
     name="tandem",
@@ -133,6 +136,12 @@ def main() -> None:
         code = app(arguments, exit_on_error=True, print_error=True, result_action="return_value")
     except TandemError as error:
         print(f"tandem: {error}", file=sys.stderr)
+        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        print(f"tandem: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is left of it cannot be written at the exit either
         code = 1
     except KeyboardInterrupt:
         code = 130

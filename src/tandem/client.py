@@ -152,6 +152,12 @@ class Client:
         async with self._send("GET", path, None) as response:
             return msgspec.json.decode(await response.read())
 
+    async def unhealthy(self) -> str | None:
+        """Return why the server cannot serve a request, in its own words; None if it can, or does not say."""
+        async with self._send("GET", "/health", None, accepted=(200, 503)) as response:
+            health = msgspec.json.decode(await response.read(), type=dict[str, str])
+            return health.get("detail") if response.status == 503 else None
+
     async def post(self, path: str, body: Mapping[str, Any]) -> Response:
         """Return the whole response to `body`."""
         async with self._send("POST", path, body) as response:
@@ -187,16 +193,16 @@ class Client:
 
     @asynccontextmanager
     async def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None
+        self, method: str, path: str, body: Mapping[str, Any] | None, accepted: tuple[int, ...] = (200,)
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Yield a response with status 200; errors in reading it are mapped as well."""
+        """Yield a response with an accepted status; errors in reading it are mapped as well."""
         if self._http is None:
             raise RuntimeError("a Client is used as an asynchronous context manager")
         data = None if body is None else msgspec.json.encode(body)
         headers = {"Content-Type": "application/json"} if data else {}
         try:
             async with self._http.request(method, self.url + path, data=data, headers=headers) as response:
-                if response.status != 200:
+                if response.status not in accepted:
                     raise _error(response.status, await _json(response))
                 yield response
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, aiohttp.ConnectionTimeoutError) as error:
@@ -224,4 +230,6 @@ def _error(status: int, body: Any) -> RequestError:
     code, message, param = str(found.get("code")), str(found.get("message")), found.get("param")
     if code not in REQUEST_ERRORS:
         code = InvalidRequest.code if 400 <= status < 500 else Unavailable.code if status == 503 else code
-    return request_error(code, message, param)
+    failure = request_error(code, message, param)
+    failure.status = status
+    return failure

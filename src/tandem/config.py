@@ -7,15 +7,18 @@ What is only found out later (the model's folder, the number of blocks, end-of-s
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
+from tandem.config_access import ACCESS, HTTP, LOOPBACK, AccessSection, HttpSection
+from tandem.config_limits import LIMITS, LimitsSection
 from tandem.errors import ConfigError
 from tandem.flags import (
+    ENGINES,
+    MODEL,
+    RUNNING,
     check_choice,
     check_counts,
     check_port,
@@ -24,6 +27,7 @@ from tandem.flags import (
     parse_size,
     text_flag,
 )
+from tandem.kv.lease import MAX_TTL, MIN_TTL
 from tandem.wire.messages import Address
 
 Role = Literal["prefill", "decode", "mixed"]
@@ -35,14 +39,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 MAX_TP = 1024
 MAX_PP = 256
 MAX_BLOCK_SIZE = 1024
-MIN_LEASE_TTL = 1.0
-
-LOOPBACK = "127.0.0.1"
-
-ENGINES = Group("Engines", sort_key=1)
-MODEL = Group("Model and memory", sort_key=2)
-NETWORK = Group("Network and security", sort_key=3)
-RUNNING = Group("Running", sort_key=4)
 
 
 @Parameter(name="*", group=MODEL)
@@ -70,7 +66,15 @@ class CacheSection:
     kv_memory: Annotated[int | None, text_flag(parse_size, "--kv-memory")] = None
     "Memory for KV blocks on each rank, such as 1GiB; by default 1GiB on CPU, 85 % of what is free on a GPU."
 
+    max_published_kv: float = 0.5
+    "Share of the KV blocks that KV published to a foreign PD proxy may hold until a decode engine claims it."
+
+    verify_kv: bool = False
+    "Check the KV that is read from another engine against checksums; on both sides, or there is no hand-off."
+
     def __post_init__(self) -> None:
+        if not 0 <= self.max_published_kv <= 1:
+            raise ConfigError(f"--max-published-kv is a share from 0 to 1; got {self.max_published_kv}")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"--block-size must be from 1 to {MAX_BLOCK_SIZE} tokens; got {self.block_size}")
         check_positive(kv_memory=self.kv_memory)
@@ -85,13 +89,12 @@ class BatchSection:
     "Most tokens in a step; longer prompts are computed in chunks."
     max_waiting: int = 1024
     "Most requests that wait; more are answered with 503."
+    step_timeout: float = 60.0
+    "Seconds after which a step is taken to hang and the engine ends; after a quarter of it the router uses others."
 
     def __post_init__(self) -> None:
-        check_positive(
-            max_num_seqs=self.max_num_seqs,
-            max_batched_tokens=self.max_batched_tokens,
-            max_waiting=self.max_waiting,
-        )
+        check_positive(max_num_seqs=self.max_num_seqs, max_batched_tokens=self.max_batched_tokens)
+        check_positive(max_waiting=self.max_waiting, step_timeout=self.step_timeout)
         if self.max_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-batched-tokens ({self.max_batched_tokens}) must not be less than --max-num-seqs"
@@ -146,47 +149,14 @@ class NetworkSection:
     router: Annotated[Address | None, text_flag(parse_address, "--router")] = None
     "HOST:PORT of a router's control port, to register with."
     host: str | None = None
-    "This node's address for everything the engine listens on; by default found from the route to the others."
+    "This node's address for other nodes, ranks and engines; by default found from the route to the others."
+    api_host: str | None = None
+    "Address of the engine's own API, on node 0; by default as --host with an API key, and loopback without one."
     port: int = 0
     "Port of the engine's own API, on node 0; 0 for any."
 
     def __post_init__(self) -> None:
         check_port(self.port)
-
-
-@Parameter(name="*", group=NETWORK)
-@dataclass(frozen=True, slots=True)
-class AccessSection:
-    api_key: str | None = None
-    "Clients of /v1 must send it as a bearer token."
-    cluster_key_file: Path | None = None
-    "Key of the cluster, made by `tandem keygen`; without one only loopback is used."
-    allow_peers: Annotated[tuple[str, ...], Parameter(negative=(), show_default=list)] = ("127.0.0.0/8", "::1/128")
-    "Networks into which the remote_host of a foreign PD proxy is followed."
-
-    def __post_init__(self) -> None:
-        if self.cluster_key_file is not None and not self.cluster_key_file.is_file():
-            raise ConfigError(
-                f"--cluster-key-file {self.cluster_key_file} is not a file; make one with `tandem keygen FILE`"
-            )
-        for network in self.allow_peers:
-            try:
-                loopback = ipaddress.ip_network(network, strict=False).is_loopback
-            except ValueError:
-                raise ConfigError(f"--allow-peers takes networks such as 10.0.0.0/8; got {network!r}") from None
-            if self.cluster_key_file is None and not loopback:
-                raise ConfigError(
-                    f"--allow-peers {network} leads off this machine, which needs a cluster key: make one with"
-                    " `tandem keygen FILE` and give it to every process with --cluster-key-file FILE"
-                )
-
-    def allows(self, host: str) -> bool:
-        """Whether a client-sent address may be followed; names are not resolved, only addresses are allowed."""
-        try:
-            address = ipaddress.ip_address(LOOPBACK if host == "localhost" else host)
-        except ValueError:
-            return False
-        return any(address in ipaddress.ip_network(network, strict=False) for network in self.allow_peers)
 
 
 @Parameter(name="*", group=RUNNING)
@@ -196,15 +166,18 @@ class TimeSection:
     "Seconds within which everything must have started."
     request_timeout: float = 600.0
     "Seconds within which a request must end."
+    route_timeout: float = 120.0
+    "Seconds for which a request waits for engines when all that were there are gone."
     lease_ttl: float = 10.0
     "Seconds for which a prefill engine keeps KV for a decode engine that it does not hear of."
 
     def __post_init__(self) -> None:
-        check_positive(start_timeout=self.start_timeout, request_timeout=self.request_timeout)
-        if self.lease_ttl < MIN_LEASE_TTL:
+        check_positive(start_timeout=self.start_timeout)
+        check_positive(request_timeout=self.request_timeout, route_timeout=self.route_timeout)
+        if not MIN_TTL <= self.lease_ttl <= MAX_TTL:
             raise ConfigError(
-                f"--lease-ttl must be at least {MIN_LEASE_TTL:g} s, as it is renewed three times in it over the"
-                f" network; got {self.lease_ttl:g}"
+                f"--lease-ttl must be from {MIN_TTL:g} to {MAX_TTL:g} s: a lease is renewed three times in it over the"
+                f" network, and a peer that is gone is noticed after it; got {self.lease_ttl:g}"
             )
 
 
@@ -234,16 +207,21 @@ class EngineConfig:
     parallel: ParallelSection = ParallelSection()
     engine_id: str | None = None
     "Names the engine over restarts; by default a fresh one. Must be the same on all nodes."
+    drain_timeout: float = 30.0
+    "Seconds for which an engine that gets SIGTERM finishes its requests and lets its KV be read, before it ends."
     network: NetworkSection = NetworkSection()
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
     batch: BatchSection = BatchSection()
-    access: AccessSection = AccessSection()
+    access: AccessSection = ACCESS
+    http: HttpSection = HTTP
+    limits: LimitsSection = LIMITS
     time: TimeSection = TimeSection()
     run: RunSection = RunSection()
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, Role)
+        check_positive(drain_timeout=self.drain_timeout)
 
     @property
     def name(self) -> str:
@@ -264,7 +242,9 @@ class RouterConfig:
     "Address of the control port; by default as --host."
     control_port: int = 7000
     "Port where engines register; 0 for any."
-    access: AccessSection = AccessSection()
+    access: AccessSection = ACCESS
+    http: HttpSection = HTTP
+    limits: LimitsSection = LIMITS
     time: TimeSection = TimeSection()
     run: RunSection = RunSection()
 
@@ -303,18 +283,15 @@ class ClusterConfig:
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
     batch: BatchSection = BatchSection()
-    access: AccessSection = AccessSection()
+    access: AccessSection = ACCESS
+    http: HttpSection = HTTP
+    limits: LimitsSection = LIMITS
     time: TimeSection = TimeSection()
     run: RunSection = RunSection()
 
     def __post_init__(self) -> None:
-        check_counts(
-            prefill_tp=self.prefill_tp,
-            prefill_pp=self.prefill_pp,
-            decode=self.decode,
-            decode_tp=self.decode_tp,
-            decode_pp=self.decode_pp,
-        )
+        check_counts(prefill_tp=self.prefill_tp, prefill_pp=self.prefill_pp)
+        check_counts(decode=self.decode, decode_tp=self.decode_tp, decode_pp=self.decode_pp)
         if self.prefill < 0:
             raise ConfigError(
                 f"--prefill must be 0 or more and --decode 1 or more; got {self.prefill} and {self.decode}"
@@ -323,7 +300,7 @@ class ClusterConfig:
         self.engine_configs()
 
     def router_config(self) -> RouterConfig:
-        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.access, self.time, self.run)
+        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.access, self.http, self.limits, self.time, self.run)
 
     def engine_configs(self) -> list[EngineConfig]:
         """Return the config of each engine, prefill engines first."""
@@ -345,6 +322,8 @@ class ClusterConfig:
             cache=self.cache if block_size is None else replace(self.cache, block_size=block_size),
             batch=self.batch,
             access=self.access,
+            http=self.http,
+            limits=self.limits,
             time=self.time,
             run=self.run,
         )

@@ -11,10 +11,13 @@ TandemError
 │   └── PeerLost         the other engine, or one incarnation of it, is gone
 └── RequestError         a request that ends without an answer; has an HTTP status (500)
     ├── InvalidRequest   400: the client's mistake
+    │   └── NoTokenLeft  400: the request's own parameters rule out every token
     ├── Overloaded       503: try again later
     ├── Unavailable      503: no engine can take it, and why
     ├── EngineFailed     500: an engine was lost or broke while it worked on the request
-    │   ├── EngineLost   the same, noticed by its silence: it may be heard again
+    │   ├── EngineLost   it is gone, silent or hangs; it may be heard again
+    │   ├── EngineLeft   it was stopped in good order
+    │   ├── Diverged     two engines made different texts of one request
     │   └── RankLost     a rank of this engine is gone; what ended it is for that rank to tell
     ├── KvLost           500: the prompt's KV was lost on the way, and the policy is to fail
     ├── KvRetry          503: the same, and the policy is to try another prefill engine
@@ -100,6 +103,10 @@ class InvalidRequest(RequestError):
     code = "invalid_request"
 
 
+class NoTokenLeft(InvalidRequest):
+    code = "no_token_left"
+
+
 class Overloaded(RequestError):
     status = 503
     code = "overloaded"
@@ -116,6 +123,14 @@ class EngineFailed(RequestError):
 
 
 class EngineLost(EngineFailed):
+    pass
+
+
+class EngineLeft(EngineFailed):
+    pass
+
+
+class Diverged(EngineFailed):
     pass
 
 
@@ -138,7 +153,17 @@ class TimedOut(RequestError):
     code = "timed_out"
 
 
-_KINDS = (RequestError, InvalidRequest, Overloaded, Unavailable, EngineFailed, KvLost, KvRetry, TimedOut)
+_KINDS = (
+    RequestError,
+    InvalidRequest,
+    NoTokenLeft,
+    Overloaded,
+    Unavailable,
+    EngineFailed,
+    KvLost,
+    KvRetry,
+    TimedOut,
+)
 REQUEST_ERRORS: dict[str, type[RequestError]] = {kind.code: kind for kind in _KINDS}
 
 

@@ -1,4 +1,4 @@
-"""Flags: how their text is read, and checks that name the flag that is wrong."""
+"""Flags: their groups in the help, how their text is read, and checks that name the flag that is wrong."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from cyclopts import Parameter, Token
+from cyclopts import Group, Parameter, Token
 
 from tandem.errors import ConfigError
 from tandem.wire.messages import Address
+
+ENGINES = Group("Engines", sort_key=1)
+MODEL = Group("Model and memory", sort_key=2)
+NETWORK = Group("Network and security", sort_key=3)
+RUNNING = Group("Running", sort_key=4)
+LIMITS = Group("Limits of the HTTP API", sort_key=5)
 
 
 def parse_size(text: str, flag: str) -> int:

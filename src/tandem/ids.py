@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import uuid
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from typing import Annotated
+from zlib import crc32
 
 import msgspec
+from msgspec import Meta
 
 from tandem.errors import ConfigError
 
@@ -25,8 +28,8 @@ class EngineIdentity(msgspec.Struct, frozen=True, array_like=True):
         incarnation: new at every start.
     """
 
-    engine_id: str
-    incarnation: str
+    engine_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    incarnation: Annotated[str, Meta(min_length=1, max_length=256)]
 
     def __str__(self) -> str:
         return f"{self.engine_id}/{self.incarnation[:8]}"
@@ -45,6 +48,14 @@ def new_identity(engine_id: str | None) -> EngineIdentity:
 def prompt_digest(token_ids: Sequence[int]) -> str:
     """Return 32 hex digits that tell prompts apart, whatever the block size: BLAKE2b of the ids as int32."""
     return blake2b(array("i", token_ids).tobytes(), digest_size=16).hexdigest()
+
+
+def output_digest(token_ids: Iterable[int], before: int = 0) -> int:
+    """Return 32 bits that tell outputs apart: CRC-32 of the ids as int32, going on from the digest of those `before`.
+
+    Two outputs that differ in one token alone never have the same.
+    """
+    return crc32(array("i", token_ids).tobytes(), before)
 
 
 def new_request_id() -> str:

@@ -65,8 +65,8 @@ class LLM:
 
     Args:
         model: a local folder in Hugging Face format, or a name on the hub.
-        flags: those of `tandem serve` but host and port, with underscores: `prefill`, `decode_tp`, `connector`,
-            `dtype`, `kv_memory`, `max_num_seqs`, `seed`, `threads` ...
+        flags: those of `tandem serve` but host, port, API key file and TLS, with underscores: `prefill`, `decode_tp`,
+            `connector`, `dtype`, `kv_memory`, `max_num_seqs`, `seed`, `threads` ...
 
     Raises TandemError if it cannot be started.
     """
@@ -82,13 +82,15 @@ class LLM:
         try:
             folder = find_model(str(model), config.model.served_model_name)
             with console:
-                router = start_cluster(self._children, config, folder, console)
+                cluster = start_cluster(self._children, config, folder, console)
         except BaseException:
             self.close()
             raise
-        self.url = f"http://{router.http}"
-        self._api_key = config.access.api_key
-        self._connections = min(2 * config.decode * config.batch.max_num_seqs, config.batch.max_waiting)
+        cluster.close_listeners()
+        self.url = f"http://{cluster.router.http}"
+        self._api_key = config.http.api_key
+        most = min(config.batch.max_waiting, config.limits.max_requests, config.limits.max_client_connections)
+        self._connections = min(2 * config.decode * config.batch.max_num_seqs, most)
 
     def __enter__(self) -> LLM:
         return self
@@ -167,7 +169,7 @@ class LLM:
 
 def cluster_config(flags: Mapping[str, Any]) -> ClusterConfig:
     """Make a config on free ports of flags by name. Raises ConfigError for one that is not known or cannot work."""
-    known = _flag_names(ClusterConfig) - {"host", "port"}
+    known = _flag_names(ClusterConfig) - {"host", "port", "api_key_file", "tls_cert", "tls_key"}
     if unknown := flags.keys() - known:
         raise ConfigError(f"LLM has no option {min(unknown)!r}; it takes {', '.join(sorted(known))}")
     values = {"log_level": "warning", **flags, "port": 0}

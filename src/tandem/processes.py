@@ -1,7 +1,8 @@
 """Child processes with an owner: it hears their reports and how they end, and none outlives it.
 
 Children come from one fork server which has imported the heavy modules once, so that sixteen ranks cost one import
-of torch. They do not import the caller's main module again.
+of torch. They do not import the caller's main module again. A fork server that is killed is replaced; what it had
+started goes on.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
+from typing import Any
 
-from tandem.errors import EngineStopped, StartError, TandemError
-from tandem.reports import Ended, ErrorReport, Report, Reporter, error_report
+from tandem.child_main import child_main
+from tandem.errors import EngineStopped, StartError
+from tandem.reports import Ended, ErrorReport, Report
+from tandem.runtime_folder import runtime_folder
 
 PRELOAD = ("tandem.engine.start.rank_process", "tandem.router.process")
 TERM_SECONDS = 4.0
@@ -42,6 +44,9 @@ LAST_LINES = 20
 SETTLE_SECONDS = 0.5
 """When one rank dies, others follow within moments; the one that knows why may be among them."""
 
+UNKNOWN_EXIT = 255
+"""The exit code that multiprocessing reports of a child whose fork server, which alone could know it, is gone."""
+
 
 @dataclass(slots=True)
 class Child:
@@ -49,6 +54,7 @@ class Child:
 
     Attributes:
         name: for people.
+        pipe: brings its reports. It ends with the process: not even a fork server that is gone can hide that.
         reports: not yet taken, in order.
         endings: what it reported of its own end.
         lines: the last lines of what it printed.
@@ -64,12 +70,27 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        return self.process.is_alive()
+        self.receive()
+        return self.process.pid is not None and not self.pipe.closed
+
+    @property
+    def ends(self) -> bool:
+        """Whether it has ended, or has reported that it does."""
+        return not self.alive or bool(self.endings)
 
     def join(self, seconds: float) -> None:
         """Wait until it has ended; return at once if it never started."""
-        if self.process.pid is not None:
-            self.process.join(seconds)
+        deadline = time.monotonic() + seconds
+        while self.alive and (left := deadline - time.monotonic()) > 0:
+            connection.wait([self.pipe], left)
+        if self.process.pid is not None and not self.alive:
+            self.process.join(1.0)  # the pipe ends a moment before the process does
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, if it is there."""
+        if self.alive and self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
     def receive(self) -> None:
         """Move what it has sent into `reports` and `endings`."""
@@ -85,19 +106,24 @@ class Child:
 
     def exit_report(self) -> str:
         """Return how it ended, with its last lines."""
+        self.join(1.0)
         if self.reader is not None:
             self.reader.join(1.0)
-        code = self.process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
         tail = "\n".join(self.lines)
-        return f"{self.name} {how}" + (f"; its last lines:\n{tail}" if tail else "")
+        return f"{self.name} {_how(self.process.exitcode)}" + (f"; its last lines:\n{tail}" if tail else "")
+
+
+def _how(code: int | None) -> str:
+    if code == UNKNOWN_EXIT:
+        return "has ended, nobody knows how: the fork server that had started it was killed too"
+    return f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
 
 
 class ChildProcesses:
     """All children of a command; as a context manager, it leaves none behind whatever happens.
 
     Args:
-        echo: called with every line that a child prints.
+        echo: called with every line that a child prints; it must not wait for anybody.
         preload: modules that the fork server imports once for all.
     """
 
@@ -107,6 +133,7 @@ class ChildProcesses:
         for variable, value in CHILD_DEFAULTS.items():
             os.environ.setdefault(variable, value)
         self._echo = echo
+        self._folder = runtime_folder()
         self.children: list[Child] = []
         self.ending = False
 
@@ -117,7 +144,7 @@ class ChildProcesses:
         self.stop()
 
     def warm(self) -> None:
-        """Let the fork server import now, beside whatever comes before the first child."""
+        """Let the fork server import now, beside whatever comes before the first child; replace one that is gone."""
         resource_tracker.ensure_running()  # by itself, as starting it unblocks SIGINT
         # Ctrl-C reaches the whole process group: the fork server inherits that it is not for it, while it imports.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -129,11 +156,18 @@ class ChildProcesses:
 
     def start(self, name: str, target: Callable[..., None], *args: Any) -> Child:
         """Run `target(report, *args)` in a child. Arguments must pickle; sockets do."""
+        try:
+            return self._start(name, target, args)
+        except (EOFError, ConnectionError, FileNotFoundError):  # the fork server was killed a moment ago
+            self.children = [child for child in self.children if child.process.pid is not None]
+            return self._start(name, target, args)
+
+    def _start(self, name: str, target: Callable[..., None], args: tuple[Any, ...]) -> Child:
         self.warm()
         ours, theirs = self._context.Pipe()
         out, out_write = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_child_main, args=(theirs, out_write, target, args), name=name, daemon=False
+            target=child_main, args=(theirs, out_write, self._folder, target, args), name=name, daemon=False
         )
         child = Child(name, process, ours)
         self.children.append(child)  # before it starts: an interrupt amid this leaves nobody behind
@@ -167,57 +201,79 @@ class ChildProcesses:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return None
-            handles: list[Any] = [child.process.sentinel for child in self.children]
-            handles += [child.pipe for child in self.children if not child.pipe.closed]
-            connection.wait(handles, left)
+            self.wait(left)
+
+    def wait(self, seconds: float | None) -> None:
+        """Wait until a child reports or ends, or the time is over."""
+        connection.wait([child.pipe for child in self.children if not child.pipe.closed], seconds)
+        for child in self.children:
+            child.receive()
 
     def check(self) -> None:
         """Raise StartError if a child has ended or reported an error, with the root causes as far as they are known.
 
         Raises EngineStopped instead where children reported that they end in good order.
         """
-        for child in self.children:
-            child.receive()
-        if self.ending or not (self._errors() or any(not child.alive for child in self.children)):
+        if self.ending or not any([child.ends for child in self.children]):
             return
-        self._settle()
-        errors = self._errors()
+        settle(self.children)
         ended = [ending.reason for child in self.children for ending in child.endings if isinstance(ending, Ended)]
-        if ended and not errors:
+        if ended and not _errors(self.children):
             raise EngineStopped(ended[0])
-        causes = [error.text for error in errors if error.is_root_cause] or [error.text for error in errors]
-        deaths = (child.exit_report() for child in self.children if not child.alive)
-        raise StartError("\n".join(dict.fromkeys(causes) or deaths))
-
-    def _errors(self) -> list[ErrorReport]:
-        return [error for child in self.children for error in child.endings if isinstance(error, ErrorReport)]
-
-    def _settle(self) -> None:
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while time.monotonic() < deadline and any(child.alive for child in self.children):
-            connection.wait([c.process.sentinel for c in self.children if c.alive], 0.1)
-        for child in self.children:
-            child.receive()
+        raise StartError(why_ended(self.children))
 
     def stop(self, seconds: float = TERM_SECONDS) -> None:
         """Terminate all, and kill those that are still there after `seconds`. Idempotent."""
         self.ending = True
-        deadline = time.monotonic() + seconds
-        for child in self.children:
-            if child.alive:
-                child.process.terminate()
-        for child in self.children:
-            child.join(max(0.0, deadline - time.monotonic()))
-        self.kill()
+        _stop(self.children, seconds)
 
     def kill(self) -> None:
         """Kill all at once."""
         self.ending = True
-        for child in self.children:
-            if child.alive:
-                child.process.kill()
-        for child in self.children:
-            child.join(1.0)
+        _kill(self.children)
+
+    def drop(self, children: Iterable[Child], seconds: float) -> None:
+        """Terminate these, kill those that are still there after `seconds`, and forget them."""
+        gone = list(children)
+        _stop(gone, seconds)
+        self.children = [child for child in self.children if child not in gone]
+        for child in gone:
+            child.pipe.close()
+
+
+def settle(children: Sequence[Child]) -> None:
+    """Give these, of which one has ended, a moment to end too and to say why."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < deadline and (pipes := [child.pipe for child in children if child.alive]):
+        connection.wait(pipes, 0.1)
+
+
+def why_ended(children: Sequence[Child]) -> str:
+    """Return what these report of their end: root causes if there are any, else how they died."""
+    errors = _errors(children)
+    causes = [error.text for error in errors if error.is_root_cause] or [error.text for error in errors]
+    deaths = (child.exit_report() for child in children if not child.alive)
+    return "\n".join(dict.fromkeys(causes) or deaths)
+
+
+def _errors(children: Sequence[Child]) -> list[ErrorReport]:
+    return [error for child in children for error in child.endings if isinstance(error, ErrorReport)]
+
+
+def _stop(children: Sequence[Child], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+    _kill(children)
+
+
+def _kill(children: Sequence[Child]) -> None:
+    for child in children:
+        child.send_signal(signal.SIGKILL)
+    for child in children:
+        child.join(1.0)
 
 
 @contextlib.contextmanager
@@ -244,47 +300,3 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _child_main(pipe: Connection, out: Connection, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Run `target`; the first frame of every child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides; Ctrl-C reaches the whole process group
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.dup2(out.fileno(), 1)
-    os.dup2(out.fileno(), 2)
-    out.close()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    threading.Thread(target=_die_with_owner, name="owner watch", daemon=True).start()
-
-    def report(message: Report) -> None:
-        with contextlib.suppress(OSError):
-            pipe.send(message)
-
-    try:
-        target(report, *args)
-    except TandemError as error:
-        end_child(report, error)
-    except BaseException:
-        traceback.print_exc()
-        _exit(1)
-    _exit(0)
-
-
-def end_child(report: Reporter, error: Exception) -> NoReturn:
-    """End this process, which is a child, with an error. Any of its threads may call it."""
-    report(error_report(error))
-    _exit(1)
-
-
-def _die_with_owner() -> None:
-    owner = multiprocessing.parent_process()
-    if owner is not None:
-        owner.join()
-        os._exit(1)
-
-
-def _exit(code: int) -> NoReturn:
-    """End this process without the interpreter's teardown, which can hang on foreign threads (UCX, gloo, OpenMP)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

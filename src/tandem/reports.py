@@ -1,13 +1,17 @@
-"""Reports of child processes to the command that owns them."""
+"""Reports of child processes to the command that owns them; and the one thing that it tells a child."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import msgspec
 
 from tandem.errors import RankLost
 from tandem.wire.messages import EngineStatus
+
+DRAIN_SIGNAL = signal.SIGUSR1
+"""Sent to a leader that is ready: it ends once it has drained. (SIGTERM ends it at once, in good order.)"""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

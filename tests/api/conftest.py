@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import subprocess
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,16 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
 from tandem.api.backend import EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
-from tandem.api.http_server import bind, serve
+from tandem.api.http_server import Tls, bind, serve
 from tandem.api.loaded_model import ModelLoader
 from tandem.api.tokenizer import Tokenizer
+from tandem.config_limits import LimitsSection
 from tandem.ids import EngineIdentity
 from tandem.wire.messages import EngineStatus, Register, RequestCounts
-from tests.registrations import make_register
+from tests.support.registrations import make_register
 
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, hello there", "grüße aus köln, 東京 🙂🙃"] * 4
@@ -71,6 +74,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    """A certificate for localhost that has signed itself, and its key."""
+    cert, key = (tmp_path_factory.mktemp("tls") / name for name in ("cert.pem", "key.pem"))
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(cert)]
+    subprocess.run(["openssl", "req", "-x509", *kind, *names, *files], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(byte_level())
 
@@ -113,12 +127,14 @@ class ListedEngine:
     register: Register
     status: EngineStatus
     state: EngineState
+    reason: str | None
 
 
 def listed_engine(engine_id: str, role: str, state: EngineState) -> ListedEngine:
     counts = RequestCounts(waiting=1, waiting_for_kv=2, running=3)
     register = make_register(EngineIdentity(engine_id, "i"), role, requests=counts)
-    return ListedEngine(register, register.status, state)
+    reason = None if state is EngineState.READY else "its connection broke"
+    return ListedEngine(register, register.status, state, reason)
 
 
 Step = TokenDelta | Exception | Literal["hang"]
@@ -161,6 +177,7 @@ class FakeBackend:
         ended = False
         try:
             for step in self.script(request):
+                await asyncio.sleep(0)  # as a real one waits for its engines
                 if isinstance(step, Exception):
                     ended = True
                     raise step
@@ -201,8 +218,8 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """Of a stream; `[DONE]` as a string."""
-        lines = [line for line in self.body.decode().split("\n\n") if line]
+        """Of a stream, without its comments; `[DONE]` as a string."""
+        lines = [line for line in self.body.decode().split("\n\n") if line and not line.startswith(":")]
         assert all(line.startswith("data: ") for line in lines)
         return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 
@@ -241,7 +258,13 @@ class Api:
 
 
 @contextmanager
-def running(backend: FakeBackend, **options: Any) -> Iterator[Api]:
+def running(
+    backend: FakeBackend,
+    kind: Literal["router", "engine"] = "router",
+    keys: ApiKeys | None = None,
+    limits: LimitsSection | None = None,
+    tls: Tls | None = None,
+) -> Iterator[Api]:
     """The application in a thread of its own, until the block ends."""
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -250,8 +273,8 @@ def running(backend: FakeBackend, **options: Any) -> Iterator[Api]:
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        app = create_app(backend, ModelLoader(backend), **{"kind": "router"} | options)
-        loop.run_until_complete(serve(app, listener, stop, grace=1))
+        app = create_app(backend, ModelLoader(backend), kind=kind, keys=keys, limits=limits)
+        loop.run_until_complete(serve(app, listener, stop, grace=1, limits=limits, tls=tls))
         loop.close()
 
     thread = threading.Thread(target=work)

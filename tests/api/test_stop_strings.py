@@ -1,13 +1,13 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.api.stop_strings import StopStrings
+from tandem.api.stop_strings import StopPatterns, StopStrings
 
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[list[str], str | None]:
-    found = StopStrings(stops)
+    found = StopStrings(StopPatterns(stops))
     shown = []
     for piece in pieces:
         text, hit = found.push(piece)
@@ -40,7 +40,7 @@ def test_text_is_cut_at_the_first_complete_stop_string_however_it_is_cut_into_pi
 def test_nothing_that_may_begin_a_stop_string_is_shown_and_nothing_else_is_kept(
     stops: list[str], pieces: list[str]
 ) -> None:
-    found, text, shown = StopStrings(stops), "", ""
+    found, text, shown = StopStrings(StopPatterns(stops)), "", ""
     for piece in pieces:
         text += piece
         more, hit = found.push(piece)

@@ -7,18 +7,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import tandem
 from tandem.commands.doctor import run_doctor
 from tandem.commands.doctor_options import DoctorOptions
-from tandem.errors import ConfigError, PeerRefused, StartError, WireError
-from tandem.wire.messages import Address
+from tandem.errors import ConfigError, StartError, WireError
+from tandem.wire.messages import Address, EngineStatus, KvUsage, PeerInfo, RankInfo, Refusal, RequestCounts
 
 Answers = dict[str, tuple[int, Any]]
 Serve = Callable[[Answers], str]
@@ -55,17 +56,21 @@ def serve() -> Iterator[Serve]:
         server.server_close()
 
 
-def engine(name: str, role: str, peers: dict[str, tuple[str, str | None]] | None = None) -> dict[str, Any]:
+def engine(name: str, role: str, peers: Sequence[PeerInfo] = ()) -> dict[str, Any]:
     """As GET /tandem/engines has it."""
-    return {
-        "engine_id": name, "incarnation": f"{name}-1", "role": role, "state": "ready", "model": "tiny",
-        "fingerprint": (name[0] * 64), "tp": 2, "pp": 1, "nnodes": 1, "connector": "nixl", "dtype": "bfloat16",
-        "version": "0.1.0", "peer_address": "10.0.0.1:4000", "ranks": [{"rank": 0, "node": "host-a"}],
-        "peers": [
-            {"engine_id": p, "incarnation": f"{p}-1", "state": state, "error": error}
-            for p, (state, error) in (peers or {}).items()
-        ],
-    }  # fmt: skip
+    status = EngineStatus(
+        name, f"{name}-1", role, "tiny", name[0] * 64, 2, 1, 1, "nixl",
+        ranks=[RankInfo(0, 0, 0, "host-a", 1, name, f"{name}-1")], kv=KvUsage(16, 0, 0, 0, 0, 0),
+        requests=RequestCounts(), peers=list(peers),
+    )  # fmt: skip
+    listed: dict[str, Any] = msgspec.to_builtins(status)
+    del listed["type"]
+    registered = {"dtype": "bfloat16", "version": "0.1.0", "peer_address": "10.0.0.1:4000", "max_model_len": 512}
+    return listed | registered | {"state": "ready"}
+
+
+def peer(name: str, state: str = "ready", error: str | None = None, refusal: Refusal | None = None) -> PeerInfo:
+    return PeerInfo(name, f"{name}-1", state, error, refusal=refusal)
 
 
 def ask(url: str, api_key: str | None = None) -> int:
@@ -84,20 +89,20 @@ def test_alone_it_names_versions_and_nixl_and_finds_no_problem_here() -> None:
 
 
 def test_a_router_whose_pairs_all_work_has_nothing_to_mend(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    engines = [engine("p", "prefill"), engine("d", "decode", {"p": ("ready", None)})]
+    engines = [engine("p", "prefill"), engine("d", "decode", [peer("p")])]
     url = serve({"/tandem/engines": (200, {"engines": engines}), "/health": (200, {"status": "ok"})})
     assert ask(url) == 0
     assert "2 engines, 1 pairs of prefill and decode, 0 refused or lost" in capsys.readouterr().out
 
 
 def test_each_refused_pair_is_explained_and_fails_the_check(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    refusals = {
-        "p": ("ready", None),
-        "q": ("refused", str(PeerRefused("fingerprint", "a" * 64, "b" * 64))),
-        "r": ("refused", str(PeerRefused("connector", "nixl", "tcp"))),
-        "s": ("lost", "no answer from s at 10.0.0.1:4000 in 10 s"),
-    }
-    engines = [*(engine(name, "prefill") for name in refusals), engine("d", "decode", refusals)]
+    peers = [
+        peer("p"),
+        peer("q", "refused", "in words", Refusal("fingerprint", "a" * 64, "b" * 64)),
+        peer("r", "refused", "in words", Refusal("connector", "nixl", "tcp")),
+        peer("s", "lost", "no answer from s at 10.0.0.1:4000 in 10 s"),
+    ]
+    engines = [*(engine(peer.engine_id, "prefill") for peer in peers), engine("d", "decode", peers)]
     url = serve({"/tandem/engines": (200, {"engines": engines}), "/health": (200, {"status": "ok"})})
     assert ask(url) == 1
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())

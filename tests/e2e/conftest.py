@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.deployment import Deployment
-from tests.e2e.families import FAMILIES, Reference
+from tests.support.deployment import Deployment
+from tests.support.families import FAMILIES
+from tests.support.reference import Reference
 
 Serve = Callable[..., Deployment]
 

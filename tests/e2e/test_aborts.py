@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.deployment import Deployment, flags
-from tests.e2e.families import Reference, prompt_of
-from tests.e2e.http import completion, hang_up
-from tests.e2e.processes import until, until_it_stays
+from tests.support.deployment import Deployment, flags
+from tests.support.families import prompt_of
+from tests.support.http import completion, hang_up
+from tests.support.processes import until, until_it_stays
+from tests.support.reference import Reference
 
 PATIENCE = 20.0
 LONG = {"max_tokens": 600, "ignore_eos": True}

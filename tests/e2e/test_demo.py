@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.e2e.deployment import run_tandem
+from tests.support.deployment import run_tandem
 
 
 def test_the_demo_answers_everything_right_over_two_engines_and_leaves_nothing_behind() -> None:

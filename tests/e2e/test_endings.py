@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.deployment import Deployment, flags
-from tests.e2e.families import prompt_of
-from tests.e2e.processes import survivors, until
+from tests.support.deployment import START_SECONDS, Deployment, flags
+from tests.support.families import prompt_of
+from tests.support.http import Http
+from tests.support.processes import survivors, until
 
 BOUND = 15.0
 """Seconds; a quiet machine needs a few."""
@@ -64,20 +66,35 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_and_still_ends_in_good_order
     assert "Traceback" not in split.log
 
 
-def test_a_rank_that_dies_takes_the_command_down_and_is_named(split: Deployment) -> None:
-    pids = serving(split)
-    [rank] = split.engines()["prefill-0"]["ranks"]
-    os.kill(rank["pid"], signal.SIGKILL)
-    assert split.wait(BOUND) != 0
-    assert "tandem: prefill-0 rank 0 was killed by SIGKILL; its last lines:" in split.log
-    assert not survivors(pids, BOUND)
+def test_an_engine_on_its_own_ends_with_a_rank_that_dies_and_names_it(folder_of: Callable[[str], Path]) -> None:
+    """Whoever has started it starts it anew: `tandem serve` is not there to do it."""
+    arguments = flags(kv_memory="16MiB", connector="tcp", engine_id="alone")
+    deployment = Deployment(folder_of("qwen3"), *arguments, command="engine", wait=False)
+    try:
+        assert until(lambda: "alone ready: " in deployment.log, START_SECONDS), deployment.log
+        assert "alone: without a cluster key every user of this machine can" in deployment.log
+        [url] = re.findall(r"alone ready: .* API (http://\S+)", deployment.log)
+        pids = deployment.pids
+        [rank] = Http(url).get("/tandem/engine").json["ranks"]
+        os.kill(rank["pid"], signal.SIGKILL)
+        assert deployment.wait(BOUND) == 1
+        assert "tandem: alone rank 0 was killed by SIGKILL; its last lines:" in deployment.log
+        assert not survivors(pids, BOUND)
+    finally:
+        deployment.kill()
 
 
-def test_children_of_a_command_that_is_killed_end_too(split: Deployment) -> None:
+def test_children_of_a_command_that_is_killed_end_too_and_its_files_are_removed(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    split = Deployment(folder_of("qwen3"), *flags(kv_memory="16MiB", connector="tcp", decode_tp=2))
     pids = serving(split)
+    assert list(tmp_path.iterdir()), "a runtime folder"
     split.process.kill()
     split.process.wait()
     assert not survivors(pids, BOUND)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("processes", [3, 4])

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.deployment import flags
-from tests.e2e.families import Reference, prompt_of
+from tests.support.deployment import flags
+from tests.support.families import prompt_of
+from tests.support.reference import Reference
 
 COMMON = ("--kv-memory", "16MiB", "--block-size", "16", "--max-batched-tokens", "64", "--max-num-seqs", "32")
 LENGTHS = (1, 15, 16, 17, 300)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.deployment import Deployment, flags
-from tests.e2e.families import EOS, Reference, prompt_of
+from tests.support.deployment import Deployment, flags
+from tests.support.families import EOS, prompt_of
+from tests.support.reference import Reference
 
 SPLIT = flags(kv_memory="32MiB", max_batched_tokens=64, max_num_seqs=32)
 SAMPLED: dict[str, Any] = {

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.deployment import Deployment, flags
-from tests.e2e.families import Reference, prompt_of
-from tests.e2e.http import Reply
-from tests.e2e.processes import until
+from tests.support.deployment import Deployment, flags
+from tests.support.families import prompt_of
+from tests.support.http import Reply
+from tests.support.processes import until
+from tests.support.reference import Reference
 
 TINY = flags(kv_memory="320KiB", max_num_seqs=16, max_batched_tokens=64)
 """20 blocks of 16 tokens for this model."""

@@ -16,7 +16,7 @@ from tandem.commands.demo import MODEL
 from tandem.demo_questions import questions
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.llm import Completion
-from tests.e2e.deployment import clean_environment, run_tandem
+from tests.support.deployment import clean_environment, run_tandem
 
 GREEDY_TO_THE_END = SamplingParams(max_tokens=64, temperature=0)
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

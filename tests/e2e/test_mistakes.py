@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.deployment import run_tandem
+from tests.support.deployment import run_tandem
 
 FolderOf = Callable[[str], Path]
 

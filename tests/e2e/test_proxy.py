@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.deployment import Deployment, flags
-from tests.e2e.families import Reference, prompt_of
-from tests.e2e.http import Reply, completion
-from tests.e2e.processes import until
+from tests.support.deployment import Deployment, flags
+from tests.support.families import prompt_of
+from tests.support.http import Reply, completion
+from tests.support.processes import until
+from tests.support.reference import Reference
 
 ASK = {
     "do_remote_decode": True,

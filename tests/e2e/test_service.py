@@ -10,10 +10,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import Serve
-from tests.e2e.deployment import Deployment, flags
-from tests.e2e.families import prompt_of
-from tests.e2e.http import completion
-from tests.e2e.processes import until
+from tests.support.deployment import Deployment, flags
+from tests.support.families import prompt_of
+from tests.support.http import completion
+from tests.support.processes import until
 
 GREEDY_CHAT: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 

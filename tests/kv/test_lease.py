@@ -42,6 +42,34 @@ def test_blocks_may_wait_longer_for_their_claim_than_a_ttl() -> None:
     assert ended(table, 69.9) == ["r"]
 
 
+def test_blocks_give_way_only_if_nobody_ever_claimed_them() -> None:
+    table = LeaseTable(TTL)
+    assert table.end_unclaimed("unknown") is None
+    table.claim("early", "d", now=0.0)
+    assert table.end_unclaimed("early") is None
+    for request_id in ("early", "claimed", "unclaimed"):
+        table.hold(request_id, [1], now=0.0, wait=60.0)
+    table.claim("claimed", "d", now=0.0)
+    assert table.end_unclaimed("early") is table.end_unclaimed("claimed") is None
+    lease = table.end_unclaimed("unclaimed")
+    assert lease is not None
+    assert (lease.blocks, lease.claimed) == ([1], False)
+    assert table.end_unclaimed("unclaimed") is None
+    assert ended(table, TTL) == ["early", "claimed"]
+
+
+def test_blocks_that_were_withdrawn_stay_for_their_readers_alone() -> None:
+    table = LeaseTable(TTL)
+    table.hold("unclaimed", [1], now=0.0, wait=60.0)
+    table.hold("read", [2], now=0.0)
+    table.claim("read", "d", now=0.0)
+    for request_id in ("unclaimed", "read", "unknown"):
+        table.withdraw(request_id, now=1.0)
+    assert ended(table, 1.0) == ["unclaimed"]
+    assert ended(table, 9.9) == []
+    assert ended(table, 10.0) == ["read"]
+
+
 def test_a_claim_may_come_before_the_blocks() -> None:
     table = LeaseTable(TTL)
     table.claim("r", "d", now=0.0)
@@ -239,6 +267,10 @@ class World:
     def sweep_holder(self, t: float) -> None:
         for lease in self.table.expire(t + self.holder_offset):
             self.freed[lease.request_id] = t
+        if self.delays.draw(st.booleans()):  # others need the room
+            for request_id in ("a", "b"):
+                if self.table.end_unclaimed(request_id) is not None:
+                    self.freed[request_id] = t
         self.at(t + self.sweep, self.sweep_holder)
 
     def receive_claim(self, request_id: str) -> Any:

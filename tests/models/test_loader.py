@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tandem.checkpoint.weight_files import INDEX, weight_files
 from tandem.errors import ModelError
 from tandem.models.collectives import SoloCollectives
 from tandem.models.decoder import Decoder
-from tandem.models.loader import INDEX, load_decoder, weight_files
+from tandem.models.loader import load_decoder
 from tandem.models.model_config import load_config
 from tandem.models.rank_position import RankPosition
 from tandem.models.rank_slice import RankSlice, WeightSlice

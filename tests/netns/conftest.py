@@ -9,7 +9,7 @@ import pytest
 from scripts.make_random_model import RandomModel, write_random_model
 
 from tandem.wire.keys import new_key_file
-from tests.netns.lab import why_not
+from tests.support.nodes import why_not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tandem.wire.keys import new_key_file
-from tests.netns.lab import Lab, Node, Process, lab, write_hosts
+from tests.support.nodes import Lab, Node, Process, lab, write_hosts
 
 PORT = 29601
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.netns.lab import Lab, Process, lab
+from tests.support.nodes import Lab, Process, lab
 
 PORT = 29561
 SECONDS = 150

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.netns.lab import Lab, Node, lab
-from tests.shapes.reference import greedy
+from tests.support.nodes import Lab, Node, lab
+from tests.support.reference import greedy
 
 MASTER_PORT = 29501
 CONTROL_PORT = 27000

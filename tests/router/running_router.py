@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ import zmq.asyncio
 
 from tandem.api.backend import ServingDetails, TokenDelta, TokenRequest
 from tandem.errors import RequestError
-from tandem.ids import EngineIdentity
+from tandem.ids import EngineIdentity, output_digest
+from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import OneModelPolicy
@@ -38,7 +39,7 @@ from tandem.wire.messages import (
 )
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
-from tests.registrations import make_register, make_status
+from tests.support.registrations import make_register, make_status
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class ScriptedEngine:
         self.registered = asyncio.Event()
         self.not_known = asyncio.Event()
         self._codec: Codec[ToEngine] = Codec(ToEngine)
+        self._url = f"tcp://127.0.0.1:{port}"
         options = SocketOptions(identity=self.identity.incarnation.encode())
         self._socket = sockets.connect(zmq.DEALER, "127.0.0.1", port, options)
         self._task = asyncio.create_task(self._listen())
@@ -83,8 +85,9 @@ class ScriptedEngine:
         return self
 
     async def request(self) -> Generate:
-        message = await within(self.heard.get())
-        assert isinstance(message, Generate), message
+        """Return the next request, past the aborts of those before."""
+        while not isinstance(message := await within(self.heard.get()), Generate):
+            pass
         return message
 
     async def abort(self) -> Abort:
@@ -93,21 +96,39 @@ class ScriptedEngine:
         return message
 
     def send_tokens(
-        self, request: Generate, index: int, *tokens: int, finish: str | None = None, done: bool = False
+        self,
+        request: Generate,
+        index: int,
+        /,
+        *tokens: int,
+        finish: str | None = None,
+        done: bool = False,
+        after: Sequence[int] | None = None,
+        **fields: Any,
     ) -> None:
+        """Send tokens that go on from `after`, the output before them; by default 10, 11, 12 ..."""
         pulls = isinstance(request.kv, PullKv)
         done = done or finish is not None
         stats = (RequestStats(transport="tcp", bytes=64) if pulls else RequestStats()) if done else None
-        message = Tokens(request.request_id, index, list(tokens), finish_reason=finish, done=done, stats=stats)
-        self.send(Outputs([message]))
+        digest = output_digest(range(10, 10 + index) if after is None else after)
+        message = Tokens(
+            request.request_id, index, list(tokens), finish_reason=finish, digest=digest, done=done, stats=stats
+        )
+        self.send(Outputs([msgspec.structs.replace(message, **fields)]))
 
     def fail(self, request: Generate, code: str = "engine_failed", text: str = "it broke") -> None:
         self.send(Outputs([Failed(request.request_id, code, text, retry_after=3 if code == "overloaded" else None)]))
 
-    def leave(self) -> None:
-        self.send(Goodbye("it was told to"))
+    def leave(self, *, failed: bool = False) -> None:
+        self.send(Goodbye("it was told to", failed))
+
+    def break_connection(self) -> None:
+        """The connection ends; another one is made, and nothing is said by it yet."""
+        self._socket.disconnect(self._url)
+        self._socket.connect(self._url)
 
     async def close(self) -> None:
+        """It is killed."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._socket.close(linger=0)
@@ -175,14 +196,16 @@ class PendingAnswer:
 class RunningRouter:
     """A router whose engines connect to a socket of its own."""
 
-    def __init__(self, registry: EngineRegistry, timeout: float) -> None:
+    def __init__(self, registry: EngineRegistry, timeout: float, route_timeout: float) -> None:
         self.registry = registry
         self.context = zmq.asyncio.Context()
         self._sockets: Sockets[zmq.asyncio.Socket] = Sockets(self.context, None)
-        socket, self._port = self._sockets.bind(zmq.ROUTER, "127.0.0.1", 0, SocketOptions(handover=True))
+        socket, self._port = self._sockets.bind(zmq.ROUTER, "127.0.0.1", 0, CONTROL_SOCKET)
         self._changed = asyncio.Event()
         self.connections = EngineConnections(socket, registry, introduce=True, on_change=self._changed.set)
-        self.backend = RequestRouter(self.connections, OneModelPolicy(registry), request_timeout=timeout)
+        self.backend = RequestRouter(
+            self.connections, OneModelPolicy(registry), request_timeout=timeout, route_timeout=route_timeout
+        )
         self.engines: list[ScriptedEngine] = []
 
     def entry(self, engine_id: str) -> EngineEntry | None:
@@ -220,9 +243,9 @@ class RunningRouter:
 
 @asynccontextmanager
 async def running_router(
-    registry: EngineRegistry | None = None, timeout: float = 600.0
+    registry: EngineRegistry | None = None, timeout: float = 600.0, route_timeout: float = 60.0
 ) -> AsyncIterator[RunningRouter]:
-    router = RunningRouter(registry or EngineRegistry(), timeout)
+    router = RunningRouter(registry or EngineRegistry(), timeout, route_timeout)
     running = asyncio.create_task(router.connections.run())
     try:
         yield router

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tandem.api.backend import EngineState
 from tandem.ids import EngineIdentity
-from tandem.router.engine_registry import ALIVE_SECONDS, EngineRegistry
+from tandem.router.engine_registry import ALIVE_SECONDS, MAX_ENGINES, EngineRegistry
 from tandem.wire.messages import PeerInfo
-from tests.registrations import make_register, make_status
+from tests.support.registrations import make_register, make_status
 
 FIRST, SECOND = EngineIdentity("d0", "first"), EngineIdentity("d0", "second")
 
@@ -95,3 +95,31 @@ def test_an_engine_of_the_same_name_is_a_second_one_only_while_the_first_is_aliv
     assert registry.living_namesake(make_register(FIRST, "decode"), now=0.0) is None
     assert registry.living_namesake(make_register(SECOND, "decode"), now=0.5 * ALIVE_SECONDS) is registry.get(b"a")
     assert registry.living_namesake(make_register(SECOND, "decode"), now=2 * ALIVE_SECONDS) is None
+
+
+def test_an_engine_that_drains_is_there_but_takes_nothing_new() -> None:
+    registry = registered()
+    engine = registry.heartbeat(b"a", make_status(FIRST, "decode", draining=True), now=1.0)
+    assert engine is not None
+    assert engine.state is EngineState.DRAINING
+    assert (registry.ready(), registry.present("decode")) == ([], [engine])
+    assert registry.living_namesake(make_register(SECOND, "decode"), now=1.0) is engine, "its name is not free yet"
+    assert registry.expire(6.5) == [engine], "and its silence is noticed"
+
+
+def test_an_engine_that_drains_still_does_after_a_break_of_its_connection() -> None:
+    registry = registered()
+    registry.register(b"a", make_register(FIRST, "decode", draining=True), now=1.0)
+    assert registry.ready() == []
+
+
+def test_there_is_room_for_so_many_engines_and_not_for_one_more() -> None:
+    registry = EngineRegistry()
+    for number in range(MAX_ENGINES):
+        message = make_register(EngineIdentity(f"e{number}", f"life{number}"), "decode")
+        assert not registry.is_full(message)
+        registry.register(f"life{number}".encode(), message, now=0.0)
+    assert registry.is_full(make_register(EngineIdentity("one more", "life"), "decode"))
+    assert not registry.is_full(make_register(EngineIdentity("e7", "a new life"), "decode")), "it replaces another one"
+    registry.leave(b"life0")
+    assert not registry.is_full(make_register(EngineIdentity("one more", "life"), "decode"))

@@ -8,7 +8,18 @@ import time
 import msgspec
 import pytest
 
-from tandem.errors import EngineFailed, EngineLost, InvalidRequest, Overloaded, RequestError, TimedOut, Unavailable
+from tandem.api.backend import EngineState
+from tandem.errors import (
+    EngineFailed,
+    EngineLeft,
+    InvalidRequest,
+    KvLost,
+    NoTokenLeft,
+    Overloaded,
+    RequestError,
+    TimedOut,
+    Unavailable,
+)
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import ALIVE_SECONDS, EngineRegistry
 from tandem.wire.messages import Abort, Generate, Local, PeerInfo, Prefill, PullKv
@@ -65,7 +76,7 @@ async def test_tokens_that_come_twice_are_told_once(router: RunningRouter) -> No
     prefill.send_tokens(there, 0, 10, done=True)
     assert await answer.until(1) == [10]
     decode.send_tokens(here, 0, 10, 11)  # it had to compute the prompt itself
-    decode.send_tokens(here, 1, 11, 12, finish="length")
+    decode.send_tokens(here, 2, 12, finish="length")
     assert await answer.whole() == [10, 11, 12]
 
 
@@ -107,33 +118,27 @@ async def test_a_prefill_engine_that_is_lost_with_the_first_token_on_its_way_is_
     prefill.leave()
     other = await router.engine("prefill-1", "prefill")
     decode.send_tokens(here, 1, 11, 12, finish="length")
-    again_there, again = await other.request(), await next_request(decode)
+    again_there, again = await other.request(), await decode.request()
     decode.send_tokens(again, 1, 11, 12, finish="length")
     other.send_tokens(again_there, 0, 10, done=True)
     assert await answer.whole() == [10, 11, 12]
 
 
-async def next_request(engine: ScriptedEngine) -> Generate:
-    """Return the next request, past the abort of the one before."""
-    while not isinstance(message := await engine.heard.get(), Generate):
-        pass
-    return message
-
-
-async def test_an_answer_is_of_one_model_also_when_engines_with_new_weights_take_over(router: RunningRouter) -> None:
-    prefill, decode = await router.pair()
-    new = await router.engine("mixed-1", "mixed", fingerprint="new")
-    begun, waiting = router.ask(), router.ask()
-    requests = [await prefill.request(), await prefill.request()]
-    await decode.request()
-    prefill.send_tokens(requests[0], 0, 10, done=True)
-    assert await begun.until(1) == [10]
-    decode.leave()
-    request = await new.request()
-    assert request.token_ids == PROMPT, "only a request without output may go on with other weights"
-    new.send_tokens(request, 0, 20, finish="stop")
-    assert await waiting.whole() == [20]
-    assert isinstance(await begun.error(), EngineLost)
+async def test_an_answer_is_of_one_model_also_when_engines_with_new_weights_take_over() -> None:
+    async with running_router(route_timeout=0.1) as router:
+        prefill, decode = await router.pair()
+        new = await router.engine("mixed-1", "mixed", fingerprint="new")
+        begun, waiting = router.ask(), router.ask()
+        requests = [await prefill.request(), await prefill.request()]
+        await decode.request()
+        prefill.send_tokens(requests[0], 0, 10, done=True)
+        assert await begun.until(1) == [10]
+        decode.leave()
+        request = await new.request()
+        assert request.token_ids == PROMPT, "only a request without output may go on with other weights"
+        new.send_tokens(request, 0, 20, finish="stop")
+        assert await waiting.whole() == [20]
+        assert isinstance(await begun.error(), EngineLeft)
 
 
 async def test_what_was_under_way_when_a_connection_broke_is_asked_for_again(router: RunningRouter) -> None:
@@ -240,7 +245,16 @@ async def test_when_no_other_engine_is_left_the_failure_is_told(router: RunningR
     assert "out of luck" in str(error)
 
 
-@pytest.mark.parametrize(("code", "kind"), [("invalid_request", InvalidRequest), ("timed_out", TimedOut)])
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("invalid_request", InvalidRequest),
+        ("no_token_left", NoTokenLeft),
+        ("internal_error", RequestError),
+        ("kv_lost", KvLost),
+        ("timed_out", TimedOut),
+    ],
+)
 async def test_what_no_other_engine_can_mend_is_told_at_once(
     router: RunningRouter, code: str, kind: type[RequestError]
 ) -> None:
@@ -250,7 +264,7 @@ async def test_what_no_other_engine_can_mend_is_told_at_once(
     first = await first_to_hear(prefill, other)
     first.fail(await first.request(), code)
     error = await answer.error()
-    assert isinstance(error, kind)
+    assert type(error) is kind
     assert error.retry_after is None
     here = await decode.request()
     assert await decode.abort() == Abort(here.request_id)
@@ -353,7 +367,7 @@ async def test_prefill_engines_are_introduced_to_decode_engines(router: RunningR
 
 
 async def test_an_engine_that_is_not_known_is_told_to_register(router: RunningRouter) -> None:
-    stranger = router.stranger("decode-0", "decode")
+    stranger = router.stranger("another", "decode")
     stranger.beat()
     await asyncio.wait_for(stranger.not_known.wait(), 20)
     assert router.entry("decode-0") is None
@@ -420,3 +434,26 @@ async def test_a_request_that_no_engine_ends_is_ended_by_the_router(monkeypatch:
         assert isinstance(await answer.error(), TimedOut)
         assert await decode.abort() == Abort(here.request_id)
         assert isinstance((await prefill.request()).kv, Prefill)
+
+
+async def test_nobody_registers_under_the_incarnation_of_another_engine(router: RunningRouter) -> None:
+    _, decode = await router.pair()
+    stranger = router.stranger("another", "decode")
+    known = next(engine.register for engine in router.registry if engine.engine_id == "decode-0")
+    stranger.send(known)
+    await stranger.register()  # once it is answered, what came before it was looked at
+    assert router.connections.dropped.count == 1
+    [entry] = [engine for engine in router.registry if engine.incarnation == decode.identity.incarnation]
+    assert entry.sender == decode.identity.incarnation.encode()
+
+
+async def test_an_engine_that_drains_is_not_chosen_and_its_requests_end(router: RunningRouter) -> None:
+    prefill, decode = await router.pair()
+    answer = router.ask()
+    there, here = await prefill.request(), await decode.request()
+    decode.beat(draining=True)
+    await router.until(lambda: router.backend.engines()[1].state is EngineState.DRAINING)
+    assert "no decode engine is ready" in router.backend.health().detail
+    prefill.send_tokens(there, 0, 10, done=True)
+    decode.send_tokens(here, 1, 11, finish="length")
+    assert await answer.whole() == [10, 11]

@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from tandem.errors import RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
-from tandem.scheduling.batch import Batch, Row, SampleAt, Sampled, StepResult
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Finished, PrefillEnded, PullEnded, TokenOut
+from tandem.scheduling.batch import Batch, Row, SampleAt, Sampled, StepResult, row_failed
+from tandem.scheduling.events import (
+    BlocksAllocated,
+    ChunkComputed,
+    Event,
+    Finished,
+    PrefillEnded,
+    PullEnded,
+    ShortOfBlocks,
+    TokenOut,
+)
 from tandem.scheduling.request import RequestState
 from tandem.scheduling.scheduler import Scheduler
 from tandem.wire.messages import Address, Failed, Generate, Local, Prefill, PullKv
@@ -110,8 +120,10 @@ class FakeEngine:
         self.records: dict[str, Record] = {}
         self.reads: dict[str, BlocksAllocated] = {}  # in progress: their bytes may come at any time
         self.leases: dict[str, PrefillEnded] = {}
-        self.broken: set[str] = set()  # requests whose rows cannot be sampled
+        self.short_of_blocks = False
+        self.broken: dict[str, RequestError] = {}  # requests whose rows cannot be sampled, and why
         self.now = 0.0
+        self.events: list[Event] = []
 
     # --- commands ---
 
@@ -225,7 +237,7 @@ class FakeEngine:
         if row.sample is None:
             return None
         if row.request_id in self.broken:
-            return Sampled(-1, None, "the logits are not numbers")
+            return row_failed(self.broken[row.request_id])
         return Sampled(next_token(digest, row.sample.stop_ids))
 
     def write(self, allocated: BlocksAllocated, values: list[int]) -> None:
@@ -268,6 +280,11 @@ class FakeEngine:
 
     def settle(self) -> None:
         for event in self.scheduler.drain():
+            if isinstance(event, ShortOfBlocks):
+                assert event.short != self.short_of_blocks
+                self.short_of_blocks = event.short
+                continue
+            self.events.append(event)
             record = self.records[event.request_id]
             allowed = (PrefillEnded, PullEnded) if record.aborted or record.terminal else ()
             assert not allowed or isinstance(event, allowed), f"{event} after the end"

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tandem.errors import InvalidRequest, Overloaded
+from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, Overloaded, RequestError
 from tandem.scheduling.events import Finished
 from tandem.scheduling.request import RequestState
 from tandem.wire.messages import Generate, Local, Prefill, PullKv
@@ -53,13 +53,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         output: int,
         kv: Local | Prefill | PullKv,
         time_left: float,
+        max_tokens: int,
+        min_tokens: int,
         **params: object,
     ) -> None:
         tokens = head + tail
+        params["min_tokens"] = min(min_tokens, max_tokens)
         prompt_len = max(1, len(tokens) - output)
         self.count += 1
         message = Generate(
-            f"r{self.count}", tokens, prompt_len, SamplingParams(**params), time_left, kv  # type: ignore[arg-type]
+            f"r{self.count}", tokens, prompt_len, SamplingParams(max_tokens, **params), time_left, kv  # type: ignore[arg-type]
         )  # fmt: skip
         try:
             self.engine.add(message)
@@ -126,9 +129,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.expire()
 
     @precondition(lambda self: self.engine.records)
-    @rule(data=st.data())
-    def break_sampling(self, data: st.DataObject) -> None:
-        self.engine.broken.add(self.pick(data, self.engine.records))
+    @rule(data=st.data(), error=st.sampled_from([EngineFailed("not numbers"), NoTokenLeft("nothing left")]))
+    def break_sampling(self, data: st.DataObject, error: RequestError) -> None:
+        self.engine.broken[self.pick(data, self.engine.records)] = error
 
     def waiting_for_kv(self) -> list[str]:
         found = ((request_id, self.engine.scheduler.get(request_id)) for request_id in self.engine.reads)

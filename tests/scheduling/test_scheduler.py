@@ -10,7 +10,7 @@ from tandem.scheduling.batch import Sampled, StepResult
 from tandem.scheduling.events import ChunkComputed, Finished, PrefillEnded, TokenOut
 from tandem.wire.messages import Failed, Generate, Local, Prefill
 from tandem.wire.sampling import SamplingParams
-from tests.scheduling.fake_engine import EOS, FakeEngine, Record, generate, pull, reference
+from tests.scheduling.fake_engine import EOS, VOCABULARY, FakeEngine, Record, digests, generate, pull, reference
 from tests.scheduling.invariants import check_scheduler
 
 PROMPT = [1, 2, 3, 4, 1, 2, 3]
@@ -224,7 +224,7 @@ def test_a_resumed_request_goes_on_with_its_output() -> None:
 def test_a_row_that_cannot_be_sampled_fails_alone_and_leaves_nothing_in_the_cache() -> None:
     engine = FakeEngine(max_batched_tokens=8)
     bad, good = (engine.add(generate(name, [token] * 13, max_tokens=3)) for name, token in (("bad", 1), ("good", 2)))
-    engine.broken.add("bad")
+    engine.broken["bad"] = EngineFailed("the logits are not numbers")
     engine.run_until_done()
     assert failure(bad).code == EngineFailed.code
     assert "not numbers" in failure(bad).message
@@ -497,6 +497,20 @@ def test_a_first_token_that_does_not_come_does_not_write_into_shared_blocks() ->
     assert end.stats.recompute_reason == "the peer sent no first token"
 
 
+def test_a_first_token_beyond_the_vocabulary_is_not_given_to_the_model() -> None:
+    engine = FakeEngine()
+    record = engine.add(generate("r", PROMPT, pull(), max_tokens=4))
+    engine.schedule()
+    allocated = engine.reads.pop("r")
+    engine.write(allocated, digests(PROMPT))
+    engine.scheduler.kv_arrived("r", VOCABULARY, engine.now)
+    engine.run_until_done()
+    assert record.tokens == expected(record)
+    (end,) = record.terminal
+    assert isinstance(end, Finished)
+    assert end.stats.recompute_reason == f"the peer's first token is {VOCABULARY}; this model has {VOCABULARY} tokens"
+
+
 @pytest.mark.parametrize("first_token", [True, False])
 def test_lost_kv_is_computed_here(first_token: bool) -> None:
     engine = FakeEngine()
@@ -642,3 +656,31 @@ def test_chunks_of_local_requests_are_not_announced() -> None:
     assert batch is not None
     engine.scheduler.apply(StepResult(batch.batch_id, [Sampled(1)]), 0.0)
     assert not [event for event in engine.scheduler.drain() if isinstance(event, ChunkComputed)]
+
+
+@pytest.mark.parametrize(("token", "computed_here"), [(VOCABULARY - 1, 0), (VOCABULARY, 1), (2**31 - 1, 1)])
+def test_a_first_token_beyond_the_vocabulary_is_not_taken(token: int, computed_here: int) -> None:
+    """It would fail the whole batch in the embedding."""
+    engine = FakeEngine()
+    record = engine.add(generate("r", PROMPT, pull()))
+    engine.step()
+    engine.scheduler.kv_arrived("r", token, engine.now)
+    scheduled = engine.scheduler.get("r")
+    assert scheduled is not None
+    assert scheduled.recomputations == computed_here
+    assert (scheduled.tokens == [*PROMPT, token]) == (not computed_here)
+    assert record.terminal == []
+    check_scheduler(engine.scheduler)
+
+
+def test_it_says_when_a_request_begins_and_ceases_to_wait_for_room() -> None:
+    engine = FakeEngine(num_blocks=4)
+    engine.add(generate("first", PROMPT, Prefill()))
+    engine.step()
+    assert not engine.short_of_blocks
+    engine.add(generate("second", [2] * 12))
+    engine.step()
+    assert engine.short_of_blocks
+    engine.end_lease("first")
+    engine.step()
+    assert not engine.short_of_blocks

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from scripts.make_random_model import RandomModel, write_random_model
 
-from tests.shapes.fleet import Fleet, Shape
-from tests.shapes.reference import greedy
+from tests.support.fleet import Fleet, Shape
+from tests.support.reference import greedy
 
 SIX_HEADS = [
     Shape(1),

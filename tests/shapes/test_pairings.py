@@ -33,7 +33,7 @@ from tandem.engine.start.launch import EngineProcesses
 from tandem.local_cluster import RouterProcess, start_engines, start_router, wait_ready
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
-from tests.shapes.reference import greedy
+from tests.support.reference import greedy
 
 PROMPT = [7, 3, 250, 9, 4] * 9
 SECONDS = 120.0
@@ -81,16 +81,17 @@ def config(
 def start(
     family: ChildProcesses, *engines: tuple[str, tuple[EngineConfig, ModelFolder]]
 ) -> tuple[RouterProcess, dict[str, EngineProcesses]]:
-    router = start_router(family, RouterConfig(port=0, control_port=0, run=RunSection(log_level="warning")))
+    quick, quiet = TimeSection(route_timeout=0.5), RunSection(log_level="warning")
+    router = start_router(family, RouterConfig(port=0, control_port=0, time=quick, run=quiet), None)
     started = [start_engine(family, name, *engine, router) for name, engine in engines]
-    wait_ready(family, started, SECONDS, Console())
+    wait_ready(family, started, SECONDS)
     return router, {engine.name: engine for engine in started}
 
 
 def start_engine(
     family: ChildProcesses, name: str, each: EngineConfig, model: ModelFolder, router: RouterProcess
 ) -> EngineProcesses:
-    [engine] = start_engines(family, [replace(each, engine_id=name)], model, router.control)
+    [engine] = start_engines(family, [replace(each, engine_id=name)], model, router.control, None, Console())
     return engine
 
 
@@ -204,7 +205,7 @@ def test_a_prefill_engine_that_comes_back_under_its_name_is_used_again(family: C
     dead.process.kill()
     dead.process.join()
     family.children.remove(dead)
-    start_engine(family, "source", *config("prefill", model), router)
+    wait_ready(family, [start_engine(family, "source", *config("prefill", model), router)], SECONDS)
     until(lambda: complete(router, [9, *PROMPT])[1].get("tandem", {}).get("disaggregated"), "it is not used again")
     second = ask(router, "/tandem/engines")[1]["engines"]
     lives = [{e["engine_id"]: e["incarnation"] for e in engines_then} for engines_then in (first, second)]

@@ -12,8 +12,8 @@ from tandem.errors import RequestError
 from tandem.ids import new_request_id
 from tandem.wire.messages import Generate, Prefill, Tokens
 from tandem.wire.sampling import SamplingParams
-from tests.shapes.fleet import Fleet, Shape
-from tests.shapes.reference import greedy
+from tests.support.fleet import Fleet, Shape
+from tests.support.reference import greedy
 
 SOURCE, SINK = Shape(), Shape(block_size=32)
 PROMPT = [7, 3, 250, 9, 4] * 9

@@ -9,11 +9,11 @@ from typing import Any
 
 import zmq
 
-from tandem.config import EngineConfig, TimeSection
+from tandem.config import BatchSection, EngineConfig, TimeSection
 from tandem.engine.io import event_loop
 from tandem.engine.io.leader_sockets import LeaderAddresses, LeaderSockets
 from tandem.engine.step.step_loop import IDLE_SECONDS, StepLoop
-from tandem.engine.step_commands import Command, Shutdown
+from tandem.engine.step_commands import Command, Drain, Shutdown
 from tandem.errors import EngineFailed
 from tandem.ids import EngineIdentity, new_identity
 from tandem.kv.blocks import BlockPool
@@ -40,6 +40,8 @@ MAX_WAITING = 6
 HAND_OVER_SECONDS = (0.00001, 0.002)
 """From one thread to another."""
 
+STEP_TIMEOUT = 60.0
+DRAIN_SECONDS = 5.0
 LATE_SECONDS = 0.6
 """An engine ends a request at its deadline, or as soon as the step loop looks."""
 
@@ -224,11 +226,17 @@ class SimEngine:
             "int",
             "0",
             PROTOCOL,
+            VOCABULARY,
+            STEP_TIMEOUT,
         )
         SimEventLoopThread.process = self.process
         self.world.current = self.process
         self.event_loop = event_loop.LeaderEventLoop(
-            EngineConfig(role=spec.role, time=TimeSection(lease_ttl=plan.lease_ttl)),
+            EngineConfig(
+                role=spec.role,
+                time=TimeSection(lease_ttl=plan.lease_ttl),
+                batch=BatchSection(step_timeout=STEP_TIMEOUT),
+            ),
             descriptor,
             Envelope(PROTOCOL, "weights", "int", "simulated", "simulator"),
             register,
@@ -241,7 +249,7 @@ class SimEngine:
         self.pipeline = SimPipeline(self)
         self.step_loop = StepLoop(
             self.scheduler, self.pool, self.pipeline, self.mailbox, self.event_loop, "simulated", plan.kv_failure,  # type: ignore[arg-type]
-            KvTransferParams(),
+            KvTransferParams(), self.event_loop.clock,
         )  # fmt: skip
 
     def _transfer_thread(self, rank: int, layouts: list[Any], address: Address) -> TransferThread:
@@ -272,7 +280,9 @@ class SimEngine:
 
     def _step(self) -> None:
         self._wake_at = float("inf")
-        begun = self.step_loop.step()
+        loop = self.step_loop
+        idle = loop._step()
+        loop._clock.since = loop._submitted[0] if loop._submitted else None
         check_scheduler(self.scheduler)
         late = self.process.time() - LATE_SECONDS  # of this very step: it has looked
         for request in self.scheduler.state.requests.values():
@@ -280,7 +290,7 @@ class SimEngine:
                 self.world.fail(f"{self.spec.name} still has {request.request_id} after its deadline")
         if self.step_loop._stopping is not None:
             self._stop(self.step_loop._stopping)
-        elif begun:
+        elif not idle:
             self._step_at(max(self.pipeline.busy_until, self.world.now + HAND_OVER_SECONDS[0]))
         else:
             self._step_at(self.world.now + IDLE_SECONDS)
@@ -302,10 +312,15 @@ class SimEngine:
 
     def leave(self) -> None:
         """End in good order, as at SIGTERM."""
-        self.process.post(lambda: self.mailbox.put(Shutdown("stopped")))
+
+        def drain() -> None:
+            self.event_loop.show_draining()
+            self.mailbox.put(Drain(self.process.time() + DRAIN_SECONDS))
+
+        self.process.post(drain)
 
     def _stop(self, reason: str) -> None:
-        self.event_loop.stop(reason)
+        self.event_loop.stop(reason, failed=False)
         self.world.after(0.2, lambda: self.network.kill(self.process))
 
     def _end_process(self, error: EngineFailed) -> None:

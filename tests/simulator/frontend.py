@@ -49,8 +49,13 @@ class SimRouter:
         world.current = self.process
         self.connections = EngineConnections(sockets.bind(address), self.registry, introduce=True)
         self.backend = RequestRouter(
-            self.connections, OneModelPolicy(self.registry), request_timeout=plan.request_timeout, seed=0
+            self.connections,
+            OneModelPolicy(self.registry),
+            request_timeout=plan.request_timeout,
+            route_timeout=plan.request_timeout,
+            seed=0,
         )
+        self.connections.on_change = self.backend.health
         world.current = None
         self._clients: dict[int, asyncio.Task[Any]] = {}
         self.answers: dict[int, Answer] = {}

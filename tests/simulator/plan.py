@@ -83,6 +83,11 @@ class Plan:
         return max((fault.until for fault in self.faults), default=0.0)
 
     @property
+    def only_drained(self) -> bool:
+        """Whether engines are stopped in good order and come back, and nothing else happens."""
+        return bool(self.faults) and {fault.kind for fault in self.faults} == {"leave"} and not self.reads.failing
+
+    @property
     def nothing_breaks(self) -> bool:
         return not self.faults and not self.reads.failing
 
@@ -97,7 +102,8 @@ class Assumptions:
 
     Attributes:
         skew: most by which the rate of a clock differs from true time, as a fraction.
-        diverge: engines may choose different tokens after the same ones, as with other batches or shapes in bf16.
+        diverge: engines always choose different tokens after the same ones now and then, as with other batches or
+            shapes in bf16; else they do so in some plans.
         tight: memory is short also where two routers share engines (decision 13).
     """
 
@@ -115,9 +121,15 @@ def draw(seed: int, assumptions: Assumptions = DEFAULT) -> Plan:
     routers = 2 if chance.random() < 0.25 else 1
     engines = _engines(chance, assumptions, roomy=routers > 1 and not assumptions.tight)
     lease_ttl = chance.choice((1.0, 1.0, 2.0))
-    kind = chance.choices(("any", "reads", "leases"), (6, 4, 3))[0]
+    kind = chance.choices(("any", "reads", "leases", "drain"), (6, 4, 3, 1))[0]
     requests = _requests(chance, routers)
-    faults = _lease_faults(chance, engines, lease_ttl) if kind == "leases" else _faults(chance, engines, routers)
+    match kind:
+        case "leases":
+            faults = _lease_faults(chance, engines, lease_ttl)
+        case "drain":
+            faults = _drains(chance, engines)
+        case _:
+            faults = _faults(chance, engines, routers)
     return Plan(
         engines=engines,
         routers=routers,
@@ -126,7 +138,7 @@ def draw(seed: int, assumptions: Assumptions = DEFAULT) -> Plan:
         reads=_reads(chance, kind),
         kv_failure=chance.choice(("recompute", "recompute", "recompute", "retry", "fail")),
         lease_ttl=lease_ttl,
-        request_timeout=chance.choice((5.0, 20.0)) if faults or kind == "reads" else 60.0,
+        request_timeout=chance.choice((5.0, 20.0)) if kind != "drain" and (faults or kind == "reads") else 60.0,
         slowest=chance.choice((0.001, 0.005, 0.03)),
         spikes=chance.choice((0.0, 0.02, 0.1)),
         duplicates=chance.choice((0.0, 0.5)),
@@ -139,7 +151,7 @@ def _reads(chance: random.Random, kind: str) -> ReadProfile:
     return ReadProfile(
         one_sided=chance.random() < 0.7,
         own_network=chance.random() < 0.5,
-        slow={"any": 0.0, "reads": 0.2, "leases": 0.5}[kind],
+        slow={"reads": 0.2, "leases": 0.5}.get(kind, 0.0),
         failing=0.15 if kind == "reads" else 0.0,
         hanging=0.05 if kind == "reads" else 0.0,
     )
@@ -160,6 +172,13 @@ def _lease_faults(chance: random.Random, engines: tuple[EngineSpec, ...], ttl: f
     return tuple(sorted(faults, key=lambda fault: fault.at))
 
 
+def _drains(chance: random.Random, engines: tuple[EngineSpec, ...]) -> tuple[Fault, ...]:
+    """Restart engines in good order while requests come."""
+    chosen = chance.sample(engines, chance.randrange(1, len(engines) + 1))
+    times = [chance.uniform(0.9, 2.3) for _ in chosen]
+    return tuple(Fault(at, at + 0.5, "leave", spec.name) for at, spec in zip(sorted(times), chosen, strict=True))
+
+
 def _engines(chance: random.Random, assumptions: Assumptions, *, roomy: bool) -> tuple[EngineSpec, ...]:
     roles: tuple[Role, ...] = chance.choice(
         (
@@ -172,6 +191,8 @@ def _engines(chance: random.Random, assumptions: Assumptions, *, roomy: bool) ->
             ("prefill", "decode", "mixed"),
         )
     )
+    salts = random.Random(chance.random())
+    diverge = assumptions.diverge or salts.random() < 0.3
     specs = []
     for number, role in enumerate(roles):
         tp, pp = chance.choice(SHAPES)
@@ -188,7 +209,7 @@ def _engines(chance: random.Random, assumptions: Assumptions, *, roomy: bool) ->
                 max_num_seqs=chance.choice((1, 2, 4)),
                 max_batched_tokens=chance.choice((4, 8, 16)),
                 token_major=chance.random() < 0.3,
-                salt=chance.randrange(1, VOCABULARY) if assumptions.diverge else 0,
+                salt=salts.randrange(1, VOCABULARY) if diverge else 0,
                 step_seconds=chance.choice((0.001, 0.01, 0.08)),
                 rate=1.0 + chance.uniform(-assumptions.skew, assumptions.skew),
             )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from tandem.engine.io import event_loop, event_loop_thread
+from tandem.router import connection_monitor, engine_connections
 from tandem.wire.messages import Address
 from tests.simulator.engine import SimEngine, SimEventLoopThread
 from tests.simulator.frontend import Answer, SimRouter
@@ -19,12 +20,13 @@ from tests.simulator.invariants import busy, needless_losses, not_connected, not
 from tests.simulator.network import Network
 from tests.simulator.plan import DEFAULT, Assumptions, EngineSpec, Fault, Plan, RequestSpec, draw, router_name
 from tests.simulator.reads import Fabric
+from tests.simulator.sockets import SimConnectionMonitor
 from tests.simulator.world import Process, World
 
 LOOK_SECONDS = 0.25
 SETTLE_SECONDS = 45.0
 """From the last fault, or the last request's end, until everything must be quiet and whole again."""
-CANCEL_SECONDS = 0.5
+CANCEL_SECONDS = 0.25
 CALM_LOOKS = 3
 """In a row: what a pause has done shows a moment after it."""
 
@@ -241,6 +243,7 @@ def simulated_time(handler: logging.Handler | None = None) -> Iterator[list[Worl
     time.monotonic = lambda: worlds[-1].monotonic()
     uuid.uuid4 = lambda: uuid.UUID(int=worlds[-1].random.getrandbits(128))
     setattr(event_loop, "EventLoopThread", SimEventLoopThread)  # noqa: B010
+    setattr(engine_connections, "ConnectionMonitor", SimConnectionMonitor)  # noqa: B010
     collecting = gc.isenabled()
     gc.disable()
     logging.disable(logging.CRITICAL if handler is None else logging.NOTSET)
@@ -251,6 +254,7 @@ def simulated_time(handler: logging.Handler | None = None) -> Iterator[list[Worl
     finally:
         time.monotonic, uuid.uuid4, disabled = before
         setattr(event_loop, "EventLoopThread", event_loop_thread.EventLoopThread)  # noqa: B010
+        setattr(engine_connections, "ConnectionMonitor", connection_monitor.ConnectionMonitor)  # noqa: B010
         logging.disable(disabled)
         if handler is not None:
             logging.root.removeHandler(handler)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import itertools
+import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
 
+from tandem.router.connection_monitor import ConnectionMonitor
 from tandem.wire.messages import Address
 from tandem.wire.sockets import DEFAULT_OPTIONS, SocketOptions
 from tests.simulator.network import Connection, Frames, Network
@@ -35,7 +40,8 @@ class Socket:
         self.closed = False
         self.on_message: Callable[[], None] = lambda: None
         self._duplicates = duplicates
-        self._inbox: deque[Frames] = deque()
+        self._inbox: deque[tuple[Frames, int]] = deque()
+        self._numbers: dict[Connection, int] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._by_identity: dict[bytes, Connection] = {}
         self._connection: Connection | None = None
@@ -64,22 +70,27 @@ class Socket:
             self._outbox.append(list(frames))
         return self.process.sent
 
-    async def recv_multipart(self) -> Frames:
+    async def recv_multipart(self, flags: int = 0, copy: bool = True) -> Any:
         while not self._inbox:
             self._waiter = self.process.world.loop.create_future()
             await self._waiter
-        return self._inbox.popleft()
+        frames, number = self._inbox.popleft()
+        return frames if copy else [Frame(data, number) for data in frames]
 
     def recv(self, flags: int = 0) -> bytes:
         """Return a frame, without waiting."""
         if not self._inbox:
             raise zmq.Again
-        return self._inbox.popleft()[0]
+        return self._inbox.popleft()[0][0]
 
     def get_monitor_socket(self, events: int = 0) -> Monitor:
         if self._monitor is None:
             self._monitor = Monitor(self.process)
         return self._monitor
+
+    def _tell(self, event: int, number: int) -> None:
+        if self._monitor is not None:
+            self.process.post(functools.partial(self._monitor.put, event, number))
 
     def disable_monitor(self) -> None:
         self._monitor = None
@@ -128,15 +139,19 @@ class Socket:
         """A peer has connected; one of the same identity is replaced."""
         earlier = self._by_identity.pop(identity, None)
         self._by_identity[identity] = connection
-        if earlier is not None:
+        if earlier is not None:  # of which a monitor is not told
+            self._numbers.pop(earlier, None)
             earlier.finish(self)
+        used = set(self._numbers.values())
+        number = self._numbers[connection] = next(one for one in itertools.count(10) if one not in used)
+        self._tell(zmq.EVENT_ACCEPTED, number)
 
     def arrived(self, connection: Connection, frames: Frames) -> None:
         if self.type == zmq.ROUTER:
             if self._by_identity.get(connection.client.identity) is not connection:
                 return
             frames = [connection.client.identity, *frames]
-        self._inbox.append(frames)
+        self._inbox.append((frames, self._numbers.get(connection, 0)))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self.on_message()
@@ -145,30 +160,86 @@ class Socket:
         if self.type == zmq.ROUTER:
             if self._by_identity.get(connection.client.identity) is connection:
                 del self._by_identity[connection.client.identity]
+            if connection in self._numbers:
+                self._tell(zmq.EVENT_DISCONNECTED, self._numbers.pop(connection))
         elif self._connection is connection:
             self._connection = None
-            if self._monitor is not None:
-                self._monitor.put()
+            self._tell(zmq.EVENT_DISCONNECTED, 0)
             if not self.closed:
                 self.network.world.after(RECONNECT_SECONDS, self._dial, self.process)
 
 
+class Frame:
+    """A part of a message that was received without a copy."""
+
+    def __init__(self, data: bytes, number: int) -> None:
+        self.bytes = data
+        self._number = number
+
+    def get(self, option: int) -> int:
+        """Return the number of the connection (`zmq.SRCFD`)."""
+        return self._number
+
+
 class Monitor:
-    """Tells of every connection that ended."""
+    """Tells of connections that begin and end, in the messages that libzmq tells it with.
+
+    Attributes:
+        on_event: called, in the process, when there is one.
+    """
 
     def __init__(self, process: Process) -> None:
-        self._events: asyncio.Queue[None] = asyncio.Queue()
+        self._events: deque[Frames] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self._process = process
+        self.on_event: Callable[[], object] = lambda: None
 
-    def put(self) -> None:
-        self._events.put_nowait(None)
+    def put(self, event: int, number: int) -> None:
+        self._events.append([struct.pack("=hi", event, number), b"address"])
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        self.on_event()
 
     async def recv_multipart(self) -> Frames:
-        await self._events.get()
-        return [b"disconnected"]
+        while not self._events:
+            self._waiter = self._process.world.loop.create_future()
+            await self._waiter
+        return self._events.popleft()
+
+    def take(self, flags: int = 0) -> Frames:
+        """Return an event, without waiting."""
+        if not self._events:
+            raise zmq.Again
+        return self._events.popleft()
 
     def poll(self, timeout: int = 0) -> int:
         return 0
+
+
+class SimConnectionMonitor(ConnectionMonitor):
+    """Reads its events from a simulated socket; all else is as in a router."""
+
+    def __init__(self, socket: Any, on_lost: Callable[[bytes], None]) -> None:
+        monitor: Monitor = socket.get_monitor_socket()
+        self._events = monitor
+        self._monitor = _NoWait(monitor)  # type: ignore[assignment]
+        self._on_lost = on_lost
+        self._open: set[int] = set()
+        self._engines: dict[int, bytes] = {}
+        self._connections: dict[bytes, int] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        self._events.on_event = self._read
+        self._read()
+        yield
+
+
+class _NoWait:
+    """A monitor as `zmq.Socket`, which does not wait."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.recv_multipart = monitor.take
 
 
 class Sockets:

@@ -15,7 +15,7 @@ from tests.simulator.simulation import Result, run_schedule
 
 SAMPLE = range(1000)
 ONCE_FAILED = {
-    "a read that never ends keeps its blocks for ever": (3, 17),
+    "a read that never ends keeps its blocks for ever": (17, 22),
     "an engine is waited for beyond the deadline": (3438, 4104),
 }
 SOON = range(800)

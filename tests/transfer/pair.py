@@ -71,9 +71,10 @@ class Prefill:
         self._network = network
         self.identity = identity
         self.address = address
-        self.offers = Offers(identity.incarnation, ttl)
+        self.offers = Offers(identity.incarnation, ttl, 1000)
         self.heard: Counter[str] = Counter()
         self.ended: list[str] = []
+        self.corrupt: list[str] = []
         described = msgspec.Raw(msgspec.msgpack.encode(descriptor(identity)))
         self.welcome = Welcome(ENVELOPE, identity, ttl, described)
         self._readers: dict[offers.Client, Decode] = {}
@@ -88,7 +89,7 @@ class Prefill:
     # --- what the engine says ------------------------------------------------------------------------------------
 
     def begin(self, request_id: str) -> None:
-        self.offers.begin(request_id, 10.0)
+        self.offers.begin(request_id)
         self._act()
 
     def chunk(
@@ -156,6 +157,8 @@ class Prefill:
             match action:
                 case offers.Send(client=client, message=message):
                     self.answer(client, message)
+                case offers.OfferCorrupt(request_id=request_id):
+                    self.corrupt.append(request_id)
                 case offers.OfferEnded(request_id=request_id):
                     self.ended.append(request_id)
         self._network.deliver()
@@ -177,6 +180,7 @@ class Decode:
         self.reads: list[ReadOrder] = []
         self.arrived: list[Pull] = []
         self.failed: list[tuple[str, str]] = []
+        self.first_tokens: dict[str, int | None] = {}  # of those that failed
         self.quiet: list[str] = []
 
     @property
@@ -215,8 +219,9 @@ class Decode:
         *,
         peer_lost: bool = False,
         may_still_write: bool = False,
+        corrupt: bool = False,
     ) -> None:
-        report = ReadEnded(rank, read.job, 100, 2, 0.01, error, peer_lost, may_still_write)
+        report = ReadEnded(rank, read.job, 100, 2, 0.01, error, peer_lost, may_still_write, corrupt)
         self.pulls.reported(report, self._network.now)
         self._act()
 
@@ -263,8 +268,9 @@ class Decode:
                     self.reads.append(order)
                 case PullArrived(pull=pull):
                     self.arrived.append(pull)
-                case PullFailed(request_id=request_id, reason=reason):
+                case PullFailed(request_id=request_id, reason=reason, first_token=first_token):
                     self.failed.append((request_id, reason))
+                    self.first_tokens[request_id] = first_token
                 case PullQuiet(request_id=request_id):
                     self.quiet.append(request_id)
         self._network.deliver()

@@ -110,6 +110,13 @@ def test_any_other_bytes_are_a_wire_error(data: bytes) -> None:
         decode_descriptor(msgspec.Raw(data))
 
 
+def test_text_that_is_no_utf8_and_nesting_without_end_are_wire_errors() -> None:
+    plain = encoded(descriptor(WHO))
+    for damage in (bytes(plain).replace(b"node", b"\xff\xff\xff\xff", 1), b"\x91" * 100_000):
+        with pytest.raises(WireError):
+            decode_descriptor(msgspec.Raw(damage))
+
+
 def test_an_engine_without_ranks_is_refused() -> None:
     with pytest.raises(WireError):
         decode_descriptor(encoded(EngineDescriptor(WHO, 4, [])))

@@ -38,7 +38,7 @@ def record(rank: int, **fields: Any) -> RankRecord:
     """Rank of a TP 2, PP 2 engine on two nodes."""
     plain: dict[str, Any] = dict(
         rank=rank, tp_rank=rank % 2, pp_rank=rank // 2, node_rank=rank // 2, host=f"host{rank // 2}", pid=100 + rank,
-        engine_id="p0", model="m", fingerprint="f", dtype="float32", tp=2, pp=2, nnodes=2, block_size=16,
+        engine_id="p0", model="m", model_files="f", dtype="float32", tp=2, pp=2, nnodes=2, block_size=16,
         max_model_len=64, connector="tcp", protocol=(1, 1), version="1", device="cpu", identity=None,
     )  # fmt: skip
     return RankRecord(**(plain | fields))
@@ -69,9 +69,9 @@ def test_all_ranks_take_the_identity_that_rank_0_made_in_one_exchange() -> None:
 
 
 OTHER = {
-    "engine_id": "p1", "model": "n", "fingerprint": "g", "dtype": "bfloat16", "tp": 4, "pp": 1, "nnodes": 1,
+    "engine_id": "p1", "model": "n", "model_files": "g", "dtype": "bfloat16", "tp": 4, "pp": 1, "nnodes": 1,
     "block_size": 32, "max_model_len": 65, "connector": "nixl", "protocol": (1, 2), "version": "2",
-    "device": "cuda", "cluster_key": "0badc0de", "role": "decode",
+    "device": "cuda", "cluster_key": "0badc0de", "role": "decode", "verify_kv": True,
 }  # fmt: skip
 
 

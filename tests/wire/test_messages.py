@@ -40,7 +40,7 @@ TO_ENGINE = [
     m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)]),
 ]
 TO_FRONTEND = [
-    m.Register(IDENTITY, STATUS, ADDRESS, 100, 10, "/m", "float32", "1", (1, 2), ADDRESS),
+    m.Register(IDENTITY, STATUS, ADDRESS, 100, 10, "/m", "float32", "1", (1, 2), 32, 60.0, ADDRESS),
     STATUS,
     m.Outputs([TOKENS, m.Failed("r", "kv_lost", "why", "prompt", 1)]),
     m.Goodbye("stopped"),
@@ -64,6 +64,8 @@ TO_TRANSFER_THREAD = [
     t.ClosePeer(1),
     t.ReadOrder(1, 1, "r", [1], [2], 0, 16, True),
     t.StopThread(),
+    t.StopThread("it hangs"),
+    t.LeaderAlive(),
 ]
 FROM_TRANSFER_THREAD = [
     t.ThreadAlive(0),
@@ -199,6 +201,8 @@ OUT_OF_BOUNDS = [
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 0), "r"))),
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 65536), "r"))),
     (m.ToEngine, m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)] * (m.MAX_PEERS + 1))),
+    (m.ToEngine, m.Introduce([m.PeerAddress(EngineIdentity("", "incarnation"), ADDRESS)])),
+    (m.ToEngine, m.Introduce([m.PeerAddress(EngineIdentity("p0", "i" * 257), ADDRESS)])),
     (p.ToPrefill, p.Claim("", "r")),
     (p.ToPrefill, p.Renew("x", -1, [])),
     (p.ToPrefill, p.Renew("x", 1, ["r"] * (p.MAX_BATCH + 1))),

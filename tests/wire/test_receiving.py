@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import zmq.asyncio
 
 from tandem.errors import WireError
 from tandem.wire.codec import Codec
-from tandem.wire.receiving import LOGGED_AT_FIRST, LOGGED_EVERY, DroppedMessages, receive_messages
+from tandem.wire.receiving import BURST, LOGGED_AT_FIRST, LOGGED_EVERY, DroppedMessages, receive_messages
 from tandem.wire.sockets import Sockets
 
 SECONDS = 20.0
@@ -124,3 +125,48 @@ def test_dropped_messages_are_logged_at_first_and_then_one_in_many(caplog: pytes
     assert dropped.count == 3 * LOGGED_EVERY
     numbers = [*range(1, LOGGED_AT_FIRST + 1), LOGGED_EVERY, 2 * LOGGED_EVERY, 3 * LOGGED_EVERY]
     assert [r.getMessage() for r in caplog.records] == [f"notes message {n} dropped: flood" for n in numbers]
+
+
+def test_a_sender_that_never_stops_does_not_have_the_event_loop_to_itself() -> None:
+    """With one that is served without a pause, nothing else would run until it stopped: here, never."""
+
+    async def talk() -> int:
+        context = zmq.asyncio.Context()
+        handled = 0
+        enough, stop = asyncio.Event(), threading.Event()
+
+        def take(sender: bytes, note: Note) -> None:
+            nonlocal handled
+            handled += 1
+            if handled == 5000:
+                enough.set()
+
+        try:
+            listener, port = Sockets(context, None).bind(zmq.ROUTER, "127.0.0.1", 0)
+            flood = threading.Thread(target=send_until, args=(port, stop))
+            flood.start()
+            dropped = DroppedMessages(logging.getLogger("test"), "notes")
+            loop = asyncio.create_task(receive_messages(listener, CODEC, take, dropped))
+            await enough.wait()
+            loop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await loop
+        finally:
+            stop.set()
+            flood.join(SECONDS)
+            context.destroy(linger=0)
+        return handled
+
+    handled = asyncio.run(asyncio.wait_for(talk(), SECONDS))
+    assert 5000 <= handled < 5000 + 100 * BURST
+
+
+def send_until(port: int, stop: threading.Event) -> None:
+    context = zmq.Context()
+    client = context.socket(zmq.DEALER)
+    client.connect(f"tcp://127.0.0.1:{port}")
+    client.sndtimeo = 100
+    while not stop.is_set():
+        with contextlib.suppress(zmq.Again):
+            client.send_multipart(GOOD)
+    context.destroy(linger=0)

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import random
 import socket as tcp
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +18,7 @@ import zmq.asyncio
 from tandem.errors import ConfigError
 from tandem.wire.keys import ClusterKey, new_key
 from tandem.wire.sockets import SocketOptions, Sockets
+from tests.support.deployment import clean_environment
 
 MILLISECONDS = 20_000
 HOST = "127.0.0.1"
@@ -233,3 +236,35 @@ def test_a_context_with_a_key_ends_at_once(key: ClusterKey) -> None:
     require_round_trip(listener, Sockets(context, key), port)
     context.destroy(linger=0)
     assert context.closed
+
+
+HANGS_UP = """
+import time, zmq
+from tandem.wire import sockets
+sockets.HEARTBEAT_INTERVAL_MS = 100
+made = sockets.Sockets(zmq.Context(), None)
+listener, port = made.bind(zmq.ROUTER, "127.0.0.1", 0, sockets.SocketOptions(hwm=4, handover={same_name}))
+def stranger():
+    return made.connect(zmq.DEALER, "127.0.0.1", port, sockets.SocketOptions(hwm=0, identity=b"name"))
+first = stranger()
+first.send(b"x")
+heard = listener.recv_multipart()
+if {same_name}:
+    second = stranger()
+    second.send(b"y")
+    heard = listener.recv_multipart()
+for _ in range(100):
+    first.send(b"x")
+time.sleep(0.3)
+first.close(linger=0)
+time.sleep(2.0)
+print(heard)
+"""
+
+
+@pytest.mark.parametrize("same_name", [False, True])
+def test_a_peer_that_hangs_up_with_messages_that_cannot_be_taken_does_not_end_the_listener(same_name: bool) -> None:
+    """libzmq ends the process when a heartbeat is due on such a connection; that none is sent is no event."""
+    command = [sys.executable, "-c", HANGS_UP.format(same_name=same_name)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean_environment())
+    assert (ended.returncode, ended.stdout[:9]) == (0, "[b'name',"), ended.stderr

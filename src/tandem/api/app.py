@@ -13,38 +13,51 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tandem.api.api_keys import ApiKeys
 from tandem.api.backend import Backend, KnownEngine, ModelCard
-from tandem.api.chat import ChatBuilder, prepare_chat
-from tandem.api.completions import CompletionBuilder, prepare_completion
+from tandem.api.chat import ChatBuilder, count_chats, prepare_chat
+from tandem.api.completions import CompletionBuilder, count_completions, prepare_completion
+from tandem.api.door import Door
 from tandem.api.endpoint import GenerateEndpoint, Kind, Services
-from tandem.api.http_errors import MethodNotAllowed, ModelNotFound, NotFound, error_response, json_response, unexpected
+from tandem.api.http_errors import (
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    clipped,
+    error_response,
+    json_response,
+    unexpected,
+)
 from tandem.api.loaded_model import ModelLoader
 from tandem.api.metrics import CONTENT_TYPE, Metrics
 from tandem.api.middleware import ApiMiddleware
 from tandem.api.openai import ChatBody, CompletionBody
-from tandem.errors import ConfigError, RequestError, Unavailable
-
-MAX_BODY_BYTES = 64 * 2**20
+from tandem.api.turnstile import Turnstile
+from tandem.config_limits import LimitsSection
+from tandem.errors import RequestError, Unavailable
 
 
 def create_app(
-    backend: Backend, loader: ModelLoader, *, kind: Kind, api_key: str | None = None, max_body: int = MAX_BODY_BYTES
+    backend: Backend,
+    loader: ModelLoader,
+    *,
+    kind: Kind,
+    keys: ApiKeys | None = None,
+    limits: LimitsSection | None = None,
 ) -> Starlette:
     """Return the application in front of `backend`.
 
     Args:
         loader: loads the backend's model.
         kind: "router" has /tandem/engines and refuses kv_transfer_params; "engine" has /tandem/engine.
-        api_key: clients must bring it for /v1/; None for no key.
-        max_body: bytes of the largest body that is read.
-
-    Raises ConfigError for an API key that no client could send.
+        keys: clients must bring one of them for /v1/; None for no keys.
+        limits: what clients may ask for.
     """
-    if api_key is not None and (not api_key or api_key != api_key.strip()):
-        raise ConfigError("the API key is empty, or has spaces around it; give another, or none for no key")
-    services = Services(backend, loader, Metrics(backend), kind, max_body)
-    completions = GenerateEndpoint("completions", CompletionBody, prepare_completion, CompletionBuilder, services)
-    chat = GenerateEndpoint("chat", ChatBody, prepare_chat, ChatBuilder, services)
+    services = Services(backend, loader, Metrics(backend), kind, Door(limits or LimitsSection()), Turnstile())
+    completions = GenerateEndpoint(
+        "completions", CompletionBody, count_completions, prepare_completion, CompletionBuilder, services
+    )
+    chat = GenerateEndpoint("chat", ChatBody, count_chats, prepare_chat, ChatBuilder, services)
     info = InfoEndpoints(services)
     return Starlette(
         routes=[
@@ -56,7 +69,7 @@ def create_app(
             _get("/metrics", info.metrics),
             _get("/tandem/engines", info.engines) if kind == "router" else _get("/tandem/engine", info.engine),
         ],
-        middleware=[Middleware(ApiMiddleware, api_key=api_key)],
+        middleware=[Middleware(ApiMiddleware, keys=keys)],
         exception_handlers={404: _not_found, 405: _method_not_allowed, RequestError: _failed, Exception: _failed},
     )
 
@@ -75,7 +88,7 @@ class InfoEndpoints:
         card = await self._backend.model()
         name = request.path_params["name"]
         if name != card.name:
-            raise ModelNotFound(f"there is no model {name!r} here; it is {card.name!r}", param="model")
+            raise ModelNotFound(f"there is no model {clipped(name)!r} here; it is {card.name!r}", param="model")
         return json_response(_describe_model(card))
 
     async def health(self, request: Request) -> Response:
@@ -87,8 +100,9 @@ class InfoEndpoints:
         return Response(self._metrics.expose(), headers={"content-type": CONTENT_TYPE})
 
     async def engines(self, request: Request) -> Response:
-        engines = [_describe_engine(one) | {"state": one.state.value} for one in self._backend.engines()]
-        return json_response({"engines": engines})
+        engines = self._backend.engines()
+        described = [_describe_engine(one) | {"state": one.state.value, "reason": one.reason} for one in engines]
+        return json_response({"engines": described})
 
     async def engine(self, request: Request) -> Response:
         engines = self._backend.engines()
@@ -108,11 +122,11 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    return error_response(NotFound(f"there is no {request.url.path} here"))
+    return error_response(NotFound(f"there is no {clipped(request.url.path)} here"))
 
 
 async def _method_not_allowed(request: Request, error: Exception) -> Response:
-    response = error_response(MethodNotAllowed(f"{request.method} is not for {request.url.path}"))
+    response = error_response(MethodNotAllowed(f"{request.method} is not for {clipped(request.url.path)}"))
     assert isinstance(error, HTTPException)
     response.headers.update(error.headers or {})
     return response

@@ -92,15 +92,21 @@ class Health(msgspec.Struct, frozen=True):
 
 class EngineState(enum.Enum):
     READY = "ready"
+    STALLED = "stalled"  # it is there, but a step of it has not ended for too long
+    DRAINING = "draining"  # it finishes what it has, and ends
     LOST = "lost"
 
 
 class KnownEngine(Protocol):
-    """An engine that has registered: its registration, its last heartbeat, and whether it is there."""
+    """An engine that has registered: its registration, its last heartbeat, and whether it is there.
+
+    `reason`: why it is not used for new requests; None while it is.
+    """
 
     register: Register
     status: EngineStatus
     state: EngineState
+    reason: str | None
 
 
 class Backend(Protocol):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from msgspec import UNSET, UnsetType
 
 from tandem.api.loaded_model import LoadedModel
@@ -20,10 +18,15 @@ from tandem.api.openai import (
 from tandem.api.output_processor import TextChunk, Token
 from tandem.api.parsing import message_text, sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
+from tandem.api.prompt_encoder import INLINE_CHARS, INLINE_TEXTS
 from tandem.api.response_builder import ResponseBuilder, finite
-from tandem.api.tokenizer import INLINE_CHARS
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
+
+
+def count_chats(body: ChatBody) -> int:
+    """Return the number of choices that are asked for."""
+    return body.n or 1
 
 
 async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> PreparedRequest:
@@ -31,7 +34,8 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
     text = await _render(body, model)
-    prompt = Prompt(await model.tokenizer.encode(text, add_special_tokens=False), text)
+    [token_ids] = await model.encoder.encode([text], "messages", add_special_tokens=False)
+    prompt = Prompt(token_ids, text)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
@@ -78,9 +82,11 @@ async def _render(body: ChatBody, model: LoadedModel) -> str:
         one = {"role": message.role, "content": message_text(message, index)}
         messages.append(one if message.name is None else one | {"name": message.name})
     variables = body.chat_template_kwargs or {}
-    if sum(len(one["content"]) for one in messages) <= INLINE_CHARS:
+    chars = sum(len(one["content"]) for one in messages)
+    model.encoder.check_length(chars, "messages")
+    if chars <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
         return model.template.render(messages, variables)
-    return await asyncio.to_thread(model.template.render, messages, variables)
+    return await model.pool.run(model.template.render, messages, variables)
 
 
 def _max_tokens(body: ChatBody) -> int | None:

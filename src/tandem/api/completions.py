@@ -16,13 +16,18 @@ from tandem.wire.sampling import SamplingParams
 DEFAULT_MAX_TOKENS = 16
 
 
+def count_completions(body: CompletionBody) -> int:
+    """Return the number of choices that are asked for."""
+    return len(prompt_list(body.prompt)) * (body.n or 1)
+
+
 async def prepare_completion(request_id: str, body: CompletionBody, model: LoadedModel) -> PreparedRequest:
     """Raises InvalidRequest."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
-    prompts = [await _prompt(one, model) for one in _prompts(body.prompt)]
+    prompts = await _encoded(prompt_list(body.prompt), model)
     return prepare_request(request_id, body, model, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
 
 
@@ -62,7 +67,7 @@ def _sampling(body: CompletionBody, prompt: Prompt, model: LoadedModel) -> Sampl
     return sampling_params(body, limit, body.logprobs, model.card.seed)
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     """Return the prompts, which OpenAI's API can write in four ways, as a list."""
     if isinstance(prompt, str):
         return [prompt]
@@ -77,13 +82,16 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]
     return found
 
 
-async def _prompt(prompt: str | list[int], model: LoadedModel) -> Prompt:
-    if not prompt:
+async def _encoded(prompts: list[str | list[int]], model: LoadedModel) -> list[Prompt]:
+    if not all(prompts):
         raise InvalidRequest("prompt is empty", param="prompt")
-    if isinstance(prompt, list):
-        model.check_token_ids(prompt, "prompt")
-        return Prompt(prompt)
-    token_ids = await model.tokenizer.encode(prompt, add_special_tokens=True)
-    if not token_ids:
+    texts = [one for one in prompts if isinstance(one, str)]
+    encoded = await model.encoder.encode(texts, "prompt", add_special_tokens=True)
+    if not all(encoded):
         raise InvalidRequest("prompt has no tokens", param="prompt")
-    return Prompt(token_ids, prompt)
+    found = [Prompt(token_ids, text) for token_ids, text in zip(encoded, texts, strict=True)]
+    for one in prompts:
+        if isinstance(one, list):
+            model.check_token_ids(one, "prompt")
+            found.append(Prompt(one))
+    return found

@@ -9,11 +9,15 @@ RequestError
 ├── NotFound                404
 │   └── ModelNotFound       404: another model than the one served
 ├── MethodNotAllowed        405
-└── BodyTooLarge            413
+├── TooSlow                 408: headers or a body that did not come in time
+├── BodyTooLarge            413
+├── TooManyRequests         429: this client has too many open requests
+└── HeadTooLarge            431: the request's line and headers
 """
 
 from __future__ import annotations
 
+import http
 from typing import Any
 
 import msgspec
@@ -22,6 +26,10 @@ from starlette.responses import Response
 from tandem.errors import InvalidRequest, RequestError
 
 RETRY_AFTER_S = 1
+MAX_NAME = 80
+MAX_MESSAGE = 1000
+UNREAD = frozenset({408, 413, 431})
+"""Statuses after which the connection is closed, as the rest of the request is not read."""
 
 
 class UnknownField(InvalidRequest):
@@ -55,9 +63,24 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class TooSlow(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
 class BodyTooLarge(RequestError):
     status = 413
     code = "request_too_large"
+
+
+class TooManyRequests(RequestError):
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    code = "headers_too_large"
 
 
 class ClientGone(Exception):
@@ -65,9 +88,18 @@ class ClientGone(Exception):
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """Return `{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
+    """Return `{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it.
+
+    What is at fault is quoted, and may be the whole of a large body; so all of it is clipped here.
+    """
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    param = None if error.param is None else clipped(error.param)
+    return {"error": {"message": clipped(str(error), MAX_MESSAGE), "type": kind, "param": param, "code": error.code}}
+
+
+def clipped(text: str, most: int = MAX_NAME) -> str:
+    """Return what a client sent, as it is shown in an error: no longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def error_response(error: RequestError) -> Response:
@@ -78,13 +110,24 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
+def raw_response(error: RequestError) -> bytes:
+    """Return an error as HTTP/1.1 would write it, for what has not become a request; the connection ends with it."""
+    response = error_response(error)
+    response.headers["connection"] = "close"
+    phrase = http.HTTPStatus(error.status).phrase.encode()
+    lines = [b"HTTP/1.1 %d %s" % (error.status, phrase), *(b"%s: %s" % pair for pair in response.raw_headers)]
+    return b"\r\n".join([*lines, b"", bytes(response.body)])
+
+
 def unexpected() -> RequestError:
     """Return what a client is told of our own bug; the log has the traceback."""
     return RequestError("the server failed on this request; its log says why")
 
 
 def _headers(error: RequestError) -> dict[str, str]:
-    if error.status == 503:
+    if error.status in UNREAD:
+        return {"Connection": "close"}
+    if error.status in (429, 503):
         return {"Retry-After": str(RETRY_AFTER_S if error.retry_after is None else error.retry_after)}
     if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}

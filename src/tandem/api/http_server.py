@@ -6,16 +6,25 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from tandem.api.connections import Connections
+from tandem.api.http_protocol import BoundedProtocol
+from tandem.config_limits import LimitsSection
 from tandem.errors import ConfigError
 
 GRACE_S = 5.0
 KEEP_ALIVE_S = 60
+LAST_WORDS_S = 1.0
+"""For cancelled requests to say so, and for their clients to read it."""
 BACKLOG = 2048
+
+Tls = tuple[Path, Path]
+"""PEM files: the certificate (chain), and its private key."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,25 +47,39 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, grace: float = GRACE_S) -> None:
+async def serve(
+    app: ASGIApp,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    *,
+    grace: float = GRACE_S,
+    limits: LimitsSection | None = None,
+    tls: Tls | None = None,
+) -> None:
     """Answer requests on `listener` until `stop` is set, and close it.
 
     Requests under way then have `grace` seconds to end; later they are cancelled. Signals are left to the caller.
+    Raises ConfigError for TLS files that cannot be used.
     """
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(grace)),
-            backlog=BACKLOG,
-        )
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(grace)),
+        backlog=BACKLOG,
+        ssl_certfile=tls[0] if tls else None,
+        ssl_keyfile=tls[1] if tls else None,
     )
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"--tls-cert and --tls-key cannot be used: {error}") from error
+    server = _Server(config, limits or LimitsSection())
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     stopping = asyncio.ensure_future(stop.wait())
     try:
@@ -72,15 +95,43 @@ async def serve(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, *, g
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, limits: LimitsSection) -> None:
+        super().__init__(config)
+        self._limits = limits
+        self.open_connections = Connections(limits)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen with connections that have limits, of which uvicorn's own `startup` knows nothing."""
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        self.servers = [
+            await loop.create_server(
+                self._connection,
+                sock=one,
+                ssl=tls,
+                backlog=BACKLOG,
+                ssl_handshake_timeout=self._limits.head_timeout if tls else None,
+            )
+            for one in sockets or ()
+        ]
+        self.started = True
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def _connection(self) -> BoundedProtocol:
+        return BoundedProtocol(self.config, self.server_state, self._limits, self.open_connections)
 
-async def _cancel_requests(server: uvicorn.Server) -> None:
-    """Cancel the requests that ran out of grace, and wait until they have given back what they hold."""
-    left = list(server.server_state.tasks)
+
+async def _cancel_requests(server: _Server) -> None:
+    """Cancel the requests that ran out of grace, and wait until they have said so and given back what they hold."""
+    state = server.server_state
+    left = list(state.tasks)
     for task in left:
         task.cancel()
     if left:
-        await asyncio.wait(left, timeout=1.0)
+        await asyncio.wait(left, timeout=LAST_WORDS_S)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(server.open_connections.none_open.wait(), LAST_WORDS_S)
+    for connection in list(state.connections):
+        connection.transport.abort()

@@ -9,15 +9,26 @@ from pathlib import Path
 from tandem.api.backend import Backend, ModelCard
 from tandem.api.chat_template import ChatTemplate, load_template
 from tandem.api.http_errors import ContextTooLong
+from tandem.api.prompt_encoder import PromptEncoder
+from tandem.api.text_pool import TextPool
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
 from tandem.errors import InvalidRequest, ModelError, RequestError
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
+    """A model's text side.
+
+    Attributes:
+        encoder: tokenizes, in bounded work.
+        pool: for other work on text.
+    """
+
     card: ModelCard
     tokenizer: Tokenizer
     template: ChatTemplate
+    encoder: PromptEncoder
+    pool: TextPool
 
     def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
         """Return the number of tokens that may follow the prompt.
@@ -53,6 +64,7 @@ class ModelLoader:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._lock = asyncio.Lock()
+        self._pool = TextPool()
         self._loaded: LoadedModel | None = None
 
     async def get(self) -> LoadedModel:
@@ -68,10 +80,14 @@ class ModelLoader:
 
     async def _load(self, card: ModelCard) -> LoadedModel:
         if self._loaded is not None and self._loaded.card.path == card.path:
-            return LoadedModel(card, self._loaded.tokenizer, self._loaded.template)
+            return self._model(card, self._loaded.tokenizer, self._loaded.template)
         folder = Path(card.path)
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, folder)
-            return LoadedModel(card, tokenizer, await asyncio.to_thread(load_template, folder))
-        except ModelError as error:
+            return self._model(card, tokenizer, await asyncio.to_thread(load_template, folder))
+        except (ModelError, OSError, ValueError) as error:  # the path is what an engine says
             raise RequestError(f"the model's text files cannot be used: {error}") from error
+
+    def _model(self, card: ModelCard, tokenizer: Tokenizer, template: ChatTemplate) -> LoadedModel:
+        encoder = PromptEncoder(tokenizer, self._pool, card.max_model_len)
+        return LoadedModel(card, tokenizer, template, encoder, self._pool)

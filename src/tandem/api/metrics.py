@@ -111,6 +111,9 @@ class _EngineCollector(Collector):
         requests = GaugeMetricFamily(
             "tandem_engine_live_requests", "Requests in the engine by state.", labels=(*LABELS, "state")
         )
+        step = GaugeMetricFamily(
+            "tandem_engine_step_seconds", "Seconds for which the step that runs now has run.", labels=LABELS
+        )
         counters = {
             name: CounterMetricFamily(f"tandem_engine_{name}", text, labels=LABELS) for name, text in _COUNTERS.items()
         }
@@ -118,13 +121,14 @@ class _EngineCollector(Collector):
             status = engine.status
             labels = (status.engine_id, status.role)
             ready.add_metric(labels, float(engine.state is EngineState.READY))
+            step.add_metric(labels, status.step_seconds)
             for name in KV_STATES:
                 blocks.add_metric((*labels, name), getattr(status.kv, name))
             for name in REQUEST_STATES:
                 requests.add_metric((*labels, name), getattr(status.requests, name))
             for name, counter in counters.items():
                 counter.add_metric(labels, getattr(status.counters, name))
-        return [ready, blocks, requests, *counters.values()]
+        return [ready, blocks, requests, step, *counters.values()]
 
 
 _COUNTERS = {

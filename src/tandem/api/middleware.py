@@ -1,13 +1,14 @@
-"""Give every request its id and, on /v1, check the API key."""
+"""Give every request its id and its client's name and, on /v1, check the API key."""
 
 from __future__ import annotations
 
-import hmac
 import re
 from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tandem.api.api_keys import ApiKeys
+from tandem.api.connections import client_of
 from tandem.api.http_errors import Unauthorized, error_response
 from tandem.ids import new_request_id
 
@@ -19,13 +20,13 @@ class ApiMiddleware:
     """Takes over or makes the request id, and lets in only those with the API key.
 
     A client's X-Request-Id is taken over if it has 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
-    response has it. With an API key, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
+    response has it. With API keys, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
     /tandem/ are open.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
         self._app = app
-        self._key = api_key.encode() if api_key is not None else None
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -38,17 +39,27 @@ class ApiMiddleware:
             await send(message)
 
         scope["tandem.request_id"] = request_id.decode()
-        if scope["path"].startswith("/v1/") and not self._allowed(headers.get(b"authorization", b"")):
-            refusal = Unauthorized("this server needs an API key: send `Authorization: Bearer KEY` with the right one")
+        try:
+            self._check(scope, headers.get(b"authorization", b""))
+        except Unauthorized as refusal:
             await error_response(refusal)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
 
-    def _allowed(self, authorization: bytes) -> bool:
-        if self._key is None:
-            return True
-        scheme, _, key = authorization.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
+    def _check(self, scope: Scope, authorization: bytes) -> None:
+        """Name the client. Raises Unauthorized."""
+        client: str | None = client_of(scope["client"][0]) if scope.get("client") else ""
+        if self._keys is not None and scope["path"].startswith("/v1/"):
+            scheme, _, key = authorization.partition(b" ")
+            client = self._keys.client(key.strip()) if scheme.lower() == b"bearer" else None
+            if client is None:
+                raise Unauthorized("this server needs an API key: send `Authorization: Bearer KEY` with the right one")
+        scope["tandem.client"] = client
+
+
+def client_name(scope: Scope) -> str:
+    """Return the name of the client whose open requests are counted together: its key's, or its address."""
+    return cast(str, scope["tandem.client"])
 
 
 def request_id_of(scope: Scope) -> str:

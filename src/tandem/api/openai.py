@@ -16,10 +16,12 @@ from tandem.wire.sampling import MAX_LOGPROBS
 
 MAX_N = 128
 MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_PARTS = 1024
 
 N = Annotated[int, Meta(ge=1, le=MAX_N)]
 LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-Stop = Annotated[str, Meta(min_length=1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 # --- bodies of requests -------------------------------------------------------------------------------------------
 
@@ -70,7 +72,7 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fie
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
-    content: str | list[dict[str, Any]]
+    content: str | Annotated[list[dict[str, Any]], Meta(max_length=MAX_PARTS)]
     name: str | None = None
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tandem.api.backend import ServingDetails, TokenDelta
 from tandem.api.detokenizer import new_detokenizer
-from tandem.api.stop_strings import StopStrings
+from tandem.api.stop_strings import StopPatterns, StopStrings
 from tandem.api.tokenizer import Tokenizer
 from tandem.wire.messages import KvTransferParams, TokenLogprobs
 from tandem.wire.sampling import SamplingParams
@@ -47,7 +47,7 @@ class OutputProcessor:
 
     Args:
         index: of the choice.
-        stops: stop strings.
+        stops: stop strings, if there are any.
         sampling: text of the first `min_tokens` tokens is not searched for stop strings; `stop_token_ids` tell a stop
             token that the client named from end-of-sequence.
 
@@ -56,13 +56,13 @@ class OutputProcessor:
         details: the newest that is known of how the sequence was made.
     """
 
-    def __init__(self, tokenizer: Tokenizer, index: int, stops: list[str], sampling: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, index: int, stops: StopPatterns | None, sampling: SamplingParams) -> None:
         self.token_count = 0
         self.details: ServingDetails | None = None
         self._index = index
         self._sampling = sampling
         self._detokenizer = new_detokenizer(tokenizer)
-        self._stops = StopStrings(stops) if stops else None
+        self._stops = StopStrings(stops) if stops is not None else None
         self._length = 0
 
     def process(self, delta: TokenDelta) -> TextChunk:

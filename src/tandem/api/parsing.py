@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import NODEFAULT, Meta
 
-from tandem.api.http_errors import UnknownField, UnsupportedField
+from tandem.api.http_errors import UnknownField, UnsupportedField, clipped
+from tandem.api.json_structure import MAX_NUMBERS, check_structure
 from tandem.api.openai import Body, ChatMessage, GenerateBody
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import KvTransferParams
@@ -48,28 +53,35 @@ NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
+WHOLE_FIELDS = frozenset(
+    ("n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed", "logprobs", "top_logprobs")
+)
+MIN_LIST = 65536  # numbers: block ids of a foreign proxy are a list too
+MAX_NEUTRAL = 64  # bytes of a value that asks for nothing
+MAX_SHOWN = 65536  # bytes of a body of which an error shows a part
 ROLES = ("system", "developer", "user", "assistant")
 SAMPLING_FIELDS = frozenset(GenerateBody.__struct_fields__) & frozenset(SamplingParams.__struct_fields__)
+_ABSENT = msgspec.Raw(b"null")
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)(?:\[\.\.\.\])?`$")
 _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*?)`")
 _STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
-def parse(body: bytes, kind: type[Body]) -> Body:
-    """Return the body as a `kind`. Raises InvalidRequest, with the field at fault in `param`."""
+def parse(body: bytes | bytearray, kind: type[Body], max_list: int = MAX_NUMBERS) -> Body:
+    """Return the body as a `kind`. Raises InvalidRequest, with the field at fault in `param`.
+
+    Args:
+        max_list: numbers that a list may have: as many token ids as a prompt of the model.
+    """
+    check_structure(body, max(max_list, MIN_LIST))
     try:
-        fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        read = _decoder(kind).decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error), _shown(body)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest(f"the body must be a JSON object; it is a {type(fields).__name__}")
-    fields = _without_not_served(fields, NOT_SERVED, "")
-    if "messages" in kind.__struct_fields__:
-        fields = _with_messages(fields)
-    if unknown := fields.keys() - set(kind.__struct_fields__):
-        name = min(unknown)
-        raise UnknownField(f"unknown field `{name}`; leave it out", param=name)
-    return convert(fields, kind)
+    _check_not_served(read, NOT_SERVED, "")
+    return kind(**{name: _served(name, getattr(read, name)) for name in kind.__struct_fields__})
 
 
 def sampling_params(
@@ -116,49 +128,112 @@ def _invalid(problem: str, value: Any) -> InvalidRequest:
     place = found[1] if found else ""
     expected = problem[: found.start()] if found else problem
     if field := _FIELD.search(expected):
-        place = f"{place}.{field[1]}" if place else field[1]
-        return InvalidRequest(
-            f"{place}: this field is {'missing' if 'missing' in expected else 'unknown'}", param=place
-        )
+        unknown = "unknown" in expected
+        name = clipped(field[1])
+        if unknown and not place:
+            return UnknownField(f"unknown field `{name}`; leave it out", param=name)
+        place = f"{place}.{name}" if place else name
+        return InvalidRequest(f"{place}: this field is {'unknown' if unknown else 'missing'}", param=place)
     came = "" if "got" in expected else _at(value, place)
     return InvalidRequest(f"{place or 'the body'}: {expected}{came}", param=place or None)
 
 
-def _without_not_served(fields: dict[str, Any], table: dict[str, tuple[Any, ...]], place: str) -> dict[str, Any]:
-    """Return `fields` without those that are not served, if they ask for nothing."""
-    for name in fields.keys() & table.keys():
-        value = fields[name]
-        if value is not None and not any(type(value) is type(one) and value == one for one in table[name]):
+def _shown(body: bytes | bytearray) -> Any:
+    """Return the body's value for an error to show a part of it; None for a long one."""
+    if len(body) > MAX_SHOWN:
+        return None
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:  # a number out of range somewhere
+        return None
+
+
+def _check_not_served(read: Any, table: dict[str, tuple[Any, ...]], place: str) -> None:
+    """Raise UnsupportedField for a field that is not served and asks for something."""
+    for name, neutral in table.items():
+        raw = getattr(read, name)
+        if raw is not _ABSENT and not _asks_for_nothing(bytes(raw), neutral):
             raise UnsupportedField(f"`{place}{name}` is not supported here; leave it out", param=place + name)
-    return {name: value for name, value in fields.items() if name not in table}
 
 
-def _with_messages(fields: dict[str, Any]) -> dict[str, Any]:
-    messages = fields.get("messages")
-    if not isinstance(messages, list):
-        return fields
-    return fields | {"messages": [_served_message(one, i) for i, one in enumerate(messages)]}
+def _asks_for_nothing(raw: bytes, neutral: tuple[Any, ...]) -> bool:
+    if len(raw) > MAX_NEUTRAL:
+        return False
+    value = msgspec.json.decode(raw)
+    return value is None or any(type(value) is type(one) and value == one for one in neutral)
 
 
-def _served_message(message: Any, place: int) -> Any:
-    if not isinstance(message, dict):
-        return message
-    role = message.get("role")
-    if role in ("tool", "function"):
+def _served(name: str, value: Any) -> Any:
+    if name == "messages":
+        return [_served_message(one, place) for place, one in enumerate(value)]
+    if name in WHOLE_FIELDS and isinstance(value, float):
+        if not value.is_integer():
+            raise InvalidRequest(f"{name}: Expected `int`, got {value!r}", param=name)
+        return int(value)
+    return value
+
+
+def _served_message(read: Any, place: int) -> ChatMessage:
+    if read.role in ("tool", "function"):
         raise UnsupportedField(
-            f"messages[{place}]: role `{role}` is not supported: there are no tools", param="messages"
+            f"messages[{place}]: role `{read.role}` is not supported: there are no tools", param="messages"
         )
-    if isinstance(role, str) and role not in ROLES:
+    if read.role not in ROLES:
         raise InvalidRequest(
-            f"messages[{place}]: role must be one of {', '.join(ROLES)}; it is {role!r}", param="messages"
+            f"messages[{place}]: role must be one of {', '.join(ROLES)}; it is {clipped(read.role)!r}",
+            param="messages",
         )
-    return _without_not_served(message, NOT_SERVED_IN_MESSAGES, f"messages[{place}].")
+    _check_not_served(read, NOT_SERVED_IN_MESSAGES, f"messages[{place}].")
+    if read.content is None and read.role != "assistant":
+        raise InvalidRequest(
+            f"messages[{place}].content: this field is missing or null, which only an assistant's may be",
+            param=f"messages[{place}].content",
+        )
+    return ChatMessage(read.role, "" if read.content is None else read.content, read.name)
+
+
+@cache
+def _decoder(kind: type[GenerateBody]) -> msgspec.json.Decoder[Any]:
+    """Return a decoder that takes what clients may write for a `kind`, and refuses the rest as soon as it comes to it.
+
+    Fields that are not served are left as they are written; whole numbers may be written as floats, as 16.0.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    fields: list[tuple[str, Any, Any]] = []
+    for field in msgspec.structs.fields(kind):
+        hint = hints[field.name]
+        if field.name == "messages":
+            hint = Annotated[list[_message_type()], Meta(min_length=1)]  # type: ignore[misc]
+        elif field.name in WHOLE_FIELDS:
+            hint = _or_float(hint)
+        fields.append((field.name, hint, field.default))
+    return msgspec.json.Decoder(_struct(kind.__name__, fields, NOT_SERVED))
+
+
+def _message_type() -> type[msgspec.Struct]:
+    hints = get_type_hints(ChatMessage, include_extras=True)
+    fields = [("role", str, NODEFAULT), ("content", hints["content"] | None, None), ("name", hints["name"], None)]
+    return _struct("Message", fields, NOT_SERVED_IN_MESSAGES)
+
+
+def _struct(name: str, fields: list[tuple[str, Any, Any]], not_served: Iterable[str]) -> type[msgspec.Struct]:
+    left = [(one, msgspec.Raw, _ABSENT) for one in not_served]
+    return msgspec.defstruct(name, [*fields, *left], kw_only=True, forbid_unknown_fields=True)
+
+
+def _or_float(hint: Any) -> Any:
+    """Return the type of an optional whole number, with its range, that may be written as a float too."""
+    number = next(one for one in get_args(hint) if one is not NoneType)
+    if get_origin(number) is not Annotated:
+        return hint | float
+    return hint | Annotated[(float, *number.__metadata__)]
 
 
 def _part_text(part: dict[str, Any], place: str) -> str:
     if part.get("type") != "text":
         raise UnsupportedField(
-            f"{place}: parts of type {part.get('type')!r} are not supported, only 'text'", param="messages"
+            f"{place}: parts of type {clipped(str(part.get('type')))!r} are not supported, only 'text'",
+            param="messages",
         )
     text = part.get("text")
     if not isinstance(text, str) or part.keys() - {"type", "text"}:

@@ -12,10 +12,9 @@ from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import GenerateBody
 from tandem.api.output_processor import OutputProcessor
 from tandem.api.parsing import kv_transfer_params
+from tandem.api.stop_strings import StopPatterns
 from tandem.errors import InvalidRequest
 from tandem.wire.sampling import SamplingParams
-
-MAX_CHOICES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +64,10 @@ def prepare_request(
     """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest."""
     copies = body.n or 1
     count = len(prompts) * copies
-    if count > MAX_CHOICES:
-        raise InvalidRequest(f"prompts times n is {count}; at most {MAX_CHOICES} are allowed", param="n")
     _check(body, model, prompts[0][1], count)
     kv = kv_transfer_params(body.kv_transfer_params) if body.kv_transfer_params is not None else None
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop_list = [body.stop] if isinstance(body.stop, str) else body.stop
+    stops = StopPatterns(stop_list) if stop_list else None
     sequences: list[PreparedSequence] = []
     for prompt, sampling in prompts:
         for copy in range(copies):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 
+class StopPatterns:
+    """The stop strings of a request, made ready once for all its choices, longest first."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self.patterns = [(stop, _borders(stop)) for stop in sorted(stops, key=len, reverse=True)]
+
+
 class StopStrings:
-    """Passes text on until one of the stop strings is complete.
+    """Passes the text of one choice on until one of the stop strings is complete.
 
     Text that may be the start of a stop string is held back. The string that is complete first wins, however the
     text is cut into parts; of two complete at one character, the longer one. Knuth, Morris and Pratt, 1977: one step
     per character and string.
     """
 
-    def __init__(self, stops: list[str]) -> None:
-        self._matchers = sorted((_Matcher(stop) for stop in stops), key=lambda one: -len(one.pattern))
+    def __init__(self, stops: StopPatterns) -> None:
+        self._matchers = [_Matcher(pattern, borders) for pattern, borders in stops.patterns]
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
@@ -35,10 +42,10 @@ class StopStrings:
 
 
 class _Matcher:
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, borders: list[int]) -> None:
         self.pattern = pattern
         self.matched = 0
-        self._borders = _borders(pattern)
+        self._borders = borders
 
     def step(self, char: str) -> bool:
         while self.matched and self.pattern[self.matched] != char:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,6 @@ import tokenizers
 
 from tandem.errors import ModelError
 
-INLINE_CHARS = 4096  # longer texts are tokenised on a thread: about 1 us a character would stall the streams
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\u2581"
 
@@ -24,6 +22,8 @@ class Tokenizer:
         vocab_size: ids are below this: rows of the model's embedding, if config.json tells, else of the tokenizer.
         special_ids: tokens that are never text, such as end-of-sequence.
         is_byte_level: whether each token stands for the same bytes wherever it is.
+        longest_token: characters of text that one token stands for at most.
+        normalizes: whether texts are changed before they are cut into tokens.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> None:
@@ -36,13 +36,15 @@ class Tokenizer:
         self._byte_fallback = "ByteFallback" in kinds
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.is_byte_level = "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
-        self.vocab_size = vocab_size or max(tokenizer.get_vocab().values(), default=-1) + 1
+        vocabulary = tokenizer.get_vocab()
+        self.longest_token = max(map(len, vocabulary), default=1)  # byte-level tokens have a character for each byte
+        self.normalizes = tokenizer.normalizer is not None
+        self.vocab_size = vocab_size or max(vocabulary.values(), default=-1) + 1
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of `text`, begun (and ended) as the model wants it if `add_special_tokens`."""
-        if len(text) <= INLINE_CHARS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        # of the encode methods only this one leaves the interpreter to other threads for nearly all of its time
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -64,10 +66,6 @@ class Tokenizer:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # of the encode methods only this one leaves the interpreter to other threads for nearly all of its time
-        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def _find_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)

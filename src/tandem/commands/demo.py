@@ -103,8 +103,9 @@ def _serve(children: ChildProcesses, console: Console, connector: str | None, lo
         run=RunSection(threads=1, log_level=log_level),
     )
     with console:
-        router = start_cluster(children, config, ModelFolder(str(MODEL), NAME), console)
-    return f"http://{router.http}"
+        cluster = start_cluster(children, config, ModelFolder(str(MODEL), NAME), console)
+    cluster.close_listeners()
+    return f"http://{cluster.router.http}"
 
 
 async def _ask_all(url: str, first: list[Question], second: list[Question]) -> list[Result]:

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from tandem.client import Client
 from tandem.commands.doctor_options import DoctorOptions
-from tandem.config import ParallelSection
-from tandem.doctor.deadline import within
-from tandem.doctor.engines import EngineView, fetch_engines, fetch_health
-from tandem.doctor.finding import Finding, Level, any_problem
-from tandem.doctor.pairs import SHORT, Pair, PairState, no_path, pairs
-from tandem.errors import ConfigError
+from tandem.config import EngineConfig
+from tandem.doctor.engine_pairs import SHORT, ListedEngine, Pair, PairState, engine_pairs, why_unserved
+from tandem.doctor.findings import Level, any_problem, run_check
+from tandem.errors import ConfigError, RequestError, StartError, Unavailable, WireError
 
 if TYPE_CHECKING:
-    from tandem.doctor.cluster import ClusterPlan, ClusterResult
+    from tandem.doctor.cluster import ClusterReport
 
-STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
 PLAIN_WIDTH = 160
 CHECK_SECONDS = 15.0
 TORCH_SECONDS = 90.0
+FETCH_SECONDS = 10.0
+GOOD, DOUBTFUL, BAD = "green", "yellow", "bold red"
+LEVEL_STYLES = {Level.OK: GOOD, Level.WARNING: DOUBTFUL, Level.PROBLEM: BAD}
+PAIR_STYLES = {PairState.READY: GOOD, PairState.WAITING: DOUBTFUL}
 
 
 def run_doctor(options: DoctorOptions) -> int:
-    """The exit code. Raises ConfigError for flags that do not go together, StartError as an engine's start would."""
+    """Return the exit code.
+
+    Raises ConfigError for flags that do not go together, StartError as an engine's start would.
+    """
     cluster = options.master is not None or options.nnodes > 1
     if options.url is not None and cluster:
         raise ConfigError("--url asks a running router, --master checks nodes: give one of them")
@@ -40,164 +50,171 @@ def run_doctor(options: DoctorOptions) -> int:
         return doctor_machine(options.host, options.cluster_key_file)
     if options.nnodes < 2:
         raise ConfigError("--master is where the nodes of an engine meet: say how many with --nnodes, 2 or more")
-    return doctor_cluster(_cluster_plan(options))
-
-
-def _cluster_plan(options: DoctorOptions) -> ClusterPlan:
-    # Before torch is imported: its stack traces would hide the one line that counts.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from tandem.doctor.cluster import ClusterPlan
-    from tandem.transfer.transports.registry import connector_name
-
-    tp = options.tp if options.tp is not None else max(1, options.nnodes // max(1, options.pp))
-    return ClusterPlan(
-        ParallelSection(tp, options.pp, options.nnodes, options.node_rank, options.master),
-        connector_name(options.connector),
-        options.engine_id,
-        options.host,
-        options.cluster_key_file,
-        options.start_timeout,
-        options.device,
-    )
+    return doctor_cluster(options.engine_config())
 
 
 def doctor_machine(host: str | None, key_file: Path | None) -> int:
-    """This machine alone."""
-    from tandem.doctor.machine import check_machine
-    from tandem.doctor.network import check_network
+    """Check this machine alone."""
+    from tandem.doctor.machine import check_machine, check_network
     from tandem.doctor.software import PROBE_SECONDS, check_key, check_nixl, check_torch, check_versions
 
     findings = [
-        *within(CHECK_SECONDS, "versions", check_versions),
-        *within(TORCH_SECONDS, "torch", check_torch),
-        *within(PROBE_SECONDS + CHECK_SECONDS, "nixl", check_nixl),
-        *within(CHECK_SECONDS, "machine", check_machine),
-        *within(CHECK_SECONDS, "network", lambda: check_network(host)),
-        *within(CHECK_SECONDS, "cluster key", lambda: check_key(key_file)),
+        *run_check(CHECK_SECONDS, "versions", check_versions),
+        *run_check(TORCH_SECONDS, "torch", check_torch),
+        *run_check(PROBE_SECONDS + CHECK_SECONDS, "nixl", check_nixl),
+        *run_check(CHECK_SECONDS, "machine", check_machine),
+        *run_check(CHECK_SECONDS, "network", lambda: check_network(host)),
+        *run_check(CHECK_SECONDS, "cluster key", lambda: check_key(key_file)),
     ]
-    console = _console()
-    console.print(_findings_table(findings))
-    counts = {level: sum(finding.level is level for finding in findings) for level in Level}
-    console.print(f"{len(findings)} looked at: {counts[Level.PROBLEM]} problems, {counts[Level.WARNING]} warnings")
+    rows = [(Text(f.level.value, LEVEL_STYLES[f.level]), f.what, f.found, f.advice or "") for f in findings]
+    _print_table(("", "what", "found", "what to do"), rows, title="this machine")
+    problems, warnings = (sum(f.level is level for f in findings) for level in (Level.PROBLEM, Level.WARNING))
+    print(f"{len(findings)} looked at: {problems} problems, {warnings} warnings")
     return int(any_problem(findings))
 
 
-def doctor_cluster(plan: ClusterPlan) -> int:
-    """The nodes of an engine; the table is on node 0."""
-    from tandem.doctor.cluster import check_cluster
+def doctor_cluster(config: EngineConfig) -> int:
+    """Check the nodes of an engine; the table is on node 0."""
+    # Before torch is imported: its stack traces would hide the one line that counts.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from tandem.doctor.cluster import ClusterCheck
 
-    result = check_cluster(plan, lambda line: print(line, file=sys.stderr, flush=True))
-    if result.own == 0:
-        _print_cluster(result, plan.connector)
+    check = ClusterCheck(config)
+    report = check.run(lambda line: print(line, file=sys.stderr, flush=True))
+    if check.own == 0:
+        _print_cluster(report, check.connector)
     else:
-        if result.own in result.errors:
-            print(f"tandem: {result.errors[result.own]}", file=sys.stderr)
-        mine = [reach for reach in result.reach if reach.reader == result.own]
-        good = sum(reach.error is None for reach in mine)
-        print(f"node {result.own}: reaches {good} of {len(mine)} nodes over {plan.connector}; node 0 shows the table")
-    return 0 if result.good else 1
+        if check.own in report.errors:
+            print(f"tandem: {report.errors[check.own]}", file=sys.stderr)
+        mine = [link for link in report.links if link.reader == check.own]
+        good = sum(link.error is None for link in mine)
+        print(f"node {check.own}: reaches {good} of {len(mine)} nodes over {check.connector}; node 0 shows the table")
+    return 0 if report.good else 1
 
 
 def doctor_router(url: str, api_key: str | None) -> int:
-    """The engines of a running router."""
-    engines = fetch_engines(url, api_key)
-    found = pairs(engines)
-    console = _console()
-    console.print(_engines_table(engines))
-    if found:
-        console.print(_pairs_table(found))
-    why = no_path(engines, found)
+    """Check the engines of a running router."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--url must be like http://HOST:8000; got {url!r}")
+    engines, unhealthy = asyncio.run(_ask_router(url, api_key))
+    pairs = engine_pairs(engines)
+    _print_engines(engines, pairs)
+    console, why = _console(), why_unserved(engines, pairs)
     if why is not None:
         console.print(f"[bold red]no request can be served:[/] {escape(why)}")
-    elif (unhealthy := fetch_health(url, api_key)) is not None:
+    elif unhealthy is not None:
         console.print(f"[bold red]the router is not ready:[/] {escape(unhealthy)}")
         return 1
-    bad = sum(pair.state in (PairState.REFUSED, PairState.LOST) for pair in found)
-    console.print(f"{len(engines)} engines, {len(found)} pairs of prefill and decode, {bad} refused or lost")
+    bad = sum(pair.state in (PairState.REFUSED, PairState.LOST) for pair in pairs)
+    print(f"{len(engines)} engines, {len(pairs)} pairs of prefill and decode, {bad} refused or lost")
     return int(bad > 0 or why is not None)
 
 
+async def _ask_router(url: str, api_key: str | None) -> tuple[list[ListedEngine], str | None]:
+    """Return the router's engines, and in its own words why it cannot serve a request, if it says so.
+
+    Raises StartError where no router answers, ConfigError for a URL or key that cannot work, WireError for another
+    answer than a router's.
+    """
+    try:
+        async with asyncio.timeout(FETCH_SECONDS), Client(url, api_key=api_key) as client:
+            engines = await _engines(client)
+            with suppress(RequestError):
+                return engines, await client.unhealthy()
+            return engines, None
+    except (TimeoutError, Unavailable) as error:
+        raise StartError(
+            f"no router answers at {url} ({error or f'not in {FETCH_SECONDS:.0f} s'}): is it started, is this its API's"
+            " address, is there a firewall?"
+        ) from None
+
+
+async def _engines(client: Client) -> list[ListedEngine]:
+    path = "/tandem/engines"
+    try:
+        return msgspec.convert((await client.get(path))["engines"], list[ListedEngine])
+    except RequestError as error:
+        if error.status in (401, 403):
+            raise ConfigError(
+                f"{client.url} wants an API key (status {error.status}): give it with --api-key"
+            ) from None
+        if error.status == 404:
+            raise ConfigError(
+                f"{client.url} has no {path}: {await _kind(client)}; give the URL of a router's API"
+            ) from None
+        if isinstance(error, Unavailable):
+            raise
+        raise WireError(f"{client.url}{path}: {error}") from None
+    except (msgspec.ValidationError, LookupError, TypeError) as error:
+        raise WireError(f"{client.url}{path} is not what a router of this version says: {error}") from None
+
+
+async def _kind(client: Client) -> str:
+    try:
+        await client.get("/tandem/engine")
+    except RequestError as error:
+        if error.status != 503:
+            return "this is no Tandem router"
+    return "this is an engine's own API"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
 def _console() -> Console:
-    """Results go to stdout; wide where it is no terminal, so that nothing is cut."""
+    """Print results to stdout; wide where it is no terminal, so that nothing is cut."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def _findings_table(findings: Sequence[Finding]) -> Table:
-    table = Table("", "what", "found", "what to do", title="this machine", title_justify="left")
-    for finding in findings:
-        style = STYLES[finding.level]
-        table.add_row(
-            f"[{style}]{finding.level.value}[/]",
-            escape(finding.what),
-            escape(finding.found),
-            escape(finding.advice or ""),
-        )
-    return table
+def _print_table(headers: Iterable[str], rows: Iterable[tuple[str | Text, ...]], title: str | None = None) -> None:
+    table = Table(*headers, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    _console().print(table)
 
 
-def _print_cluster(result: ClusterResult, connector: str) -> None:
-    from tandem.doctor.reach_advice import advice, clock_skew, shared_machines
+def _print_engines(engines: Sequence[ListedEngine], pairs: Sequence[Pair]) -> None:
+    headers = ("engine", "role", "state", "shape", "nodes", "connector", "dtype", "model", "fingerprint", "version")
+    engine_rows = (
+        (e.engine_id, e.role, Text(e.state, GOOD if e.ready else BAD), f"tp {e.tp} pp {e.pp}",
+         ", ".join(e.nodes) or str(e.nnodes), e.connector, e.dtype, e.model, e.fingerprint[:SHORT], e.version)
+        for e in engines
+    )  # fmt: skip
+    _print_table(headers, engine_rows)
+    pair_rows = [
+        (p.prefill.engine_id, p.decode.engine_id, Text(p.state.value, PAIR_STYLES.get(p.state, BAD)), p.why, p.advice)
+        for p in pairs
+    ]
+    if pair_rows:
+        _print_table(("prefill", "decode", "", "why", "what to do"), pair_rows)
 
-    console = _console()
-    table = Table("reader", "reads from", "ping ms", "read ms", "GB/s", "", "what to do", title_justify="left")
-    table.title = f"who reaches whom over {connector}"
-    for reach in result.reach:
-        state = "[green]ok[/]" if reach.speed is not None else "[yellow]answers, not read from[/]"
-        if reach.error is not None:
-            state = f"[bold red]{escape(reach.error)}[/]"
-        table.add_row(
-            str(result.nodes[reach.reader]),
-            str(result.nodes[reach.source]),
-            _number(reach.ping, 1e3),
-            _number(reach.latency, 1e3),
-            _number(reach.speed, 1e-9),
-            state,
-            escape(advice(reach, result.nodes, connector) or ""),
-        )
-    console.print(table)
-    for node, error in result.errors.items():
-        console.print(f"[bold red]{result.nodes[node]}:[/] {escape(error)}")
-    if result.keys_differ is not None:
-        console.print(f"[bold red]the cluster keys differ:[/] {result.keys_differ}; copy one file to every node")
-    for remark in (clock_skew(result.nodes, result.clocks), shared_machines(result.nodes)):
+
+def _print_cluster(report: ClusterReport, connector: str) -> None:
+    from tandem.doctor.links import clock_skew, key_difference, link_advice, shared_machines
+
+    console, nodes = _console(), report.nodes
+    rows = []
+    for link in report.links:
+        state = Text("ok", GOOD) if link.speed is not None else Text("answers, not read from", DOUBTFUL)
+        if link.error is not None:
+            state = Text(link.error, BAD)
+        numbers = (_number(link.ping, 1e3), _number(link.latency, 1e3), _number(link.speed, 1e-9))
+        advice = link_advice(link, nodes, connector)
+        rows.append((str(nodes[link.reader]), str(nodes[link.source]), *numbers, state, advice))
+    headers = ("reader", "reads from", "ping ms", "read ms", "GB/s", "", "what to do")
+    _print_table(headers, rows, title=f"who reaches whom over {connector}")
+    for node, error in report.errors.items():
+        console.print(f"[bold red]{nodes[node]}:[/] {escape(error)}")
+    if (difference := key_difference(nodes)) is not None:
+        console.print(f"[bold red]the cluster keys differ:[/] {difference}; copy one file to every node")
+    for remark in (clock_skew(nodes, report.clocks), shared_machines(nodes)):
         if remark is not None:
             console.print(f"[yellow]{remark}[/]")
-    if result.all_reduce is not None:
-        console.print(f"a sum of 1 MiB over all nodes takes {result.all_reduce * 1e3:.1f} ms")
+    if report.all_reduce is not None:
+        console.print(f"a sum of 1 MiB over all nodes takes {report.all_reduce * 1e3:.1f} ms")
 
 
 def _number(value: float | None, factor: float) -> str:
     return "" if value is None else f"{value * factor:.2f}"
-
-
-def _engines_table(engines: Sequence[EngineView]) -> Table:
-    table = Table("engine", "role", "state", "shape", "nodes", "connector", "dtype", "model", "fingerprint", "version")
-    for engine in engines:
-        table.add_row(
-            escape(engine.engine_id),
-            escape(engine.role),
-            f"[{'green' if engine.ready else 'bold red'}]{escape(engine.state)}[/]",
-            f"tp {engine.tp} pp {engine.pp}",
-            escape(", ".join(engine.nodes)) or str(engine.nnodes),
-            escape(engine.connector),
-            escape(engine.dtype),
-            escape(engine.model),
-            escape(engine.fingerprint[:SHORT]),
-            escape(engine.version),
-        )
-    return table
-
-
-def _pairs_table(found: Sequence[Pair]) -> Table:
-    styles = {PairState.READY: "green", PairState.WAITING: "yellow"}
-    table = Table("prefill", "decode", "", "why", "what to do")
-    for pair in found:
-        table.add_row(
-            escape(pair.prefill.engine_id),
-            escape(pair.decode.engine_id),
-            f"[{styles.get(pair.state, 'bold red')}]{pair.state.value}[/]",
-            escape(pair.why or ""),
-            escape(pair.advice or ""),
-        )
-    return table

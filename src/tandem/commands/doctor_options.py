@@ -8,8 +8,16 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from tandem.config import ENGINES, Device
-from tandem.flags import check_counts, parse_address, text_flag
+from tandem.config import (
+    Device,
+    EngineConfig,
+    ModelSection,
+    NetworkSection,
+    ParallelSection,
+    TimeSection,
+)
+from tandem.config_access import AccessSection
+from tandem.flags import ENGINES, check_counts, parse_address, text_flag
 from tandem.wire.messages import Address
 
 DOCTOR = Group("What to look at", sort_key=0)
@@ -49,3 +57,15 @@ class DoctorOptions:
 
     def __post_init__(self) -> None:
         check_counts(nnodes=self.nnodes, pp=self.pp)
+
+    def engine_config(self) -> EngineConfig:
+        """Return the configuration of the engine whose nodes are checked. Raises ConfigError if it cannot work."""
+        tp = self.tp if self.tp is not None else max(1, self.nnodes // self.pp)
+        return EngineConfig(
+            parallel=ParallelSection(tp, self.pp, self.nnodes, self.node_rank, self.master),
+            engine_id=self.engine_id,
+            network=NetworkSection(self.connector, host=self.host),
+            model=ModelSection(device=self.device),
+            access=AccessSection(cluster_key_file=self.cluster_key_file),
+            time=TimeSection(self.start_timeout),
+        )

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from tandem.commands.supervise import supervised, wait_forever
+from tandem.commands.supervise import supervised
 from tandem.config import ClusterConfig
 from tandem.console import Console
 from tandem.local_cluster import start_cluster
 from tandem.model_folder import find_model
 from tandem.processes import ChildProcesses
+from tandem.supervisor import Supervisor
 
 
 def run_serve(model: str, config: ClusterConfig) -> int:
-    """Serve until stopped; returns the exit code."""
+    """Serve until stopped, and start anew what dies; returns the exit code."""
 
     def body(children: ChildProcesses, console: Console) -> int:
         folder = find_model(model, config.model.served_model_name)
         children.warm()
         with console:
-            router = start_cluster(children, config, folder, console)
-        url = f"http://{router.http}"
+            cluster = start_cluster(children, config, folder, console)
+        url = f"{config.http.scheme}://{cluster.router.http}"
         console.panel(
             [
                 f"[bold]{folder.name}[/bold] is served at [bold cyan]{url}/v1[/bold cyan]",
@@ -28,7 +29,6 @@ def run_serve(model: str, config: ClusterConfig) -> int:
             f' -d \'{{"model": "{folder.name}", "prompt": "Hello", "max_tokens": 16}}\'',
         )
         console.url(url)
-        wait_forever(children)
-        return 0
+        Supervisor(children, [cluster.router, *cluster.engines], console.echo, config.time.start_timeout).run()
 
     return supervised(body)

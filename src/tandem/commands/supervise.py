@@ -12,7 +12,11 @@ from tandem.processes import PRELOAD, ChildProcesses, ending_fork_server
 
 
 class StopSignal(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came."""
+    """Ctrl-C or SIGTERM, whose number this is, came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def supervised(body: Callable[[ChildProcesses, Console], int], preload: Sequence[str] = PRELOAD) -> int:
@@ -31,7 +35,9 @@ def supervised(body: Callable[[ChildProcesses, Console], int], preload: Sequence
         except StopSignal:
             console.echo("stopping ...")
             return 0
-    return 0
+        finally:
+            children.stop()
+            console.close()
 
 
 def wait_forever(children: ChildProcesses) -> None:
@@ -46,7 +52,7 @@ def _take_signals(children: ChildProcesses) -> None:
             children.kill()
             return
         children.ending = True
-        raise StopSignal
+        raise StopSignal(number)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)

@@ -1,4 +1,4 @@
-"""What is installed: versions, CUDA devices, NIXL and what UCX makes of this machine, the cluster key."""
+"""The installed software: versions, CUDA devices, NIXL and what UCX makes of this machine, the cluster key."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import importlib.util
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tandem.doctor.finding import Finding, ok, problem, warning
-from tandem.doctor.machine import size
-from tandem.doctor.network import network_devices, ucx_environment
-from tandem.doctor.nixl_probe import NixlReport, ask_nixl
-from tandem.doctor.ucx import UcxReport
+from tandem.doctor.findings import Finding, ok, problem, warning, warning_if
+from tandem.doctor.machine import network_devices, size
+from tandem.doctor.nixl_probe import NixlReport, UcxReport, probe_nixl
 from tandem.errors import ConfigError, TransferError
 from tandem.wire.keys import load_key
 
@@ -34,20 +32,17 @@ def check_versions() -> list[Finding]:
     return [
         ok("python", platform.python_version()),
         ok("tandem", __version__),
-        messages(zmq.__version__, zmq.zmq_version(), curve=zmq.has("curve")),
+        zeromq(zmq.__version__, zmq.zmq_version(), curve=zmq.has("curve")),
     ]
 
 
 def check_torch() -> list[Finding]:
     import torch
 
-    cuda = torch.cuda.is_available()
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
-    memory = [torch.cuda.mem_get_info(i) for i in range(len(names))]
-    devices = [
-        f"{i}: {name}, {size(free)} of {size(total)} free"
-        for i, (name, (free, total)) in enumerate(zip(names, memory, strict=True))
-    ]
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        devices.append(f"{index}: {torch.cuda.get_device_name(index)}, {size(free)} of {size(total)} free")
     return [
         torch_version(torch.__version__),
         cuda_devices(devices, torch.version.cuda, driver=os.path.exists("/dev/nvidiactl")),
@@ -60,18 +55,18 @@ def check_nixl() -> list[Finding]:
     if importlib.util.find_spec("nixl") is None:
         return [warning("nixl", "not installed", "KV moves over the slower tcp connector; `pip install nixl`")]
     try:
-        report = ask_nixl(PROBE_SECONDS)
+        report = probe_nixl(PROBE_SECONDS)
     except TransferError as error:
         return [problem("nixl", str(error), "reinstall `nixl` for this CUDA version, or use --connector tcp")]
-    environment, cuda = ucx_environment(), torch.cuda.is_available()
+    environment = {name: value for name, value in sorted(os.environ.items()) if name.startswith("UCX_")}
     return [
         *nixl(report),
-        *(ucx(report.ucx, environment, cuda) if report.ucx else []),
+        *(ucx(report.ucx, environment, torch.cuda.is_available()) if report.ucx else []),
         ucx_settings(environment, network_devices()),
     ]
 
 
-def messages(pyzmq: str, libzmq: str, *, curve: bool) -> Finding:
+def zeromq(pyzmq: str, libzmq: str, *, curve: bool) -> Finding:
     text = f"{pyzmq}, libzmq {libzmq}"
     if not curve:
         return problem("pyzmq", f"{text} without CURVE", "internal sockets cannot be encrypted; `pip install pyzmq`")
@@ -79,33 +74,30 @@ def messages(pyzmq: str, libzmq: str, *, curve: bool) -> Finding:
 
 
 def torch_version(version: str) -> Finding:
-    match = re.match(r"(\d+)\.(\d+)", version)
-    low, high = TORCH
-    if match is None or not low <= (int(match[1]), int(match[2])) < high:
-        wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
-        return warning("torch", version, f"Tandem is tested with torch {wanted}; `pip install 'torch{wanted}'`")
-    return ok("torch", version)
+    (low, high), match = TORCH, re.match(r"(\d+)\.(\d+)", version)
+    good = match is not None and low <= (int(match[1]), int(match[2])) < high
+    wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+    advice = f"Tandem is tested with torch {wanted}; `pip install 'torch{wanted}'`"
+    return warning_if(not good, "torch", version, advice)
 
 
 def cuda_devices(devices: Sequence[str], built_for: str | None, *, driver: bool) -> Finding:
     """`built_for`: the CUDA version of this torch; None if it has none. `driver`: an NVIDIA driver is loaded."""
     if devices:
         return ok("CUDA devices", "; ".join(devices))
-    if driver:
-        why = f"torch is built for CUDA {built_for}" if built_for else "this torch is built without CUDA"
-        return warning(
-            "CUDA devices",
-            f"none that torch can use, though a driver is loaded; {why}",
-            "install a torch for this driver's CUDA version, or start engines with --device cpu",
-        )
-    return ok("CUDA devices", "none; engines compute on the CPU")
+    why = f"torch is built for CUDA {built_for}" if built_for else "this torch is built without CUDA"
+    return warning_if(
+        driver,
+        "CUDA devices",
+        f"none that torch can use, though a driver is loaded; {why}" if driver else "none; engines compute on the CPU",
+        "install a torch for this driver's CUDA version, or start engines with --device cpu",
+    )
 
 
 def nixl(report: NixlReport) -> list[Finding]:
     if report.version is None:
         return [problem("nixl", report.error or "does not start", "reinstall `nixl` or use --connector tcp")]
-    found = [ok("nixl", report.version)]
-    plugins = ", ".join(report.plugins) or "none"
+    found, plugins = [ok("nixl", report.version)], ", ".join(report.plugins) or "none"
     if "UCX" not in report.plugins:
         advice = "connector nixl needs it; reinstall `nixl`, unset NIXL_PLUGIN_DIR, or use --connector tcp"
         return [*found, problem("NIXL plugins", f"{plugins}; UCX is not among them", advice)]
@@ -115,24 +107,20 @@ def nixl(report: NixlReport) -> list[Finding]:
     return found
 
 
-def ucx(report: UcxReport, environment: dict[str, str], cuda: bool) -> list[Finding]:
+def ucx(report: UcxReport, environment: Mapping[str, str], cuda: bool) -> list[Finding]:
     """`cuda`: whether KV would be in GPU memory."""
     devices: dict[str, list[str]] = {}
     for transport, device in report.resources:
         devices.setdefault(transport, []).append(device)
     text = ", ".join(
-        name if name in SAME_MACHINE or name == "self" else f"{name} ({' '.join(where)})"
-        for name, where in devices.items()
+        name if name in (*SAME_MACHINE, "self") else f"{name} ({' '.join(where)})" for name, where in devices.items()
     )
-    found = [ok("UCX", report.version)]
-    missing = _missing(set(devices), environment, cuda)
-    if missing is not None:
-        return [*found, warning("UCX transports", text or "none", missing)]
-    return [*found, ok("UCX transports", text)]
+    advice = _ucx_advice(set(devices), environment, cuda)
+    return [ok("UCX", report.version), warning_if(bool(advice), "UCX transports", text or "none", advice)]
 
 
-def _missing(transports: set[str], environment: dict[str, str], cuda: bool) -> str | None:
-    """What to do about transports that should be there and are not."""
+def _ucx_advice(transports: set[str], environment: Mapping[str, str], cuda: bool) -> str:
+    """Return what to do about transports that should be there and are not; empty if none is missing."""
     limited = f" (UCX_TLS={environment['UCX_TLS']} limits them)" if "UCX_TLS" in environment else ""
     if not any(name == "tcp" or RDMA.match(name) for name in transports):
         return f"none of them leaves this machine{limited}: unset UCX_TLS and UCX_NET_DEVICES, or use --connector tcp"
@@ -140,24 +128,21 @@ def _missing(transports: set[str], environment: dict[str, str], cuda: bool) -> s
         return f"none of them reaches GPU memory{limited}: install the nixl wheel for this CUDA version"
     if not transports & set(SAME_MACHINE):
         return f"none of them is for two processes of one machine{limited}: those will use the network"
-    if "cma" not in transports and "xpmem" not in transports:
+    if not transports & {"cma", "xpmem"}:
         return (
             f"no cma{limited}: reads within this machine are copied twice; allow process_vm_readv"
             " (docker --cap-add SYS_PTRACE, Kubernetes: capabilities add SYS_PTRACE)"
         )
-    return None
+    return ""
 
 
-def ucx_settings(environment: dict[str, str], devices: set[str]) -> Finding:
+def ucx_settings(environment: Mapping[str, str], devices: set[str]) -> Finding:
     text = " ".join(f"{name}={value}" for name, value in environment.items()) or "none set"
-    chosen = environment.get("UCX_NET_DEVICES", "all")
-    unknown = [name for name in chosen.lstrip("^").split(",") if name not in devices | {"all"}]
+    chosen = environment.get("UCX_NET_DEVICES", "all").lstrip("^").split(",")
+    unknown = ", ".join(name for name in chosen if name not in devices | {"all"})
     if unknown:
-        return problem(
-            "UCX settings",
-            f"{text}; there is no {', '.join(unknown)} here",
-            f"UCX_NET_DEVICES takes names among {', '.join(sorted(devices))}",
-        )
+        advice = f"UCX_NET_DEVICES takes names among {', '.join(sorted(devices))}"
+        return problem("UCX settings", f"{text}; there is no {unknown} here", advice)
     return ok("UCX settings", text)
 
 

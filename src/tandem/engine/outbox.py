@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
+from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded, ShortOfBlocks
 from tandem.wire.messages import EngineCounters, Failed, KvUsage, RequestCounts, Tokens
 
 Outputs = dict[int, list[Tokens | Failed]]
 """By the number of the frontend that they go to."""
 
-KvEvent = ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded
+KvEvent = ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded | ShortOfBlocks
 
 
 class Outbox(Protocol):

@@ -33,10 +33,14 @@ class KvArrived:
 
 @dataclass(frozen=True, slots=True)
 class KvFailed:
-    """The KV of a request will not come; reads may still be in progress until `ReadsEnded`."""
+    """The KV of a request will not come; reads may still be in progress until `ReadsEnded`.
+
+    `first_token`: the prefill engine has sent it to the client; None where that is not known.
+    """
 
     request_id: str
     reason: str
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,13 @@ class ReadsEnded:
     """No read into the blocks of a request is in progress any more."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvCorrupt:
+    """A reader got bytes of these requests' KV that do not fit their checksums: our memory may be damaged."""
+
+    request_ids: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +72,22 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new requests, and end in good order once those that are here have ended and their KV has been read.
+
+    `by`: time by which to end in any case.
+    """
+
+    by: float
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """The engine cannot go on: end with this error."""
 
     error: EngineFailed
 
 
-Command = StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | LeasesEnded | Shutdown | Fail
+Command = (
+    StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | KvCorrupt | LeasesEnded | Shutdown | Drain | Fail
+)

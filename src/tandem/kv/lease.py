@@ -21,6 +21,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+MIN_TTL = 1.0
+"""Seconds. A lease is renewed three times in its ttl over the network."""
+
+MAX_TTL = 3600.0
+"""Seconds. A peer that is gone is noticed after a ttl, and keeps blocks for as long."""
+
+
 # --- the holder ----------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +109,13 @@ class LeaseTable:
         lease.until = now if abandoned else now + (self.ttl if wait is None else wait)
         self._soonest = min(self._soonest, lease.end())
 
+    def withdraw(self, request_id: str, now: float) -> None:
+        """Let blocks that are held wait for no first claim: they stay only for readers that may be reading them."""
+        lease = self._leases.get(request_id)
+        if lease is not None and lease.blocks is not None:
+            lease.until = now
+            self._soonest = min(self._soonest, lease.end())
+
     def release(self, request_id: str, reader: str, now: float) -> EndedLease | None:
         """End this reader's part. Returns the lease if that was the last reader and the blocks are here."""
         lease = self._leases.get(request_id)
@@ -114,6 +128,17 @@ class LeaseTable:
             return None
         del self._leases[request_id]
         return EndedLease(request_id, lease.blocks, expired=False, claimed=True)
+
+    def end_unclaimed(self, request_id: str) -> EndedLease | None:
+        """End a lease at once. Returns None, and changes nothing, if any reader ever claimed it or it has no blocks.
+
+        The third way for blocks to go back, and a safe one: nobody was ever told that they would stay.
+        """
+        lease = self._leases.get(request_id)
+        if lease is None or lease.blocks is None or lease.claimed:
+            return None
+        del self._leases[request_id]
+        return EndedLease(request_id, lease.blocks, expired=True, claimed=False)
 
     def expire(self, now: float) -> list[EndedLease]:
         """End leases that have run out and return those with blocks to give back. Cheap when none has."""

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.models.forward_batch import DecodeGroup, ForwardBatch, PrefillRow
 from tandem.models.kv_cache import PagedKvCache
+from tandem.models.kv_checksums import ChecksumSlots
 
 # Queries of a chunk attended to at a time. CPU kernels compute what a causal mask hides, so short tiles save up
 # to half of the work there; on a GPU a tile only bounds the size of the mask.
@@ -55,6 +56,8 @@ class AttentionPlan:
 
     slots: Tensor
     """int64 [N, 2 * KV heads]: the slots that take the new keys and values."""
+    checksums: ChecksumSlots | None
+    """The places of their checksums, where those are wanted."""
     decode: tuple[_DecodePlan, ...]
     prefill: tuple[_PrefillPlan, ...]
 
@@ -76,8 +79,12 @@ class PagedAttention:
 
     def plan(self, batch: ForwardBatch, cache: PagedKvCache) -> AttentionPlan:
         self._mask.reserve(max((row.length for row in batch.prefill), default=0))
+        slots, checksums = (batch.slot_blocks, batch.slot_offsets), None
+        if cache.checksums is not None:
+            checksums = cache.checksums.slots(*slots, batch.positions)
         return AttentionPlan(
-            slots=cache.slot_index(batch.slot_blocks, batch.slot_offsets),
+            slots=cache.slot_index(*slots),
+            checksums=checksums,
             decode=tuple(self._plan_decode(group, cache) for group in batch.decode),
             prefill=tuple(
                 _PrefillPlan(row, cache.head_block_index(row.blocks[None]) if row.start else None)
@@ -114,7 +121,11 @@ class PagedAttention:
         Returns:
             [N, num_heads * head_dim].
         """
-        cache.slots[layer].index_put_((plan.slots,), qkv[:, self.num_heads :])
+        new = qkv[:, self.num_heads :]
+        cache.slots[layer].index_put_((plan.slots,), new)
+        if cache.checksums is not None and plan.checksums is not None:
+            # Here, before the layer's collective, so that all ranks have them when the last one has its token.
+            cache.checksums.write(plan.checksums, layer, new)
         parts = [self._decode(qkv, decode, cache.head_blocks[layer]) for decode in plan.decode]
         for prefill in plan.prefill:
             parts += self._prefill(qkv, prefill, cache.head_blocks[layer])

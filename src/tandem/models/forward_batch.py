@@ -98,14 +98,21 @@ def group_by_length(lengths: Sequence[int]) -> list[range]:
     return groups
 
 
+def row_problem(row: ForwardRow, block_size: int) -> str | None:
+    """Return why there can be no batch with this row; None if there can."""
+    if row.tokens and len(row.block_ids) * block_size >= row.end:
+        return None
+    return (
+        f"a row needs tokens and a block for each; got {len(row.tokens)} tokens from position {row.start} on, "
+        f"{len(row.block_ids)} blocks of {block_size}"
+    )
+
+
 def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, block_size: int) -> ForwardBatch:
     """Make the tensors for `rows`. Raises `ValueError` for a row without tokens or with fewer blocks than it needs."""
     for row in rows:
-        if not row.tokens or len(row.block_ids) * block_size < row.end:
-            raise ValueError(
-                f"a row needs tokens and a block for each; got {len(row.tokens)} tokens from position {row.start} on, "
-                f"{len(row.block_ids)} blocks of {block_size}"
-            )
+        if (problem := row_problem(row, block_size)) is not None:
+            raise ValueError(problem)
     order = sorted(range(len(rows)), key=lambda r: -rows[r].start if len(rows[r].tokens) == 1 else 1)
     ordered = [rows[r] for r in order]
     positions = _integers([position for row in ordered for position in range(row.start, row.end)], device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tandem.kv.layout import Axis, KvLayout, block_major
+from tandem.models.kv_checksums import KvChecksums
 from tandem.models.model_config import ModelConfig
 from tandem.models.rank_position import RankPosition
 
@@ -32,15 +33,17 @@ class PagedKvCache:
     Attributes:
         slots: for each layer a view [slots from its first one on, head_dim].
         head_blocks: for each layer a view [head blocks from its first one on, block_size * head_dim].
+        checksums: of what is written, for those who read it; None if nobody wants them.
     """
 
-    def __init__(self, kv: Tensor, layout: KvLayout) -> None:
+    def __init__(self, kv: Tensor, layout: KvLayout, checksums: KvChecksums | None = None) -> None:
         """Make the views of `kv`, contiguous and of `layout.shape`. Raises `ValueError` if they cannot be made."""
         if tuple(kv.shape) != layout.shape or kv.dtype.itemsize != layout.itemsize:
             raise ValueError(f"kv must be {layout.shape} of {layout.itemsize} bytes; got {tuple(kv.shape)} {kv.dtype}")
         if layout.dimensions[-2].axis is not Axis.TOKEN:
             raise ValueError("the tokens of a head block must lie together: attention gathers it as one row")
         self.kv = kv
+        self.checksums = checksums
         self.layout = layout
         self.block_size = layout.block_size
         head_block_bytes = layout.block_size * layout.stride(Axis.TOKEN)

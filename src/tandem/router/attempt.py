@@ -6,14 +6,14 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from tandem.api.backend import ServingDetails, TokenDelta, TokenRequest
-from tandem.errors import InvalidRequest, KvLost, Overloaded, RequestError, TimedOut
-from tandem.router.engine_connections import EngineConnections, EngineStream, StreamQueue
+from tandem.errors import EngineFailed, EngineLost, RequestError, TimedOut
+from tandem.router.engine_connections import EngineConnections, EngineStream, Stalled, StreamQueue
 from tandem.router.engine_registry import EngineEntry
 from tandem.router.first_token import OutputMerger
 from tandem.router.foreign_proxy import published_params, requested_kv
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
 """Engines end a request at its deadline; the router does it itself if nothing is heard of that."""
-FATAL = (InvalidRequest, KvLost, TimedOut)
-"""Errors that another attempt would end with too."""
 
 
 @dataclass(slots=True)
@@ -37,6 +35,10 @@ class Attempt:
         merger: the output of the request over all attempts.
         number: 0 for the first attempt.
         timeout: seconds in which the request must end.
+        other_route: returns whether there is a route for this request now; one through a stalled engine is none.
+
+    Attributes:
+        lost: incarnations of engines that were lost meanwhile.
     """
 
     connections: EngineConnections
@@ -45,9 +47,12 @@ class Attempt:
     merger: OutputMerger
     number: int
     timeout: float
+    other_route: Callable[[], bool]
+    lost: set[str] = field(default_factory=set)
     _queue: StreamQueue = field(default_factory=asyncio.Queue)
     _stats: dict[str, RequestStats] = field(default_factory=dict)
     _prefill_error: RequestError | None = None
+    _resumed: int = 0
 
     async def run(self) -> AsyncGenerator[TokenDelta, None]:
         """Yield output until the request ends. Raises a RequestError if this route cannot end it."""
@@ -66,12 +71,14 @@ class Attempt:
                 if tokens or message.stats is not None:
                     yield TokenDelta(tokens, logprobs, details=self._details() if message.stats is not None else None)
         finally:
+            # A decode engine that is done has let go of the KV on the prefill engine; else that may wait for a reader.
             for stream in streams:
-                self.connections.close(stream)
+                self.connections.close(stream, keep=streams[-1].check.ended)
 
     def _open(self) -> list[EngineStream]:
         """Send the request to the engines of the route, at once."""
         request, route = self.request, self.route
+        self._resumed = len(self.merger.tokens)
         generate = Generate(
             request_id=f"{request.request_id}-{uuid.uuid4().hex[:8]}",
             token_ids=request.token_ids + self.merger.tokens,
@@ -102,8 +109,14 @@ class Attempt:
                 if message.stats is not None:
                     self._stats[stream.engine.incarnation] = message.stats
                 return message
+            if isinstance(message, Stalled):
+                if not self.other_route():
+                    continue  # it may go on after all, and before it ends itself
+                message = EngineLost(message.reason)
             message.engine = stream.engine.incarnation
-            if stream.engine is self.route.decode or isinstance(message, (*FATAL, Overloaded)):
+            if isinstance(message, EngineLost):
+                self.lost.add(message.engine)
+            if stream.engine is self.route.decode or not isinstance(message, EngineFailed):
                 raise message
             log.warning("request %s: %s; the decode engine goes on alone", self.request.request_id, message)
             self._prefill_error = message
@@ -113,4 +126,5 @@ class Attempt:
 
     def _details(self) -> ServingDetails:
         ttft = self.merger.first_token_at - self.merger.started
-        return serving_details(self.route, self._stats, ttft, self.number)
+        one_token = len(self.merger.tokens) == self._resumed + 1
+        return serving_details(self.route, self._stats, ttft, self.number, one_token=one_token)

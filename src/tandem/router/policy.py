@@ -25,9 +25,13 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class NoRoute:
-    """No engines can take a request now; `reason` is for people."""
+    """No engines can take a request now; `reason` is for people.
+
+    `may_come`: engines are missing, and may come; else those that are there do not fit each other.
+    """
 
     reason: str
+    may_come: bool = True
 
 
 class RoutingPolicy(Protocol):
@@ -73,13 +77,15 @@ class OneModelPolicy:
         route = self._choose_weights(engines, exclude)
         if isinstance(route, NoRoute) and served is not None and len(engines) < len(ready):
             others = f"{len(ready) - len(engines)} engines of other models than {served.status.model} are not used"
-            return NoRoute(f"{route.reason}; {others}")
+            return NoRoute(f"{route.reason}; {others}", route.may_come)
         return route
 
     def _choose_weights(self, engines: Sequence[EngineEntry], exclude: Collection[str]) -> Route | NoRoute:
-        fingerprints = dict.fromkeys(one.status.fingerprint for one in engines)
-        for fingerprint in sorted(fingerprints, key=lambda one: one != self._served_fingerprint):
-            route = choose_route([one for one in engines if one.status.fingerprint == fingerprint], exclude)
+        of_weights: dict[str, list[EngineEntry]] = {}
+        for engine in engines:
+            of_weights.setdefault(engine.status.fingerprint, []).append(engine)
+        for fingerprint in sorted(of_weights, key=lambda one: one != self._served_fingerprint):
+            route = choose_route(of_weights[fingerprint], exclude)
             if isinstance(route, Route):
                 if not exclude:  # what one request has to avoid changes nothing for the others
                     self._served_fingerprint = fingerprint
@@ -97,18 +103,28 @@ def choose_route(engines: Sequence[EngineEntry], exclude: Collection[str] = ()) 
     prefills = [one for one in usable if one.role == "prefill"]
     decodes = [one for one in usable if one.role == "decode"]
     mixed = [one for one in usable if one.role == "mixed"]
-    pairs = [(p, d) for p in prefills for d in decodes if _session_state(p, d) != "refused"]
-    connected = [(p, d) for p, d in pairs if _session_state(p, d) != "lost"]
-    if not connected and mixed:
+    connected = _first_pair(prefills, decodes, ("refused", "lost"))
+    if connected is None and mixed:
         return Route(mixed[0], reason="mixed engine")
-    if pairs:
-        prefill, decode = min(connected or pairs, key=lambda pair: (_load(pair[0]), _load(pair[1])))
-        return Route(decode, prefill)
+    pair = connected or _first_pair(prefills, decodes, ("refused",))
+    if pair is not None:
+        return Route(pair[1], pair[0])
     if prefills and decodes:
         refusals = {_refusal(p, d) for p in prefills for d in decodes}
-        return NoRoute("no prefill engine fits a decode engine: " + "; ".join(sorted(refusals)))
+        return NoRoute("no prefill engine fits a decode engine: " + "; ".join(sorted(refusals)), may_come=False)
     missing = [role for role, found in (("prefill", prefills), ("decode", decodes)) if not found]
     return NoRoute(f"no {' and no '.join(missing)} engine is ready")
+
+
+def _first_pair(
+    prefills: Sequence[EngineEntry], decodes: Sequence[EngineEntry], without: Collection[str]
+) -> tuple[EngineEntry, EngineEntry] | None:
+    """Return the first pair in the order of the prefill, then of the decode engines whose session is in no such state.
+
+    It comes to an end at the first one: with hundreds of engines there are too many pairs to look at for each request.
+    """
+    pairs = ((prefill, decode) for prefill in prefills for decode in decodes)
+    return next((pair for pair in pairs if _session_state(*pair) not in without), None)
 
 
 def _load(engine: EngineEntry) -> tuple[int, int, int]:

@@ -5,25 +5,23 @@ The same class stands behind the router and behind an engine's own API; they dif
 
 from __future__ import annotations
 
-import asyncio
+import functools
+import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 
 from tandem.api.backend import Health, ModelCard, TokenDelta, TokenRequest
-from tandem.errors import EngineFailed, EngineLost, KvRetry, RequestError, Unavailable
-from tandem.router.attempt import FATAL, Attempt
+from tandem.errors import EngineLeft, EngineLost, KvRetry, RequestError, Unavailable
+from tandem.router.attempt import Attempt
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineEntry
 from tandem.router.first_token import OutputMerger
 from tandem.router.policy import NoRoute, Route, RoutingPolicy
+from tandem.router.retries import RETRIED, Retries
 
 log = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 3
-RESUME_SECONDS = 5.0
-RESUME_POLL_SECONDS = 0.1
 
 
 class RequestRouter:
@@ -32,15 +30,24 @@ class RequestRouter:
     Args:
         policy: chooses the engines that take a request.
         request_timeout: seconds in which a request must end.
+        route_timeout: seconds for which a request waits for engines when those that were there are gone.
         seed: for requests that bring none; None draws one for each.
     """
 
     def __init__(
-        self, connections: EngineConnections, policy: RoutingPolicy, *, request_timeout: float, seed: int | None = None
+        self,
+        connections: EngineConnections,
+        policy: RoutingPolicy,
+        *,
+        request_timeout: float,
+        route_timeout: float,
+        seed: int | None = None,
     ) -> None:
         self._connections = connections
         self._policy = policy
         self._timeout = request_timeout
+        self._route_timeout = route_timeout
+        self._had_route = False
         self._seed = seed
         self._created = int(time.time())
         self._count = 0
@@ -53,7 +60,7 @@ class RequestRouter:
         return ModelCard(register.status.model, register.model_path, register.max_model_len, self._created, self._seed)
 
     def health(self) -> Health:
-        route = self._policy.choose()
+        route = self._find()  # at every change of an engine; so a route that nobody has used yet is known too
         return Health(False, route.reason) if isinstance(route, NoRoute) else Health(True, "ready")
 
     def engines(self) -> list[EngineEntry]:
@@ -61,50 +68,68 @@ class RequestRouter:
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         merger = OutputMerger(time.monotonic())
-        exclude: set[str] = set()
+        retries = Retries(self._connections.registry.is_ready)
         failure: RequestError | None = None
         fingerprint: str | None = None
-        for number in range(MAX_ATTEMPTS):
+        for number in itertools.count():
             begun = fingerprint if merger.tokens else None
-            route = await self._choose(exclude, begun, failure, merger.started + self._timeout)
+            route = await self._choose(retries.exclude, begun, failure, merger.started + self._timeout)
             fingerprint = route.decode.status.fingerprint
             merger.forget_early()
-            attempt = Attempt(self._connections, request, route, merger, number, self._timeout)
+            attempt = Attempt(
+                self._connections,
+                request,
+                route,
+                merger,
+                number,
+                self._timeout,
+                functools.partial(self._has_other_route, retries, merger, fingerprint),
+            )
             try:
                 async with aclosing(attempt.run()) as deltas:
                     async for delta in deltas:
                         yield delta
                 return
-            except FATAL:
-                raise
-            except RequestError as error:
-                log.warning("request %s: %s; trying another route", request.request_id, error)
+            except RETRIED as error:
+                log.warning("request %s: %s", request.request_id, error)
                 failure = error
-                exclude.add(_at_fault(error, route).incarnation)
-        raise failure or EngineFailed("no attempt succeeded")
+                retries.add(error, frozenset(attempt.lost), _at_fault(error, route).incarnation)
 
     async def _choose(
-        self, exclude: set[str], fingerprint: str | None, failure: RequestError | None, end: float
+        self, exclude: set[str], fingerprint: str | None, failure: RequestError | None, deadline: float
     ) -> Route:
-        """Return a route for the next attempt. After the loss of an engine it waits a while for one to come (back).
+        """Return a route for the next attempt.
+
+        Where no engines are there, it waits for some to come (back), --route-timeout or until the deadline: one that
+        was lost is replaced within seconds. It does not wait for a cluster that has never been there.
 
         Args:
             fingerprint: of the engines that made the tokens so far: an answer is of one model.
-            end: when the request must have ended.
+            failure: of the attempt before; raised if there is no other route.
         """
-        deadline = min(end, time.monotonic() + (RESUME_SECONDS if isinstance(failure, EngineLost) else 0.0))
-        route = self._policy.choose(exclude, fingerprint)
-        while isinstance(route, NoRoute):
-            if time.monotonic() >= deadline:
+        until = min(deadline, time.monotonic() + self._route_timeout)
+        while isinstance(route := self._find(exclude, fingerprint), NoRoute):
+            anybody = self._policy.choose((), fingerprint)
+            if isinstance(anybody, Route) and isinstance(failure, EngineLost | EngineLeft):
+                route = anybody  # what was lost has come back
+                break
+            left = until - time.monotonic()
+            waits = isinstance(anybody, NoRoute) and anybody.may_come and self._had_route and left > 0
+            if not waits:
                 raise failure or Unavailable(route.reason, retry_after=2)
-            await asyncio.sleep(RESUME_POLL_SECONDS)
-            route = self._policy.choose(exclude, fingerprint)
-            if isinstance(route, NoRoute):
-                route = self._policy.choose((), fingerprint)  # what was lost may be heard of again
+            await self._connections.changed(left)
         self._count += 1
         for engine in (route.prefill, route.decode):
             if engine is not None:
                 engine.last_chosen = self._count
+        return route
+
+    def _has_other_route(self, retries: Retries, merger: OutputMerger, fingerprint: str) -> bool:
+        return isinstance(self._find(retries.exclude, fingerprint if merger.tokens else None), Route)
+
+    def _find(self, exclude: Collection[str] = (), fingerprint: str | None = None) -> Route | NoRoute:
+        route = self._policy.choose(exclude, fingerprint)
+        self._had_route |= isinstance(route, Route)
         return route
 
 

@@ -7,16 +7,22 @@ from tandem.router.policy import Route
 from tandem.wire.messages import RequestStats
 
 
-def serving_details(route: Route, stats: dict[str, RequestStats], ttft: float, attempt: int) -> ServingDetails:
+def serving_details(
+    route: Route, stats: dict[str, RequestStats], ttft: float, attempt: int, *, one_token: bool
+) -> ServingDetails:
     """Merge the statistics of a route's engines.
 
     Args:
         stats: by incarnation; an engine that has not told its own yet is absent.
         ttft: seconds to the first token.
         attempt: 0 for the first; each one computes the KV again.
+        one_token: the response is the first token alone. Then a decode engine that pulled KV has added nothing to it,
+            whether it was quick enough to tell of that or not.
     """
     none = RequestStats()
     decode = stats.get(route.decode.incarnation, none)
+    if route.prefill is not None and one_token and decode.transport is not None:
+        decode = none
     prefill = stats.get(route.prefill.incarnation, none) if route.prefill is not None else decode
     pulled = decode.transport is not None
     prefix = {route.decode.engine_id: decode.prefix_tokens}

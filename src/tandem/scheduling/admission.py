@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from tandem.errors import ConfigError, InvalidRequest
+from tandem.ids import output_digest
 from tandem.kv.blocks import BlockPool, PrefixChain
 from tandem.scheduling.request import Request
 from tandem.wire.messages import Generate, PullKv
@@ -55,6 +56,7 @@ def new_request(
         deadline=now + message.time_left,
         chain=PrefixChain(tokens, pool.block_size),
         kv=message.kv,
+        digest=output_digest(tokens[message.prompt_len :]),
     )
 
 
@@ -63,7 +65,9 @@ def _check(message: Generate, limits: Limits, pool: BlockPool) -> None:
     if not 1 <= prompt_len <= length:
         raise InvalidRequest(f"prompt_len is {prompt_len}, but it must be within the {length} token_ids that came")
     _check_tokens("prompt", message.token_ids, limits)
+    message.sampling.check()
     _check_tokens("logit_bias", message.sampling.logit_bias, limits)
+    _check_tokens("stop_token_ids", message.sampling.stop_token_ids, limits)
     if length - prompt_len >= message.sampling.max_tokens:
         raise InvalidRequest(
             f"nothing is left to generate: {length - prompt_len} output tokens came with the request, "
@@ -87,7 +91,9 @@ def _check(message: Generate, limits: Limits, pool: BlockPool) -> None:
 
 def _check_tokens(param: str, tokens: Collection[int], limits: Limits) -> None:
     # One bad id would fail the whole batch in the embedding.
-    if tokens and max(tokens) >= limits.vocab_size:
+    bad = [token for token in tokens if not 0 <= token < limits.vocab_size]
+    if bad:
         raise InvalidRequest(
-            f"{param} has token id {max(tokens)}; this model's vocabulary has {limits.vocab_size} tokens", param=param
+            f"{param} has token id {bad[0]}; this model's vocabulary has {limits.vocab_size} tokens, from 0 on",
+            param=param,
         )

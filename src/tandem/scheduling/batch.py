@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from tandem.errors import RequestError
 from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -43,16 +44,33 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     rows: list[Row]
 
 
+class RowError(msgspec.Struct, frozen=True, array_like=True):
+    """What leaves one row without a token; the others do not notice.
+
+    Attributes:
+        code: of a class in tandem.errors. `engine_failed`: not the request is at fault but what was computed for it.
+        message: for people.
+    """
+
+    code: str
+    message: str
+
+
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """A chosen token, and its `logprobs` if asked for; or the `error` that left this one row without a token."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
-    error: str | None = None
+    error: RowError | None = None
+
+
+def row_failed(error: RequestError) -> Sampled:
+    """Return the result of a row that has no token."""
+    return Sampled(-1, None, RowError(error.code, str(error)))
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
-    """One entry per row of the batch: None where nothing was to be sampled."""
+    """One entry per row of the batch: None where nothing was to be sampled, and all went well."""
 
     batch_id: int
     sampled: list[Sampled | None]

@@ -60,6 +60,7 @@ class BatchBuilder:
         # A request that has its blocks need not stand behind an earlier arrival that waits for some, maybe for these.
         while self._has_slot and (head := self._state.waiting_for_slot.head):
             self._run(head)
+        self._state.note_short_of_blocks(self._short_of_blocks)
         return self._entries
 
     @property

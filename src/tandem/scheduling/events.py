@@ -21,6 +21,7 @@ class TokenOut(msgspec.Struct, frozen=True):
 
     Attributes:
         index: its place in the request's output, counted from the client's prompt (0: first token).
+        digest: of the output before it (`tandem.ids.output_digest`).
         finish_reason: set on the last token of the whole request; `Finished` follows at once.
     """
 
@@ -29,6 +30,7 @@ class TokenOut(msgspec.Struct, frozen=True):
     token_id: int
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    digest: int = 0
 
     @property
     def stop_token_id(self) -> int | None:
@@ -111,4 +113,10 @@ class PullEnded(msgspec.Struct, frozen=True):
     quarantined: bool
 
 
-Event = TokenOut | Finished | Failed | ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded
+class ShortOfBlocks(msgspec.Struct, frozen=True):
+    """A request waits for room in the pool from now on, or (not `short`) none does any more."""
+
+    short: bool
+
+
+Event = TokenOut | Finished | Failed | ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded | ShortOfBlocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from tandem.ids import output_digest
 from tandem.kv.blocks import PrefixChain
 from tandem.scheduling.batch import Row, SampleAt
 from tandem.scheduling.events import FinishReason
@@ -27,6 +28,7 @@ class Request:
     Attributes:
         tokens: prompt and output so far; only ever appended to.
         prompt_len: number of those that are the client's prompt.
+        digest: of the output so far (`tandem.ids.output_digest`).
         max_len: the request ends when `tokens` is this long.
         stop_tokens: ids that end it.
         order: place in the order of arrival.
@@ -53,6 +55,7 @@ class Request:
     deadline: float
     chain: PrefixChain
     kv: Local | Prefill | PullKv
+    digest: int = 0
     state: RequestState = RequestState.WAITING
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -76,6 +79,11 @@ class Request:
     def num_pending(self) -> int:
         """Number of tokens to compute before the next one can be sampled; 0 while that step is in flight."""
         return len(self.tokens) - self.num_computed
+
+    def append(self, token: int) -> None:
+        """Add a token to the output."""
+        self.tokens.append(token)
+        self.digest = output_digest([token], self.digest)
 
     def row(self, start: int, count: int) -> Row:
         """Return `count` tokens from `start` as a row of a batch; a token is sampled after the last one known."""

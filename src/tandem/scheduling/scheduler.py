@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from tandem.errors import EngineFailed, InvalidRequest, Overloaded, RequestError, TimedOut, WireError
+from tandem.errors import EngineFailed, InvalidRequest, Overloaded, RequestError, TimedOut, WireError, request_error
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits, new_request
-from tandem.scheduling.batch import Batch, Sampled, StepResult
+from tandem.scheduling.batch import Batch, RowError, Sampled, StepResult
 from tandem.scheduling.batch_builder import BatchBuilder, BatchEntry
 from tandem.scheduling.events import ChunkComputed, Event, FinishReason, TokenOut
 from tandem.scheduling.preemption import recompute
@@ -23,6 +23,7 @@ from tandem.scheduling.state import SchedulerState, Totals
 from tandem.wire.messages import Generate, KvUsage, Prefill, PullKv, RequestCounts
 
 _RETRY_AFTER = 1  # seconds
+_NO_TOKEN = RowError(EngineFailed.code, "no token came back from the engine's step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +135,19 @@ class Scheduler:
         request = self.get(request_id)
         if request is None or request.state is not RequestState.WAITING_FOR_KV:
             return
+        if first_token is not None and first_token >= self.limits.vocab_size:
+            self.kv_failed(request_id, f"the peer sent token {first_token}", now, reading=False)
+            return
         length = len(request.tokens)
         if first_token is None and request.num_cached == length:
             # To compute the last token would write into a block that others share.
             self.kv_failed(request_id, "the peer sent no first token", now, reading=False)
+            return
+        vocabulary = self.limits.vocab_size
+        if first_token is not None and first_token >= vocabulary:
+            # One bad id would fail the whole batch in the embedding, and the engine with it.
+            reason = f"the peer's first token is {first_token}; this model has {vocabulary} tokens"
+            self.kv_failed(request_id, reason, now, reading=False)
             return
         request.kv_arrived_at = now
         request.num_computed = length if first_token is not None else length - 1
@@ -230,11 +240,12 @@ class Scheduler:
 
     def _apply_row(self, entry: BatchEntry, sampled: Sampled | None, now: float) -> None:
         request = entry.request
-        error = "no token came back for it" if sampled is None else sampled.error
-        if entry.samples and error is not None:
-            # Whatever made the logits unusable may be in its KV already: no other request may find that.
-            self.pool.forget(request.block_ids)
-            self.state.fail(request, EngineFailed(f"the next token could not be sampled: {error}"), now)
+        error = sampled.error if sampled is not None else _NO_TOKEN if entry.samples else None
+        if error is not None:
+            if error.code == EngineFailed.code:
+                # Whatever made the logits unusable may be in its KV already: no other request may find that.
+                self.pool.forget(request.block_ids)
+            self.state.fail(request, request_error(error.code, error.message), now)
             return
         self._publish(request, entry.end)
         if entry.samples and sampled is not None:
@@ -249,22 +260,23 @@ class Scheduler:
             self._announce(request, entry.end, None)
 
     def _append(self, request: Request, sampled: Sampled, now: float) -> FinishReason | None:
-        index, token = request.output_len, sampled.token_id
-        request.tokens.append(token)
+        index, token, before = request.output_len, sampled.token_id, request.digest
+        request.append(token)
         reason = request.finish_reason()
         if request.first_token_at is None:
             request.first_token_at = now
         self.state.totals.output_tokens += 1
-        self.state.events.append(TokenOut(request.request_id, index, token, sampled.logprobs, reason))
+        self.state.events.append(TokenOut(request.request_id, index, token, sampled.logprobs, reason, before))
         return reason
 
     def _adopt_first_token(self, request: Request, token: int, now: float) -> None:
         """Append a token that the prefill engine sent to the client; it is sent again only if it is the last one."""
-        request.tokens.append(token)
+        index, before = request.output_len, request.digest
+        request.append(token)
         request.first_token_at = now
         reason = request.finish_reason()
         if reason is not None:
-            self.state.events.append(TokenOut(request.request_id, request.output_len - 1, token, None, reason))
+            self.state.events.append(TokenOut(request.request_id, index, token, None, reason, before))
             self.state.finish(request, reason, now)
 
     def _announce(self, request: Request, end: int, token: int | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tandem.errors import InvalidRequest, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
-from tandem.scheduling.events import Event, Finished, FinishReason, PrefillEnded, PullEnded
+from tandem.scheduling.events import Event, Finished, FinishReason, PrefillEnded, PullEnded, ShortOfBlocks
 from tandem.scheduling.request import Request, RequestState
 from tandem.scheduling.request_queue import RequestQueue
 from tandem.wire.messages import Failed, Prefill, PullKv
@@ -51,6 +51,7 @@ class SchedulerState:
         self.quarantined: dict[str, list[int]] = {}
         self.events: list[Event] = []
         self.totals = Totals()
+        self._short_of_blocks = False
 
     def enter(self, request: Request, state: RequestState) -> None:
         request.state = state
@@ -105,6 +106,12 @@ class SchedulerState:
         self.quarantined[request.request_id] = reads
         request.block_ids = request.block_ids[:first] + request.block_ids[last:]
         return True
+
+    def note_short_of_blocks(self, short: bool) -> None:
+        """Say so, when that changes."""
+        if short != self._short_of_blocks:
+            self._short_of_blocks = short
+            self.events.append(ShortOfBlocks(short))
 
     def too_big(self, request: Request, num_tokens: int) -> InvalidRequest | None:
         """Return the error of a request that needs KV for `num_tokens` tokens, if this engine can never hold that."""

@@ -10,9 +10,11 @@ from msgspec import Meta
 
 from tandem.errors import PeerRefused, WireError
 from tandem.ids import EngineIdentity
-from tandem.kv.layout import KvLayout, LayoutError
+from tandem.kv.checksums import checksum_layout
+from tandem.kv.layout import MOST_BYTES, KvLayout, LayoutError
 from tandem.kv.plan import sources_of_all
 from tandem.transfer.transports.base import RankEndpoint
+from tandem.wire.codec import Codec
 from tandem.wire.messages import MAX_RANKS, Count, Text
 from tandem.wire.peer_messages import Envelope, Hello
 
@@ -21,7 +23,11 @@ PROTOCOL = (3, 3)
 
 
 class RankDescriptor(msgspec.Struct, frozen=True):
-    """One rank: the part of the KV cache it holds, its layout in memory, and the way to reach it."""
+    """One rank: the part of the KV cache it holds, its layout in memory, and the way to reach it.
+
+    Attributes:
+        checksums: where in its memory the table of its KV's checksums begins, in bytes; None if it has none.
+    """
 
     rank: Count
     tp_rank: Count
@@ -29,6 +35,7 @@ class RankDescriptor(msgspec.Struct, frozen=True):
     node: Text
     layout: KvLayout
     endpoint: RankEndpoint
+    checksums: Annotated[int, Meta(ge=0, le=MOST_BYTES)] | None = None
 
 
 class EngineDescriptor(msgspec.Struct, frozen=True):
@@ -38,6 +45,16 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
     block_size: Annotated[int, Meta(ge=1)]
     ranks: Annotated[list[RankDescriptor], Meta(min_length=1, max_length=MAX_RANKS)]
 
+    @property
+    def blocks(self) -> int:
+        """Return the number of blocks that every rank has."""
+        return min(rank.layout.blocks for rank in self.ranks)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Return whether what is read from any rank can be verified."""
+        return all(rank.checksums is not None for rank in self.ranks)
+
     def check(self) -> None:
         """Raise WireError if the ranks are not 0..n-1, or a layout reaches outside of its rank's memory."""
         if [r.rank for r in self.ranks] != list(range(len(self.ranks))):
@@ -45,8 +62,11 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
         for rank in self.ranks:
             try:
                 rank.layout.check()
+                end = 0 if rank.checksums is None else rank.checksums + checksum_layout(rank.layout).nbytes
             except LayoutError as error:
                 raise WireError(f"layout of rank {rank.rank}: {error}") from None
+            if end > rank.endpoint.region.length:
+                raise WireError(f"the checksums of rank {rank.rank} end at {end}, outside of its memory")
             if rank.layout.nbytes > rank.endpoint.region.length:
                 raise WireError(
                     f"rank {rank.rank} describes {rank.layout.nbytes} bytes of KV memory"
@@ -56,6 +76,9 @@ class EngineDescriptor(msgspec.Struct, frozen=True):
                 raise WireError(
                     f"rank {rank.rank} has block size {rank.layout.block_size}, its engine {self.block_size}"
                 )
+
+
+_DESCRIPTORS: Codec[EngineDescriptor] = Codec(EngineDescriptor)
 
 
 def check_envelopes(ours: Envelope, theirs: Envelope) -> int:
@@ -85,8 +108,8 @@ def _range(versions: tuple[int, int]) -> str:
 def decode_descriptor(raw: msgspec.Raw) -> EngineDescriptor:
     """Decode strictly. Raises WireError."""
     try:
-        descriptor = msgspec.msgpack.decode(raw, type=EngineDescriptor)
-    except msgspec.DecodeError as error:
+        descriptor = _DESCRIPTORS.decode(memoryview(raw))
+    except WireError as error:
         raise WireError(f"the peer's description cannot be read: {error}") from None
     descriptor.check()
     return descriptor

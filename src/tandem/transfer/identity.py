@@ -21,7 +21,7 @@ COMPARED = (
     "engine_id",
     "role",
     "model",
-    "fingerprint",
+    "model_files",
     "dtype",
     "device",
     "tp",
@@ -33,6 +33,7 @@ COMPARED = (
     "protocol",
     "version",
     "cluster_key",
+    "verify_kv",
 )
 
 
@@ -55,6 +56,7 @@ class RankRecord(msgspec.Struct, frozen=True):
     Attributes:
         engine_id: as configured; None if it was not.
         role: what the engine is used for.
+        model_files: what is known of the model without reading its weights; a digest.
         cluster_key: fingerprint of the key.
         identity: made by the leader; only rank 0's is there.
     """
@@ -67,7 +69,7 @@ class RankRecord(msgspec.Struct, frozen=True):
     pid: Count
     engine_id: Name | None
     model: Text
-    fingerprint: Text
+    model_files: Text
     dtype: Name
     device: Name
     tp: Count
@@ -80,6 +82,7 @@ class RankRecord(msgspec.Struct, frozen=True):
     version: Text
     role: Name = "mixed"
     cluster_key: Name = "none"
+    verify_kv: bool = False
     identity: EngineIdentity | None = None
 
     @property

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import socket
-import struct
+
+import psutil
 
 from tandem.errors import ConfigError
-
-_SIOCGIFADDR = 0x8915
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -71,22 +69,14 @@ def endpoint(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has this IPv4 address; None if there is none."""
-    return next((name for name, own in _interfaces() if own == address), None)
+    """Return the name of the network interface that has this IP address; None if there is none."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    return None
 
 
 def own_addresses() -> list[str]:
     """Return the IPv4 addresses of this machine's interfaces, loopback included."""
-    return [address for _, address in _interfaces()]
-
-
-def _interfaces() -> list[tuple[str, str]]:
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue  # an interface without an IPv4 address
-            found.append((name, socket.inet_ntoa(answer[20:24])))
-    return found
+    interfaces = psutil.net_if_addrs().values()
+    return [entry.address for entries in interfaces for entry in entries if entry.family == socket.AF_INET]

@@ -20,6 +20,11 @@ from tandem.errors import ConfigError
 _HEADER = "tandem-cluster-key-v1"
 _KEY_BYTES = 32
 ENVIRONMENT = "TANDEM_CLUSTER_KEY"
+NO_KEY = (
+    "without a cluster key every user of this machine can register engines and send messages to them; to keep strangers"
+    " out, make a key with `tandem keygen FILE` and give it to every process with --cluster-key-file FILE"
+)
+"""For a person who starts engines or a router without a key."""
 _MAX_FILE_BYTES = 4096
 
 

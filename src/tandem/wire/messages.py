@@ -24,7 +24,7 @@ Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 def clip(text: str) -> str:
@@ -215,7 +215,9 @@ class EngineCounters(msgspec.Struct, frozen=True):
     kv_bytes: Count = 0
     kv_descriptors: Count = 0
     kv_failures: Count = 0
+    kv_corrupt: Count = 0
     leases_expired: Count = 0
+    published_dropped: Count = 0
     bad_messages: Count = 0
     steps: Count = 0
 
@@ -223,7 +225,10 @@ class EngineCounters(msgspec.Struct, frozen=True):
 class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
     """The heartbeat, and the content of GET /tandem/engine.
 
-    `identity_time`: seconds that the ranks took to agree on the engine's identity.
+    Attributes:
+        identity_time: seconds that the ranks took to agree on the engine's identity.
+        draining: it takes no new requests, finishes those that it has, and ends.
+        step_seconds: for which the step that runs now has run, on any rank; 0 without one.
     """
 
     engine_id: Name
@@ -241,6 +246,8 @@ class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
     peers: Annotated[list[PeerInfo], Meta(max_length=MAX_PEERS)]
     counters: EngineCounters = EngineCounters()
     identity_time: Seconds = 0.0
+    draining: bool = False
+    step_seconds: Seconds = 0.0
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):
@@ -250,6 +257,8 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
         peer_address: listens for handshakes of other engines.
         http_address: listens for its own API, if it has one.
         max_model_len: longest prompt and output together, in tokens.
+        vocab_size: the token ids that it sends are below this.
+        step_timeout: seconds after which it takes a step to hang, and ends.
         model_path: folder with the tokenizer, on the engine's node.
         protocol: lowest and highest version of the engine-to-engine protocol that it speaks.
         connection: number of times that its connection to this frontend broke; messages on their way then may be lost.
@@ -264,6 +273,8 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     dtype: Text
     version: Text
     protocol: tuple[Count, Count]
+    vocab_size: Count
+    step_timeout: Seconds
     http_address: Address | None = None
     connection: Count = 0
 
@@ -301,6 +312,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
         stop_token_id: the token that ended it, which is the last of `token_ids`.
         done: this engine's part is done; a prefill engine's part may end before the request does.
         stats: so far; on the first and on the last message.
+        digest: of the output before `index`, as this engine knows it (`tandem.ids.output_digest`).
     """
 
     request_id: Name
@@ -312,6 +324,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     done: bool = False
     stats: RequestStats | None = None
     kv_transfer_params: KvTransferParams | None = None
+    digest: Count = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -332,9 +345,10 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
-    """The engine stops; no message follows."""
+    """The engine stops; no message follows. `failed`: not because somebody asked for it."""
 
     reason: Text
+    failed: bool = False
 
 
 ToFrontend = Register | EngineStatus | Outputs | Goodbye

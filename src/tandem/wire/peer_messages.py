@@ -76,10 +76,15 @@ class Renew(msgspec.Struct, frozen=True, tag="renew"):
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
-    """All ranks have read what they need (or no longer want it): the blocks may go."""
+    """All ranks have read what they need (or no longer want it): the blocks may go.
+
+    Attributes:
+        corrupt: those of them whose bytes did not fit their checksums.
+    """
 
     to: Name
     request_ids: RequestIds
+    corrupt: RequestIds = []
 
 
 ToPrefill = Hello | Claim | Renew | Release

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+import zmq
 import zmq.asyncio
 
 from tandem.errors import WireError
 from tandem.wire.codec import Codec
 
 M = TypeVar("M")
+
+BURST = 64
+PAUSE_SECONDS = 0.001
+"""After so many messages a receiver waits for so long: what waits for it is bounded by its socket, and a sender that
+never stops would have the event loop to itself, as receiving what is there already does not yield."""
 
 LOGGED_AT_FIRST = 10
 LOGGED_EVERY = 1000
@@ -49,12 +57,31 @@ async def receive_messages(
     A message that is not of this channel, or that `handle` raises for, is counted in `dropped`; the next one is served.
     """
     routed = socket.type == zmq.ROUTER
-    while True:
+    for number in itertools.count(1):
+        if number % BURST == 0:
+            await asyncio.sleep(PAUSE_SECONDS)
         frames = await socket.recv_multipart()
         sender = frames.pop(0) if routed else b""
         try:
-            if len(frames) != 1:
-                raise WireError(f"a message has one frame; this one has {len(frames)}")
-            handle(sender, codec.decode(frames[0]))
+            handle(sender, _decode(codec, frames))
         except Exception as error:
             dropped.add(error)
+
+
+async def receive_with_connections(
+    socket: zmq.asyncio.Socket, codec: Codec[M], handle: Callable[[bytes, int, M], None], dropped: DroppedMessages
+) -> None:
+    """As `receive_messages` on a ROUTER; `handle` also gets the file descriptor of the connection, as monitors do."""
+    while True:
+        sender, *frames = await socket.recv_multipart(copy=False)
+        try:
+            message = _decode(codec, [frame.bytes for frame in frames])
+            handle(sender.bytes, int(frames[0].get(zmq.SRCFD)), message)
+        except Exception as error:
+            dropped.add(error)
+
+
+def _decode(codec: Codec[M], frames: list[bytes]) -> M:
+    if len(frames) != 1:
+        raise WireError(f"a message has one frame; this one has {len(frames)}")
+    return codec.decode(frames[0])

@@ -12,6 +12,9 @@ from tandem.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 128
+MAX_COUNT = 2**31 - 1
+MAX_REPETITION_PENALTY = 100.0
+"A penalty divides or multiplies a logit; this and its inverse are far beyond any use, and far from overflow."
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
@@ -21,6 +24,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
 
     Stop *strings* are not here: engines speak token ids, so the API looks for stop strings in the text.
 
+    Ranges are vLLM's where it has one; where it has none, such that float32 neither overflows nor vanishes. Decoding
+    keeps to them and refuses NaN and infinity; `check` does the same for what was made in this process.
+
     Attributes:
         seed: keys the random generator together with a token's position, so that the same request continues
             with the same tokens however it is batched or resumed.
@@ -28,13 +34,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
         stop_token_ids: end the request with finish reason "stop", as the model's end-of-sequence tokens do.
     """
 
-    max_tokens: Annotated[int, Meta(ge=1)] = 16
-    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_COUNT)] = 16
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_k: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=1 / MAX_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
@@ -56,3 +62,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
             msgspec.convert(msgspec.to_builtins(self, str_keys=False), SamplingParams)
         except msgspec.ValidationError as error:
             raise InvalidRequest(str(error)) from None
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}, but at most {self.max_tokens} tokens may be generated",
+                param="min_tokens",
+            )

@@ -25,6 +25,13 @@ HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 6_000
 CONNECT_TIMEOUT_MS = 5_000
 
+# Between the ranks of an engine a pause of all of them (SIGSTOP, a laptop's lid, a virtual machine that migrates) must
+# not end the engine. libzmq counts it as silence of the others, as its timers run on; the kernels go on answering.
+KERNEL_IDLE_SECONDS = 4
+KERNEL_PROBE_SECONDS = 2
+KERNEL_PROBES = 3
+KERNEL_TIMEOUT_MS = 10_000
+
 _CURVE_OVERHEAD_BYTES = 1_024
 
 S = TypeVar("S", bound="zmq.Socket[Any]")
@@ -41,6 +48,7 @@ class SocketOptions:
         handover: a new connection to a ROUTER with an `identity` already in use replaces the old one.
         identity: under which a ROUTER addresses this socket; chosen by the ROUTER if None.
         reconnect: connect again when the connection breaks.
+        kernel_watches: whether the other side is there is for the kernels to find out, not for the processes.
         monitor: `zmq.EVENT_...` that `socket.get_monitor_socket()` is to report, from before the first can happen.
     """
 
@@ -50,10 +58,23 @@ class SocketOptions:
     handover: bool = False
     identity: bytes | None = None
     reconnect: bool = True
+    kernel_watches: bool = False
     monitor: int = 0
 
 
 DEFAULT_OPTIONS = SocketOptions()
+
+# Only the side that connects sends ZeroMQ's heartbeats; a listener leaves it to TCP to notice a machine that is gone,
+# in the same time. libzmq 4.3.5 ends the process (`!_io_error`) when it is to send a heartbeat over a connection whose
+# peer has hung up while what it sent cannot be taken: its queue is full, or another with its identity has taken its
+# place. Anybody who is let in could have a listener do so.
+_LISTENER = {
+    zmq.HEARTBEAT_IVL: 0,
+    zmq.TCP_KEEPALIVE_IDLE: 2,
+    zmq.TCP_KEEPALIVE_INTVL: 2,
+    zmq.TCP_KEEPALIVE_CNT: 2,
+    zmq.TCP_MAXRT: HEARTBEAT_TIMEOUT_MS,
+}
 
 
 class Sockets(Generic[S]):
@@ -83,6 +104,8 @@ class Sockets(Generic[S]):
         """
         address = self._permitted(host, port, "listen on")
         socket = self._open(kind, ":" in address, options)
+        for option, value in _LISTENER.items():
+            socket.set(option, value)
         if self._key is not None:
             socket.curve_server = True
             socket.curve_secretkey = self._key.server.secret
@@ -146,17 +169,11 @@ def _settings(kind: zmq.SocketType, ipv6: bool, options: SocketOptions) -> dict[
         zmq.SNDHWM: options.hwm,
         zmq.RCVHWM: options.hwm,
         zmq.MAXMSGSIZE: options.max_message + _CURVE_OVERHEAD_BYTES,
-        zmq.HEARTBEAT_IVL: HEARTBEAT_INTERVAL_MS,
-        zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
-        zmq.HEARTBEAT_TTL: HEARTBEAT_TIMEOUT_MS,
         zmq.HANDSHAKE_IVL: CONNECT_TIMEOUT_MS,
         zmq.CONNECT_TIMEOUT: CONNECT_TIMEOUT_MS,
         zmq.RECONNECT_IVL: 100 if options.reconnect else -1,
         zmq.RECONNECT_IVL_MAX: 2_000 if options.reconnect else 0,
-        zmq.TCP_KEEPALIVE: 1,
-        zmq.TCP_KEEPALIVE_IDLE: 30,
-        zmq.TCP_KEEPALIVE_INTVL: 10,
-        zmq.TCP_KEEPALIVE_CNT: 3,
+        **_watching(options.kernel_watches),
         zmq.BACKLOG: 1_024,
         zmq.IPV6: int(ipv6),
     }
@@ -166,6 +183,27 @@ def _settings(kind: zmq.SocketType, ipv6: bool, options: SocketOptions) -> dict[
     if options.identity is not None:
         settings[zmq.IDENTITY] = options.identity
     return settings
+
+
+def _watching(kernel: bool) -> dict[int, int | bytes]:
+    """Return the options by which a connection to a peer that is gone is noticed."""
+    if kernel:
+        return {
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: KERNEL_IDLE_SECONDS,
+            zmq.TCP_KEEPALIVE_INTVL: KERNEL_PROBE_SECONDS,
+            zmq.TCP_KEEPALIVE_CNT: KERNEL_PROBES,
+            zmq.TCP_MAXRT: KERNEL_TIMEOUT_MS,
+        }
+    return {
+        zmq.HEARTBEAT_IVL: HEARTBEAT_INTERVAL_MS,
+        zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
+        zmq.HEARTBEAT_TTL: HEARTBEAT_TIMEOUT_MS,
+        zmq.TCP_KEEPALIVE: 1,
+        zmq.TCP_KEEPALIVE_IDLE: 30,
+        zmq.TCP_KEEPALIVE_INTVL: 10,
+        zmq.TCP_KEEPALIVE_CNT: 3,
+    }
 
 
 def _bind_failure(host: str, port: int, error: zmq.ZMQError) -> str:

@@ -9,12 +9,22 @@ import zmq
 import zmq.asyncio
 
 from tandem.engine.io.frontends import Frontend, FrontendEvents
+from tandem.errors import InvalidRequest
 from tandem.ids import EngineIdentity
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Address, EngineStatus, Generate, Register, Registered, ToFrontend
+from tandem.wire.messages import (
+    Address,
+    EngineStatus,
+    Failed,
+    Generate,
+    Outputs,
+    Register,
+    Registered,
+    ToFrontend,
+)
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
-from tests.registrations import make_register
+from tests.support.registrations import make_register
 
 WHO = EngineIdentity("engine", "life")
 SECONDS = 10
@@ -84,6 +94,37 @@ def test_when_the_connection_breaks_requests_are_given_up_and_the_frontend_is_to
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
 
+def test_a_request_that_cannot_be_begun_ends_with_an_error_whoever_is_at_fault() -> None:
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        fake = FakeFrontend(sockets)
+
+        def fail(generate: Generate) -> None:
+            raise OSError("too many open files")
+
+        events = FrontendEvents(fail, lambda request_id: None, lambda introduce: None)
+        frontend = Frontend(
+            Address("127.0.0.1", fake.port), sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events
+        )
+        running = asyncio.create_task(frontend.run())
+        await fake.registration()
+        fake.send(Registered(True, 0))
+        fake.send(request("r"))
+        while not isinstance(message := await fake.receive(), Outputs):
+            pass
+        [failed] = message.items
+        assert isinstance(failed, Failed)
+        assert (failed.request_id, failed.code) == ("r", "engine_failed")
+        assert "too many open files" in failed.message
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        fake.close()
+        context.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
 def test_only_the_answer_to_the_last_registration_counts() -> None:
     async def play() -> None:
         context = zmq.asyncio.Context()
@@ -102,3 +143,44 @@ def test_only_the_answer_to_the_last_registration_counts() -> None:
         context.destroy(linger=0)
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
+def test_a_request_that_cannot_begin_has_an_outcome_and_the_next_one_is_served() -> None:
+    """Whatever is raised for it, by an error of our own too."""
+    errors = {"bad": InvalidRequest("no", param="prompt"), "bug": RuntimeError("a bug")}
+    begun: list[str] = []
+
+    def begin(generate: Generate) -> None:
+        if (error := errors.get(generate.request_id)) is not None:
+            raise error
+        begun.append(generate.request_id)
+
+    async def play() -> list[Failed]:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        there = FakeFrontend(sockets)
+        events = FrontendEvents(begin, lambda request_id: None, lambda introduce: None)
+        address = Address("127.0.0.1", there.port)
+        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
+        running = asyncio.create_task(frontend.run())
+        await there.registration()
+        failed: list[Failed] = []
+        for request_id in ("bad", "bug", "good"):
+            there.send(request(request_id))
+        while len(failed) < 2:
+            if isinstance(message := await there.receive(), Outputs):
+                failed += [item for item in message.items if isinstance(item, Failed)]
+        while not begun:
+            await there.receive()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        there.close()
+        context.destroy(linger=0)
+        return failed
+
+    failed = asyncio.run(asyncio.wait_for(play(), SECONDS))
+    assert [(one.request_id, one.code, one.param) for one in failed] == [
+        ("bad", "invalid_request", "prompt"),
+        ("bug", "internal_error", None),
+    ]
+    assert begun == ["good"]

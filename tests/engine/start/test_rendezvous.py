@@ -21,7 +21,7 @@ def record(rank: int, nnodes: int = 2, **fields: Any) -> RankRecord:
     """Of a TP 4 engine on `nnodes` nodes."""
     plain: dict[str, Any] = dict(
         rank=rank, tp_rank=rank, pp_rank=0, node_rank=rank * nnodes // 4, host=f"host{rank * nnodes // 4}",
-        pid=100 + rank, engine_id=None, model="m", fingerprint="f", dtype="float32", tp=4, pp=1, nnodes=nnodes,
+        pid=100 + rank, engine_id=None, model="m", model_files="f", dtype="float32", tp=4, pp=1, nnodes=nnodes,
         block_size=16, max_model_len=64, connector="tcp", protocol=(1, 1), version="1", device="cpu",
     )  # fmt: skip
     return RankRecord(**(plain | fields))

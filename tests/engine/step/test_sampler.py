@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.step.sampler import sample, uniform
-from tandem.scheduling.batch import SampleAt, Sampled
+from tandem.scheduling.batch import RowError, SampleAt, Sampled
 from tandem.wire.sampling import SamplingParams
 
 VOCABULARY = 32
@@ -187,7 +187,7 @@ def test_a_bias_can_force_and_ban() -> None:
 
 def test_a_bias_outside_of_the_vocabulary_fails_its_row() -> None:
     bad, good = sample(random_logits(2), [at(logit_bias={99: 1.0}), at(temperature=0.0)])
-    assert bad.error == "logit_bias names token 99; the vocabulary has 32 tokens"
+    assert bad.error == RowError("invalid_request", "logit_bias names token 99; the vocabulary has 32 tokens")
     assert good.error is None
 
 
@@ -256,7 +256,8 @@ def test_a_row_without_any_token_left_fails() -> None:
     nothing = torch.full((1, 3), -math.inf)
     assert sample(nothing, [at()])[0].error is not None
     (result,) = sample(torch.zeros(1, 3), [at(stop_ids=[0, 1, 2])])
-    assert result.error == "every token of the vocabulary is ruled out"
+    assert result.error is not None
+    assert result.error.code == "no_token_left"
 
 
 def test_tokens_that_the_model_rules_out_do_not_come() -> None:

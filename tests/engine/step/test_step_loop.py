@@ -13,11 +13,13 @@ import pytest
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent
 from tandem.engine.step.step_loop import StepLoop
+from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
     Fail,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
@@ -25,6 +27,7 @@ from tandem.engine.step_commands import (
     StartRequest,
 )
 from tandem.errors import RankLost
+from tandem.ids import output_digest
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
 from tandem.scheduling.batch import Batch, Sampled, StepResult
@@ -59,15 +62,19 @@ class FakePipeline:
         self.batches: list[Batch] = []
         self._late = late
         self._results: deque[StepResult] = deque()
+        self.hang, self.hanging, self.held = threading.Event(), threading.Event(), threading.Event()
+        self.hang.set()
 
     def submit(self, batch: Batch) -> None:
         self.batches.append(batch)
+        self.hanging.set()
+        assert self.hang.wait(20)
         sampled = [Sampled((row.tokens[-1] + 1) % 100) if row.sample is not None else None for row in batch.rows]
         self._results.append(StepResult(batch.batch_id, sampled))
 
     def results(self) -> list[StepResult]:
-        done = []
-        while len(self._results) > self._late:
+        done: list[StepResult] = []
+        while not self.held.is_set() and len(self._results) > self._late:
             done.append(self._results.popleft())
         self._late = 0
         return done
@@ -116,7 +123,10 @@ class Rig:
         self.send(*before)
         self.pipeline = FakePipeline(late=depth - 1)
         self.outbox = FakeOutbox()
-        loop = StepLoop(self.scheduler, self.pool, self.pipeline, self.mailbox, self.outbox, "tcp", policy, PUBLISHED)
+        self.clock = StepClock()
+        loop = StepLoop(
+            self.scheduler, self.pool, self.pipeline, self.mailbox, self.outbox, "tcp", policy, PUBLISHED, self.clock
+        )
         self.reason: list[str] = []
         self.thread = threading.Thread(target=lambda: self.reason.append(loop.run()))
         self.thread.start()
@@ -268,6 +278,20 @@ def test_a_prefill_announces_its_chunks_before_its_token_and_keeps_its_blocks_un
     assert it.pool.usage().leased == 0
 
 
+def test_kv_that_a_reader_found_damaged_is_found_by_no_later_request(rig: Any) -> None:
+    it = rig()
+    tokens = list(range(20))
+    for request_id, cached in (("r", 0), ("s", 16), ("t", 0)):
+        it.start(request_id, tokens, Prefill())
+        end = it.end_of(request_id)
+        assert isinstance(end, Tokens)
+        assert end.stats is not None
+        assert end.stats.prefix_tokens == cached
+        if request_id == "s":
+            it.send(KvCorrupt(["s", "unknown"]))
+        it.send(LeasesEnded([request_id]))
+
+
 def test_a_published_prefill_tells_what_a_foreign_proxy_needs(rig: Any) -> None:
     it = rig()
     it.start("r", list(range(6)), Prefill(published=True))
@@ -333,6 +357,53 @@ def test_lost_kv_is_dealt_with_by_policy_and_its_blocks_wait_for_the_reads(
     assert it.pool.usage().quarantined == 0
 
 
+def test_a_first_token_that_is_known_is_gone_on_from_when_the_kv_is_lost(rig: Any) -> None:
+    """The client has it from the prefill engine; another choice would make another text."""
+    it = rig()
+    it.start("r", [1, 2], SOURCE)
+    it.until(lambda: it.kv_events(BlocksAllocated))
+    it.send(KvFailed("r", "the lease ended", first_token=50), ReadsEnded("r"))
+    it.end_of("r")
+    assert [(item.index, item.token_ids, item.digest) for item in it.of("r")] == [
+        (1, [51], output_digest([50])),
+        (2, [52], output_digest([50, 51])),
+    ]
+
+
+def test_the_clock_runs_while_a_step_does_and_only_then(rig: Any) -> None:
+    """Another thread reads it, however long the step hangs."""
+    it = rig()
+    it.until(lambda: it.clock.since is None)
+    assert it.clock.seconds() == 0.0
+    it.pipeline.hang.clear()
+    it.start("r", [1, 2])
+    it.pipeline.hanging.wait(20)
+    first = it.clock.seconds()
+    assert it.clock.since is not None
+    assert it.clock.seconds() >= first
+    it.pipeline.hang.set()
+    it.end_of("r")
+    it.until(lambda: it.clock.since is None)
+
+
+def test_the_clock_runs_from_the_oldest_batch_in_flight(rig: Any) -> None:
+    """The results of a pipeline of several stages come from another rank, which may hang while this one does not."""
+    it = rig(depth=2)
+    it.pipeline.held.set()
+    it.start("r", [1, 2])
+    it.until(lambda: it.pipeline.batches)
+    since = it.clock.since
+    it.start("s", [3, 4])
+    it.until(lambda: len(it.pipeline.batches) == 2)
+    for _ in range(3):
+        it.send(AbortRequest("nobody"))
+    it.until(lambda: it.clock.since == since)
+    it.pipeline.held.clear()
+    it.send(AbortRequest("nobody"))
+    it.end_of("r")
+    it.end_of("s")
+
+
 def test_kv_that_arrives_for_a_request_that_has_ended_changes_nothing(rig: Any) -> None:
     it = rig()
     it.send(
@@ -358,7 +429,7 @@ def test_an_engine_that_fails_ends_the_loop_with_its_error() -> None:
     mailbox: Mailbox[Command] = Mailbox()
     pool = BlockPool(4, BLOCK)
     scheduler = Scheduler(Limits(max_num_seqs=4, max_batched_tokens=16, max_waiting=8, max_model_len=64), pool, [99], 1)
-    loop = StepLoop(scheduler, pool, FakePipeline(), mailbox, FakeOutbox(), "tcp", "recompute", PUBLISHED)
+    loop = StepLoop(scheduler, pool, FakePipeline(), mailbox, FakeOutbox(), "tcp", "recompute", PUBLISHED, StepClock())
     mailbox.put(Fail(RankLost("rank 1 of this engine was lost")))
     with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         loop.run()

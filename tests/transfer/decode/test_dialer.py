@@ -49,10 +49,13 @@ class Prefill:
     def __init__(self, context: zmq.asyncio.Context, engine_id: str, incarnation: str, port: int) -> None:
         self.identity = EngineIdentity(engine_id, incarnation)
         self.ended: list[str] = []
+        self.corrupt: list[str] = []
         socket, port = Sockets(context, None).bind(zmq.ROUTER, HOST, port, SocketOptions(handover=True))
         self.address = Address(HOST, port)
         described = descriptor(self.identity)
-        self.listener = PeerListener(socket, self.identity, ENVELOPE, described, 30.0, self.ended.extend)
+        self.listener = PeerListener(
+            socket, self.identity, ENVELOPE, described, 30.0, 1000, self.ended.extend, self.corrupt.extend
+        )
         self.task = asyncio.create_task(self.listener.run())
 
     def offer(self, request_id: str) -> None:
@@ -92,7 +95,9 @@ class Decode:
         self.arrived: list[Pull] = []
         self.failed: list[tuple[str, str]] = []
         self.quiet: list[str] = []
-        events = PullEvents(self.arrived.append, lambda *told: self.failed.append(told), self.quiet.append)
+        events = PullEvents(
+            self.arrived.append, lambda request_id, why, _: self.failed.append((request_id, why)), self.quiet.append
+        )
         self.transfer_threads = FakeTransferThreads()
         layouts = [rank.layout for rank in descriptor(identity).ranks]
         sockets = Sockets(context, None)

@@ -7,6 +7,7 @@ import pytest
 
 from tandem.transfer.decode import pulls
 from tandem.transfer.decode import sessions as module
+from tandem.transfer.thread.thread_messages import PeerOpened
 from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Claimed, KvComputed, Release, Renewed, Welcome
 from tests.transfer.engines import ENVELOPE
@@ -25,6 +26,14 @@ def pair(net: Network, ranks: int = 1) -> tuple[Prefill, Decode]:
 
 
 # --- handshake -----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_speak_of_a_session_before_its_welcome_do_not_make_it_ready(net: Network) -> None:
+    prefill, decode = pair(net)
+    net.lost = lambda message: isinstance(message, Welcome)
+    decode.introduce(prefill)
+    decode.pulls.reported(PeerOpened(0, 1), net.now)
+    assert decode.states() == ["connecting"]
 
 
 def test_a_pair_shakes_hands_in_one_round_trip_over_one_connection(net: Network) -> None:
@@ -557,10 +566,46 @@ def test_engines_that_clients_name_take_no_place_from_those_of_the_router(
     for port in range(1, 5):
         decode.pull(f"r{port}", prefill.names("r", address=Address("127.0.0.1", port), foreign=True))
     assert decode.failed == [
-        (request_id, "more than 2 prefill engines that clients named are in use") for request_id in ("r3", "r4")
+        (request_id, "it had not answered, and others need its place") for request_id in ("r1", "r2")
     ]
     decode.introduce(prefill, net.prefill("p1"))
     assert decode.states() == ["connecting", "connecting", "ready", "ready"]
+
+
+def test_engines_that_are_in_use_do_not_give_way_to_those_that_clients_name(
+    net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FOREIGN_SESSIONS", 2)
+    engines, decode = [net.prefill(f"p{number}") for number in range(3)], net.decode(ranks=1)
+    for number, engine in enumerate(engines):
+        engine.offer("r")
+        decode.pull(f"r{number}", engine.names("r", foreign=True))
+    assert decode.failed == [("r2", "more than 2 prefill engines that clients named are in use")]
+    assert decode.states() == ["ready", "ready"]
+
+
+def test_however_many_engines_are_invented_sessions_stay_bounded_and_real_ones_are_read_from(net: Network) -> None:
+    """2,000 requests at once, each with another engine that is not there; a real one is asked for all the while."""
+    prefill, decode = pair(net)
+    idle = net.prefill("idle")
+    idle.offer("first")
+    decode.pull("first", idle.names("first", foreign=True))
+    decode.give_up("first")
+    for number in range(2000):
+        nowhere = prefill.names("r", engine_id=f"invented-{number}", address=Address("127.0.0.1", 1), foreign=True)
+        decode.pull(f"bad{number}", nowhere)
+        if number % 100 == 99:
+            prefill.offer(f"r{number}")
+            decode.pull(f"good{number}", prefill.names(f"r{number}", foreign=True))
+            decode.end_reads()
+        assert len(decode.peers) <= module.MAX_FOREIGN_SESSIONS
+        assert len(decode.connected) <= module.MAX_FOREIGN_SESSIONS
+    assert len(decode.arrived) == 20
+    assert not [request_id for request_id, _ in decode.failed if request_id.startswith("good")]
+    assert "ready" in [peer.state for peer in decode.peers if peer.engine_id == "idle"]
+    net.pass_time(11.0)
+    assert len(decode.failed) == 2000
+    assert len(decode.quiet) == 2001
 
 
 def test_a_foreign_session_that_nobody_uses_gives_way_the_one_that_ended_first(
@@ -594,3 +639,25 @@ def test_a_foreign_session_that_ended_is_shown_for_a_while_and_then_forgotten(ne
     assert decode.states() == ["refused", "ready"]
     net.pass_time(60.0)
     assert decode.states() == ["ready"]
+
+
+def test_kv_that_is_lost_after_its_last_chunk_leaves_the_first_token(net: Network) -> None:
+    """The prefill engine has sent it to the client, so nobody may choose another."""
+    prefill, decode = pair(net)
+    for request_id in ("final", "early"):
+        prefill.begin(request_id)
+        decode.pull(request_id, prefill.names(request_id))
+    prefill.chunk("final", 0, [5, 6], 8, True, 42)
+    prefill.chunk("early", 0, [7], 4, False)
+    for read in list(decode.reads):
+        decode.end(read, 0, "connection reset")
+    assert [request for request, _ in decode.failed] == ["final", "early"]
+    assert decode.first_tokens == {"final": 42, "early": None}
+
+
+def test_a_first_token_that_the_prefill_engine_does_not_send_is_not_passed_on(net: Network) -> None:
+    prefill, decode = pair(net)
+    prefill.offer("r")
+    decode.pull("r", msgspec.structs.replace(prefill.names("r"), first_token=False))
+    decode.end(decode.reads[0], 0, "connection reset")
+    assert decode.first_tokens == {"r": None}

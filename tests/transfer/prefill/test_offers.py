@@ -8,17 +8,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tandem.transfer.prefill import offers as module
-from tandem.transfer.prefill.offers import Action, OfferEnded, Offers, Send
+from tandem.transfer.prefill.offers import PUBLISHED_SECONDS, Action, OfferCorrupt, OfferEnded, Offers, Send
 from tandem.wire.peer_messages import Claim, Claimed, KvComputed, KvGone, Release, Renew, Renewed
 
 INCARNATION = "first"
 TTL = 10.0
+MAX_PUBLISHED = 4
 A, B = b"\x01", b"\x02"
 
 
 @pytest.fixture
 def offers() -> Offers:
-    return Offers(INCARNATION, TTL)
+    return Offers(INCARNATION, TTL, MAX_PUBLISHED)
 
 
 def claim(offers: Offers, client: bytes, now: float, request_id: str = "r") -> list[Action]:
@@ -31,8 +32,8 @@ def release(offers: Offers, client: bytes, now: float, request_id: str = "r") ->
     return offers.drain()
 
 
-def begin(offers: Offers, wait: float = TTL, prompt: str | None = None, request_id: str = "r") -> list[Action]:
-    offers.begin(request_id, wait, prompt)
+def begin(offers: Offers, prompt: str | None = None, request_id: str = "r", *, published: bool = False) -> list[Action]:
+    offers.begin(request_id, prompt, published=published)
     return offers.drain()
 
 
@@ -91,6 +92,30 @@ def test_a_late_claim_is_told_all_at_once_and_a_grown_block_once(offers: Offers)
     ]
 
 
+def test_kv_that_nobody_waits_for_any_more_goes_back_at_once_unless_it_is_read(offers: Offers) -> None:
+    """Its client has gone between prefill and decode; the decode engine may not have claimed it."""
+    begin(offers)
+    whole(offers)
+    offers.withdraw("r", 1.0)
+    assert expire(offers, 1.0) == ENDED
+    begin(offers)
+    claim(offers, A, 2.0)
+    whole(offers, 2.0)
+    offers.withdraw("r", 3.0)
+    assert expire(offers, 3.0) == []
+    assert release(offers, A, 4.0) == ENDED
+
+
+def test_kv_that_is_computed_after_its_client_has_gone_waits_for_nobody(offers: Offers) -> None:
+    """The word of it and the last chunk may cross."""
+    begin(offers)
+    offers.withdraw("r", 0.0)
+    whole(offers, 1.0)
+    assert expire(offers, 1.0) == ENDED
+    offers.withdraw("r", 2.0)
+    assert (offers.drain(), len(offers)) == ([], 0)
+
+
 def test_the_answer_to_a_claim_carries_its_number(offers: Offers) -> None:
     offers.claim(A, Claim(INCARNATION, "r", number=5), 0.0)
     assert offers.drain() == [Send(A, Claimed(INCARNATION, "r", 5))]
@@ -116,15 +141,15 @@ def test_a_release_by_somebody_who_never_claimed_changes_nothing(offers: Offers)
 
 
 def test_a_reader_that_lets_go_early_leaves_blocks_that_wait_for_nobody(offers: Offers) -> None:
-    begin(offers, 60.0)
+    begin(offers, published=True)
     claim(offers, A, 0.0)
     assert release(offers, A, 1.0) == []
     assert whole(offers, 2.0) == []
     assert expire(offers, 2.0) == ENDED
 
 
-def test_nobody_claims_and_the_blocks_go_back_after_the_wait_that_was_asked_for(offers: Offers) -> None:
-    begin(offers, 60.0)
+def test_published_kv_that_nobody_claims_goes_back_after_a_longer_wait(offers: Offers) -> None:
+    begin(offers, published=True)
     whole(offers, 5.0)
     assert expire(offers, 64.9) == []
     assert expire(offers, 65.0) == [OfferEnded("r", expired=False)]  # nobody was late
@@ -160,7 +185,7 @@ def test_a_renewal_keeps_what_is_held_and_names_what_is_gone(offers: Offers) -> 
 
 
 def test_an_abort_without_claims_gives_the_blocks_back_at_once(offers: Offers) -> None:
-    begin(offers, 60.0)
+    begin(offers, published=True)
     chunk(offers, 0, [1], 4, 0.0)
     assert abort(offers, "why", 1.0) == []
     assert expire(offers, 1.0) == ENDED
@@ -226,7 +251,7 @@ def test_claims_of_requests_that_never_come_are_bounded(offers: Offers, monkeypa
 @pytest.mark.parametrize("claimed_first", [True, False])
 def test_kv_of_another_prompt_is_not_given_to_a_reader(offers: Offers, claimed_first: bool) -> None:
     answers = [claim(offers, A, 0.0)] if claimed_first else []
-    answers.append(begin(offers, TTL, "digest"))
+    answers.append(begin(offers, "digest"))
     if not claimed_first:
         answers.append(claim(offers, A, 0.0))
     assert kinds(answers[-1]) == [(A, KvGone)]
@@ -243,6 +268,16 @@ def test_a_claim_that_is_not_early_is_told_at_once_that_there_is_nothing(offers:
     assert len(offers) == 0
 
 
+def test_damage_is_told_by_those_who_read_and_before_the_blocks_go(offers: Offers) -> None:
+    begin(offers)
+    claim(offers, A, 0.0)
+    whole(offers)
+    offers.release(B, Release(INCARNATION, ["r"], ["r"]), 1.0)
+    assert offers.drain() == []
+    offers.release(A, Release(INCARNATION, ["r", "unknown"], ["r", "unknown"]), 1.0)
+    assert offers.drain() == [OfferCorrupt("r"), *ENDED]
+
+
 class Interleavings(RuleBasedStateMachine):
     """Any order of events. A model keeps for each request who may be reading it, and until when."""
 
@@ -251,7 +286,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.offers = Offers(INCARNATION, TTL)
+        self.offers = Offers(INCARNATION, TTL, MAX_PUBLISHED)
         self.now = 0.0
         self.computing: dict[str, int] = {}  # chunks so far
         self.over: set[str] = set()  # nothing more is computed
@@ -272,11 +307,11 @@ class Interleavings(RuleBasedStateMachine):
                 assert message.request_id not in self.ended
                 assert message.final == (message.request_id in self.over)
 
-    @rule(request_id=ids)
-    def begin(self, request_id: str) -> None:
+    @rule(request_id=ids, published=st.booleans())
+    def begin(self, request_id: str, published: bool) -> None:
         if request_id not in self.computing:
             self.computing[request_id] = 0
-            self.offers.begin(request_id, TTL)
+            self.offers.begin(request_id, published=published)
 
     @rule(request_id=ids, final=st.booleans())
     def chunk(self, request_id: str, final: bool) -> None:
@@ -329,7 +364,7 @@ class Interleavings(RuleBasedStateMachine):
     def teardown(self) -> None:
         for request_id in set(self.computing) - self.over:
             self.abort(request_id)
-        self.time_passes(2 * TTL)
+        self.time_passes(PUBLISHED_SECONDS + TTL)
         assert self.ended == set(self.computing), "blocks never go back"
         assert len(self.offers) == 0
 

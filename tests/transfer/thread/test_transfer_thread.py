@@ -33,6 +33,7 @@ from tandem.transfer.thread.thread_messages import (
     ThreadAlive,
 )
 from tandem.transfer.thread.transfer_thread import LEADER_EVENTS, TransferThread, start_transfer_thread
+from tandem.transfer.thread.verification import Verifier
 from tandem.transfer.transports.base import RankEndpoint, ReadState, Region
 from tandem.wire.codec import Codec
 
@@ -106,7 +107,9 @@ class FakeTransport:
 class Rig:
     """A transfer_thread that the test steps by hand, in place of `run`."""
 
-    def __init__(self, transport: FakeTransport, layouts: Sequence[KvLayout], rank: int = 0) -> None:
+    def __init__(
+        self, transport: FakeTransport, layouts: Sequence[KvLayout], rank: int = 0, verifier: Verifier | None = None
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.leader = self.context.socket(zmq.PAIR)
         self.leader.bind("inproc://leader")
@@ -114,7 +117,7 @@ class Rig:
         self.socket = self.context.socket(zmq.PAIR)
         self.socket.connect("inproc://leader")
         self.transport = transport
-        self.transfer_thread = TransferThread(rank, layouts, transport, self.socket)  # type: ignore[arg-type]
+        self.transfer_thread = TransferThread(rank, layouts, transport, self.socket, verifier)  # type: ignore[arg-type]
         self._reports: Codec[FromTransferThread] = Codec(FromTransferThread)
 
     def tell(self, *orders: Any) -> None:
@@ -404,6 +407,20 @@ def test_the_thread_reports_that_it_is_alive_carries_out_orders_and_stops(transp
         assert not thread.is_alive()
     assert set(seen) <= {ThreadAlive, PeerOpened, ReadEnded}
     assert (died, transport.closed) == ([], 1)
+
+
+def test_the_end_of_an_engine_that_has_failed_is_the_end_of_the_rank_with_the_reason(transport: FakeTransport) -> None:
+    """Its step loop may hang, and then only this thread can say why."""
+    died: list[BaseException] = []
+    with rig(transport, HERE) as it:
+        thread = start_transfer_thread(lambda: it.transfer_thread, "transfer_thread", died.append)
+        it.leader.send(it._reports.encode(StopThread("a step has run for 61 s")))
+        thread.join(10)
+        assert not thread.is_alive()
+    [error] = died
+    assert isinstance(error, EngineFailed)
+    assert str(error) == "the engine has failed: a step has run for 61 s"
+    assert transport.closed == 1
 
 
 def test_a_thread_that_dies_says_why() -> None:

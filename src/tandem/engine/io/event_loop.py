@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +14,15 @@ from tandem.config import EngineConfig
 from tandem.engine.io.event_loop_thread import EventLoopThread
 from tandem.engine.io.frontends import Frontend, FrontendEvents
 from tandem.engine.io.leader_sockets import LeaderSockets
+from tandem.engine.io.step_watch import StepWatch
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent, Outputs
+from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
@@ -26,7 +30,7 @@ from tandem.engine.step_commands import (
 )
 from tandem.errors import EngineFailed, InvalidRequest
 from tandem.ids import prompt_digest
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
+from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded, ShortOfBlocks
 from tandem.transfer.decode.dialer import PeerDialer, PullEvents
 from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.prefill.listener import PeerListener
@@ -43,8 +47,7 @@ from tandem.wire.messages import (
 )
 from tandem.wire.peer_messages import Envelope
 
-PUBLISHED_SECONDS = 60.0
-"""KV that was published to a foreign proxy waits so long for its decode engine: a proxy asks one after the other."""
+log = logging.getLogger(__name__)
 
 
 class LeaderEventLoop:
@@ -57,6 +60,9 @@ class LeaderEventLoop:
         descriptor: of this engine, for its peers.
         registration: at the frontends; its status is kept up to date.
         end_process: ends this process, with the error, when the step loop hangs and cannot.
+
+    Attributes:
+        clock: for the step loop to keep.
     """
 
     def __init__(
@@ -71,20 +77,32 @@ class LeaderEventLoop:
         end_process: Callable[[EngineFailed], None],
     ) -> None:
         self._access = config.access
+        self._block_size = descriptor.block_size
+        self._max_published = int(config.cache.max_published_kv * descriptor.ranks[0].layout.blocks)
+        self.clock = StepClock()
+        self._step_watch = StepWatch(self.clock, config.batch.step_timeout)
         self._registration = registration
         self._status = registration.status
         self._mailbox = mailbox
+        self._draining = False
+        self._failed = False
         self._thread = EventLoopThread(self._serve, mailbox, end_process)
         self._transfer_socket = sockets.transfer
         self._transfer_threads = TransferThreads(sockets.transfer, len(descriptor.ranks))
         layouts = [rank.layout for rank in descriptor.ranks]
         events = PullEvents(
             arrived=lambda pull: mailbox.put(KvArrived(pull)),
-            failed=lambda request_id, why: mailbox.put(KvFailed(request_id, why)),
+            failed=lambda request_id, why, first_token: mailbox.put(KvFailed(request_id, why, first_token)),
             quiet=lambda request_id: mailbox.put(ReadsEnded(request_id)),
         )
         self._dialer = PeerDialer(
-            descriptor.identity, envelope, layouts, self._transfer_threads, sockets.event_loop, events
+            descriptor.identity,
+            envelope,
+            layouts,
+            self._transfer_threads,
+            sockets.event_loop,
+            events,
+            verify=config.cache.verify_kv,
         )
         self._listener = PeerListener(
             sockets.peer,
@@ -92,14 +110,16 @@ class LeaderEventLoop:
             envelope,
             descriptor,
             config.time.lease_ttl,
+            self._max_published,
             on_ended=lambda request_ids: mailbox.put(LeasesEnded(request_ids)),
+            on_corrupt=lambda request_ids: mailbox.put(KvCorrupt(request_ids)),
         )
         self._frontends = [self._frontend(number, address, sockets) for number, address in enumerate(frontends)]
 
     def _frontend(self, number: int, address: Address, sockets: LeaderSockets) -> Frontend:
         events = FrontendEvents(
             generate=functools.partial(self._begin, number),
-            abort=lambda request_id: self._mailbox.put(AbortRequest(request_id)),
+            abort=self._abort,
             introduce=self._dialer.introduce,
         )
         incarnation = self._registration.identity.incarnation
@@ -113,8 +133,13 @@ class LeaderEventLoop:
         """
         self._thread.start(check_ranks, seconds)
 
-    def stop(self, reason: str) -> None:
-        """Say goodbye to the frontends and end the thread; bounded."""
+    def show_draining(self) -> None:
+        """Let the frontends know, from the next heartbeat on, that no new request is taken."""
+        self._draining = True
+
+    def stop(self, reason: str, *, failed: bool) -> None:
+        """Say goodbye to the frontends and end the thread; bounded. `failed`: not because somebody asked for it."""
+        self._failed = failed
         self._thread.stop(reason)
 
     def post_kv(self, events: list[KvEvent]) -> None:
@@ -144,22 +169,31 @@ class LeaderEventLoop:
                 self._transfer_threads.watch(),
                 self._listener.run(),
                 self._dialer.run(),
+                self._step_watch.run(),
                 self._serve_frontends(ready),
             )
         ]
+        failed = None
         try:
             awaited: list[asyncio.Future[Any]] = [*tasks, stopping]
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
                     task.result()
+            self._say_goodbye(stopping.result(), failed=self._failed)
+        except BaseException as error:
+            failed = str(error)
+            self._say_goodbye(failed, failed=True)
+            raise
         finally:
-            for frontend in self._frontends:
-                frontend.goodbye(stopping.result() if stopping.done() else "it failed")
-            self._transfer_threads.stop()
+            self._transfer_threads.stop(failed)
             self._dialer.close()
             await _cancel(tasks)
             self._transfer_socket.close(linger=500)
+
+    def _say_goodbye(self, reason: str, *, failed: bool) -> None:
+        for frontend in self._frontends:
+            frontend.goodbye(reason, failed=failed)
 
     async def _serve_frontends(self, ready: Callable[[], None]) -> None:
         await self._transfer_threads.ready.wait()
@@ -173,14 +207,22 @@ class LeaderEventLoop:
         counters = msgspec.structs.replace(
             status.counters,
             kv_failures=self._dialer.failures,
+            kv_corrupt=self._dialer.corrupt,
             leases_expired=self._listener.expired,
+            published_dropped=self._listener.gave_way,
             bad_messages=self._listener.bad_messages,
         )
-        status = msgspec.structs.replace(status, peers=self._dialer.peers, counters=counters)
+        status = msgspec.structs.replace(
+            status,
+            peers=self._dialer.peers,
+            counters=counters,
+            draining=self._draining,
+            step_seconds=self._step_watch.seconds,
+        )
         return msgspec.structs.replace(self._registration, status=status)
 
     def _begin(self, frontend: int, message: Generate) -> None:
-        """Hand a request to the step loop. Raises InvalidRequest, and then nothing has begun."""
+        """Hand a request to the step loop. Raises InvalidRequest, or an error of our own; then nothing of it stays."""
         request_id, kv = message.request_id, message.kv
         if self._listener.knows(request_id) or self._dialer.knows(request_id):
             raise InvalidRequest(f"request id {request_id} is in use; every request needs its own", param="request_id")
@@ -188,12 +230,34 @@ class LeaderEventLoop:
             raise InvalidRequest(
                 f"remote_host {kv.address.host} is not within this engine's --allow-peers", param="kv_transfer_params"
             )
-        if isinstance(kv, Prefill):  # before the step loop can compute a chunk of it
-            wait = PUBLISHED_SECONDS if kv.published else None
-            self._listener.begin(request_id, wait, prompt_digest(message.token_ids))
-        self._mailbox.put(StartRequest(frontend, message))
-        if isinstance(kv, PullKv):
-            self._dialer.open(request_id, kv, prompt_digest(message.token_ids))
+        if isinstance(kv, Prefill) and kv.published:
+            self._check_room(len(message.token_ids))
+        try:
+            if isinstance(kv, Prefill):  # before the step loop can compute a chunk of it
+                self._listener.begin(request_id, prompt_digest(message.token_ids), published=kv.published)
+            self._mailbox.put(StartRequest(frontend, message))
+            if isinstance(kv, PullKv):
+                self._dialer.open(request_id, kv, prompt_digest(message.token_ids), len(message.token_ids))
+        except Exception:
+            self._mailbox.put(AbortRequest(request_id))
+            self._listener.abort(request_id, "it could not begin")
+            self._dialer.give_up(request_id, "it could not begin")
+            raise
+
+    def _check_room(self, num_tokens: int) -> None:
+        """Raise InvalidRequest for a prompt whose KV could not even wait here alone."""
+        blocks = -(-num_tokens // self._block_size)
+        if blocks > self._max_published:
+            raise InvalidRequest(
+                f"the prompt of {num_tokens} tokens needs {blocks} KV blocks; KV that waits for a decode engine may"
+                f" hold {self._max_published} of this engine's. Shorten the prompt, or give the engine more --kv-memory"
+                " or a larger --max-published-kv.",
+                param="prompt",
+            )
+
+    def _abort(self, request_id: str) -> None:
+        self._mailbox.put(AbortRequest(request_id))
+        self._listener.withdraw(request_id)  # a prefill that is done is not the step loop's any more
 
     def _handle_kv_event(self, event: KvEvent) -> None:
         match event:
@@ -208,6 +272,8 @@ class LeaderEventLoop:
                 self._dialer.allocated(event.request_id, event.block_ids, event.num_cached_tokens, event.num_tokens)
             case PullEnded(request_id=request_id):
                 self._dialer.give_up(request_id, "the request has ended")
+            case ShortOfBlocks(short=short):
+                self._listener.short_of_blocks(short)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -36,7 +36,7 @@ class EventLoopThread:
         self._stopping: asyncio.Future[str] = self._loop.create_future()
         self._ready = threading.Event()
         self._step_loop_ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="event_loop", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="event-loop", daemon=True)
 
     def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
         """Return once `main` is ready.

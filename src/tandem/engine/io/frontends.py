@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, RequestError
 from tandem.wire.codec import Codec
 from tandem.wire.messages import (
     Abort,
@@ -28,8 +28,10 @@ from tandem.wire.messages import (
     ToEngine,
     ToFrontend,
     Tokens,
+    clip,
 )
 from tandem.wire.receiving import DroppedMessages, receive_messages
+from tandem.wire.silence import Silence
 from tandem.wire.sockets import SocketOptions, Sockets
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ MAX_QUEUED = 4096
 
 @dataclass(frozen=True, slots=True)
 class FrontendEvents:
-    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise InvalidRequest."""
+    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise, and has begun nothing."""
 
     generate: Callable[[Generate], None]
     abort: Callable[[str], None]
@@ -74,7 +76,7 @@ class Frontend:
         self._known = False
         self._breaks = 0
         self._warn_at = 0.0
-        self._heard = time.monotonic()
+        self._silence: Silence[Address] = Silence(SILENCE_SECONDS, BEAT_SECONDS)
         options = SocketOptions(identity=incarnation.encode(), hwm=MAX_QUEUED, monitor=zmq.EVENT_DISCONNECTED)
         self._socket = sockets.connect(zmq.DEALER, address.host, address.port, options)
         self._monitor = self._socket.get_monitor_socket()
@@ -98,8 +100,8 @@ class Frontend:
                 self._active.discard(item.request_id)
         self._send(Outputs(items))
 
-    def goodbye(self, reason: str) -> None:
-        self._send(Goodbye(reason))
+    def goodbye(self, reason: str, *, failed: bool) -> None:
+        self._send(Goodbye(clip(reason), failed))
 
     def _send(self, message: ToFrontend) -> None:
         """Send now or never: what a frontend that is not there cannot take must not pile up here."""
@@ -113,7 +115,7 @@ class Frontend:
             self._send(registration.status if self._known else registration)
             self._warn_unknown(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
-            if self._active and time.monotonic() - self._heard > SILENCE_SECONDS:
+            if self._silence.look(time.monotonic()) and self._active:
                 self._abandon("is silent")
 
     def _warn_unknown(self, now: float) -> None:
@@ -145,7 +147,7 @@ class Frontend:
         self._active.clear()
 
     def _handle(self, _: bytes, message: ToEngine) -> None:
-        self._heard = time.monotonic()
+        self._silence.heard(self._address, time.monotonic())
         match message:
             case Registered(known=known, connection=connection):
                 if not known and self._active:
@@ -165,6 +167,10 @@ class Frontend:
             self._events.generate(message)
         except InvalidRequest as error:
             self.send([Failed(message.request_id, error.code, str(error), error.param)])
+        except Exception:  # of our own: the request has an outcome all the same, and the next one is served
+            log.exception("request %s could not begin", message.request_id)
+            text = "the engine failed to begin this request; its log says why"
+            self.send([Failed(message.request_id, RequestError.code, text)])
 
 
 def _forget(sent: asyncio.Future[Any]) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
-from dataclasses import dataclass, field
+import socket
+import uuid
 
 from tandem.api.http_server import bind
-from tandem.config import LOOPBACK, EngineConfig, RouterConfig
+from tandem.config import EngineConfig, RouterConfig
+from tandem.config_access import LOOPBACK
+from tandem.console import Console
 from tandem.engine.start.placement import RankPlacement
-from tandem.errors import ConfigError, StartError
+from tandem.errors import ConfigError
 from tandem.model_folder import ModelFolder
 from tandem.processes import Child, ChildProcesses
-from tandem.reports import ControlPort, Reporter
+from tandem.reports import ControlPort, Following, Loading, Ready, Report, Reporter
 from tandem.router.process import run_frontend
+from tandem.runtime_folder import runtime_folder
 from tandem.wire.addresses import is_loopback, local_address_towards, own_addresses, resolve
+from tandem.wire.keys import ClusterKey
 from tandem.wire.messages import Address
 
 
@@ -65,71 +67,139 @@ def _reachable_addresses() -> list[str]:
     return [address for address in own_addresses() if not is_loopback(address)]
 
 
-@dataclass(slots=True)
-class EngineProcesses:
-    """The processes of one engine on this node: its ranks and, on node 0, its API."""
+def api_host(config: EngineConfig, host: str) -> str:
+    """Return where the engine's own API listens: as configured, else on `host` if clients need a key, else loopback."""
+    if config.network.api_host is not None:
+        return config.network.api_host
+    return (config.network.host or host) if config.http.has_key else LOOPBACK
 
-    config: EngineConfig
-    model: ModelFolder
-    host: str
-    http: Address | None = None
-    api: Child | None = None
-    ranks: list[Child] = field(default_factory=list)
-    folder: tempfile.TemporaryDirectory[str] | None = None
+
+class EngineProcesses:
+    """The processes of one engine on this node: its ranks and, on node 0, its API.
+
+    They live and die together, and may be started again once all are gone. The API keeps its port over that, as this
+    object keeps listening on it: until `close`, clients wait for the next life of the engine.
+
+    Args:
+        router: where to register, beside the engine's own API.
+        key: the cluster key.
+    """
+
+    def __init__(
+        self,
+        processes: ChildProcesses,
+        config: EngineConfig,
+        model: ModelFolder,
+        router: Address | None,
+        key: ClusterKey | None,
+        console: Console,
+    ) -> None:
+        self.config = config
+        self.http: Address | None = None
+        self.api: Child | None = None
+        self.ranks: list[Child] = []
+        self._processes = processes
+        self._model = model
+        self._host = published_host(config)
+        self._router = router
+        self._key = key
+        self._console = console
+        self._listener = self._bind() if config.parallel.node_rank == 0 else None
+        self._starting: set[str] = set()
+
+    def _bind(self) -> socket.socket:
+        """Bind the API's port here, so that a port in use is known at once."""
+        listener = bind(api_host(self.config, self._host), self.config.network.port)
+        host, port = listener.getsockname()[:2]
+        self.http = Address(host, port)
+        return listener
 
     @property
     def name(self) -> str:
         return self.config.name
 
     @property
+    def url(self) -> str | None:
+        """Of the engine's own API, if it is on this node."""
+        return f"{self.config.http.scheme}://{self.http}" if self.http else None
+
+    @property
     def leader(self) -> Child | None:
         return self.ranks[0] if self.ranks and self.config.parallel.node_rank == 0 else None
 
-    def start_api(self, processes: ChildProcesses) -> None:
-        """Start the API on node 0. The HTTP port is bound here, so that a port in use is known at once."""
-        if self.config.parallel.node_rank != 0:
-            return
-        config, network = self.config, self.config.network
-        api = RouterConfig(network.host or self.host, network.port, LOOPBACK, 0, config.access, config.time, config.run)
-        listener = bind(api.host, api.port)
-        host, port = listener.getsockname()[:2]
-        self.http = Address(host, port)
-        name = f"{self.name} api"
-        self.api = processes.start(name, run_frontend, "engine", name, api, listener)
-        listener.close()
+    @property
+    def children(self) -> list[Child]:
+        return [*self.ranks, *([self.api] if self.api is not None else [])]
 
-    def start_ranks(self, processes: ChildProcesses, router: Address | None) -> None:
-        """Start the ranks, once the API's control port is known."""
-        own_api = self._own_control(processes)
-        frontends = tuple(address for address in (router, own_api) if address is not None)
+    @property
+    def witnesses(self) -> list[Child]:
+        """Those who may know why one of them has died."""
+        return self.ranks if len(self.ranks) > 1 else []
+
+    @property
+    def is_up(self) -> bool:
+        """Whether all ranks have told that they are ready."""
+        return bool(self.ranks) and not self._starting
+
+    def start(self) -> None:
+        """Start the API first, which needs no torch; the ranks follow once its control port is known."""
+        self.ranks, self.api = [], None
+        self._starting.clear()
+        if self._listener is None:
+            self._start_ranks(None)
+            return
+        config = self.config
+        api = RouterConfig(
+            host=api_host(config, self._host),
+            port=config.network.port,
+            control_host=LOOPBACK,
+            control_port=0,
+            access=config.access,
+            http=config.http,
+            limits=config.limits,
+            time=config.time,
+            run=config.run,
+        )
+        name = f"{self.name} api"
+        self.api = self._processes.start(name, run_frontend, "engine", name, api, self._listener, self._key)
+
+    def take(self, child: Child, report: Report) -> None:
+        """Take a report of one of the children."""
+        match report:
+            case ControlPort(port=port):
+                self._start_ranks(Address(LOOPBACK, port))
+            case Loading(loaded=loaded, total=total):
+                self._console.loaded(self.name, loaded, total)
+            case Ready(status=status):
+                self._console.ready(self.name, status, self.url)
+                self._starting.discard(child.name)
+            case Following():
+                self._starting.discard(child.name)
+
+    def close(self) -> None:
+        """Listen no more: when the API has died, clients are refused."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def _start_ranks(self, own_api: Address | None) -> None:
+        frontends = tuple(address for address in (self._router, own_api) if address is not None)
         meeting = self._meeting()
         for local_rank, rank in enumerate(self.config.parallel.local_ranks):
-            placement = RankPlacement(rank, local_rank, self.host, meeting, frontends, self.http, self.model)
-            child = processes.start(f"{self.name} rank {rank}", rank_main, self.config, placement)
-            self.ranks.append(child)
-
-    def _own_control(self, processes: ChildProcesses) -> Address | None:
-        if self.api is None:
-            return None
-        return Address(LOOPBACK, control_port(processes, self.api, self.config.time.start_timeout))
+            placement = RankPlacement(
+                rank, local_rank, self._host, meeting, frontends, self.http, self._model, self._key
+            )
+            name = f"{self.name} rank {rank}"
+            self._starting.add(name)
+            self.ranks.append(self._processes.start(name, rank_main, self.config, placement))
 
     def _meeting(self) -> Address | str | None:
+        """Return where the ranks find each other in this life."""
         parallel = self.config.parallel
         if parallel.world_size == 1:
             return None
         if parallel.nnodes > 1:
             return parallel.master
-        self.folder = tempfile.TemporaryDirectory(prefix="tandem-")
-        return os.path.join(self.folder.name, "meeting")
-
-
-def control_port(processes: ChildProcesses, frontend: Child, seconds: float) -> int:
-    """Wait until a frontend process reports where it listens for engines; return the port. Raises StartError."""
-    deadline = time.monotonic() + seconds
-    while (received := processes.next_report([frontend], deadline - time.monotonic())) is not None:
-        if isinstance(received[1], ControlPort):
-            return received[1].port
-    raise StartError(f"{frontend.name} did not start within {seconds:.0f} s")
+        return str(runtime_folder() / f"meeting-{uuid.uuid4().hex}")
 
 
 def rank_main(report: Reporter, config: EngineConfig, placement: RankPlacement) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from tandem import __version__
@@ -13,7 +14,7 @@ from tandem.engine.start.rank import Rank
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
-from tandem.engine.step_commands import Command
+from tandem.engine.step_commands import Command, Drain
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
@@ -49,11 +50,13 @@ class Leader:
         self.mailbox: Mailbox[Command] = Mailbox()
         size = len(engine.ranks)
         self._pipeline = LeaderPipeline(runner, sockets.step, size) if size > 1 else SoloPipeline(runner)
+        if size == 1:
+            sockets.step.close(linger=0)  # what strangers sent to it nobody would read
         pool = BlockPool(layout.blocks, layout.block_size)
         scheduler = _scheduler(rank, pool)
-        self._status = _initial_status(rank, agreement, scheduler)
+        self._status = _initial_status(rank, agreement, engine, scheduler)
         descriptor = EngineDescriptor(identity, config.cache.block_size, engine.ranks)
-        envelope = Envelope(PROTOCOL, rank.fingerprint, dtype, connector, f"tandem {__version__}")
+        envelope = Envelope(PROTOCOL, engine.fingerprint, dtype, connector, f"tandem {__version__}")
         registration = _registration(rank, agreement, self._status, sockets)
         self._event_loop = LeaderEventLoop(
             config, descriptor, envelope, registration, sockets, rank.placement.frontends, self.mailbox, end_process
@@ -65,8 +68,24 @@ class Leader:
             tp_size=config.parallel.tp,
         )
         self._step_loop = StepLoop(
-            scheduler, pool, self._pipeline, self.mailbox, self._event_loop, connector, config.run.kv_failure, published
+            scheduler,
+            pool,
+            self._pipeline,
+            self.mailbox,
+            self._event_loop,
+            connector,
+            config.run.kv_failure,
+            published,
+            self._event_loop.clock,
         )
+
+    def drain(self, seconds: float) -> None:
+        """Take no new requests, and end when those that are here have ended and their KV was read, or after `seconds`.
+
+        May be called by a signal handler.
+        """
+        self._event_loop.show_draining()
+        self.mailbox.put(Drain(time.monotonic() + seconds))
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
         """Serve until told to stop; return why.
@@ -88,7 +107,7 @@ class Leader:
             reason = str(error)
             raise
         finally:
-            self._event_loop.stop(reason)
+            self._event_loop.stop(reason, failed=failed)
             self._pipeline.close(reason, failed=failed)
 
 
@@ -100,14 +119,14 @@ def _scheduler(rank: Rank, pool: BlockPool) -> Scheduler:
     return Scheduler(limits, pool, rank.model.eos_token_ids, rank.config.parallel.pp)
 
 
-def _initial_status(rank: Rank, agreement: Agreement, scheduler: Scheduler) -> EngineStatus:
+def _initial_status(rank: Rank, agreement: Agreement, engine: EngineMap, scheduler: Scheduler) -> EngineStatus:
     config = rank.config
     return EngineStatus(
         engine_id=agreement.identity.engine_id,
         incarnation=agreement.identity.incarnation,
         role=config.role,
         model=rank.placement.model.name,
-        fingerprint=rank.fingerprint,
+        fingerprint=engine.fingerprint,
         tp=config.parallel.tp,
         pp=config.parallel.pp,
         nnodes=config.parallel.nnodes,
@@ -132,5 +151,7 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         dtype=agreement.records[0].dtype,
         version=__version__,
         protocol=PROTOCOL,
+        vocab_size=rank.model.vocab_size,
+        step_timeout=config.batch.step_timeout,
         http_address=rank.placement.http_address,
     )

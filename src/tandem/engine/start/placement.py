@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.model_folder import ModelFolder
+from tandem.wire.keys import ClusterKey
 from tandem.wire.messages import Address
 
 
@@ -19,6 +20,7 @@ class RankPlacement:
         frontends: where to register: at the router, and at the API of the engine itself.
         http_address: where that API listens.
         model: its folder on this node.
+        key: the cluster key, if there is one.
     """
 
     rank: int
@@ -28,3 +30,4 @@ class RankPlacement:
     frontends: tuple[Address, ...]
     http_address: Address | None
     model: ModelFolder
+    key: ClusterKey | None = None

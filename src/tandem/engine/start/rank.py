@@ -9,24 +9,25 @@ import torch
 import zmq
 
 from tandem import __version__
+from tandem.checkpoint.fingerprint import fingerprint_in_background, sketch
 from tandem.config import EngineConfig
 from tandem.engine.start.placement import RankPlacement
 from tandem.engine.step.runner import pick_device
 from tandem.ids import new_identity
-from tandem.models.fingerprint import fingerprint
 from tandem.models.model_config import ModelConfig, load_config
 from tandem.models.rank_position import check_split
 from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord
 from tandem.transfer.transports.registry import connector_name
-from tandem.wire.keys import load_key
-from tandem.wire.sockets import Sockets
 
 
 class Rank:
     """One rank before it meets the others: what it was configured with, and what it found in the model.
 
     Raises TandemError if that cannot work.
+
+    Attributes:
+        fingerprint: of the model, being computed; on the first rank of each node.
     """
 
     def __init__(self, config: EngineConfig, placement: RankPlacement) -> None:
@@ -40,10 +41,12 @@ class Rank:
         self.max_model_len = config.model.max_model_len or self.model.max_context
         self.model.check_max_model_len(self.max_model_len)
         self.connector = connector_name(config.network.connector)
-        self.key = load_key(config.access.cluster_key_file)
+        self.key = placement.key
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.sockets = Sockets(self.context, self.key)
-        self.fingerprint = fingerprint(placement.model.path, self.model)
+        self.model_files = sketch(placement.model.path)
+        # Each node reads its own copy of the weights once, while its ranks meet and load.
+        first_of_node = placement.local_rank == 0
+        self.fingerprint = fingerprint_in_background(placement.model.path) if first_of_node else None
 
     def record(self) -> RankRecord:
         """Return what all ranks compare. Every call on rank 0 makes a new identity."""
@@ -57,7 +60,7 @@ class Rank:
             pid=os.getpid(),
             engine_id=config.engine_id,
             model=self.placement.model.name,
-            fingerprint=self.fingerprint,
+            model_files=self.model_files,
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
             tp=parallel.tp,
@@ -69,6 +72,7 @@ class Rank:
             protocol=PROTOCOL,
             version=__version__,
             role=config.role,
+            verify_kv=config.cache.verify_kv,
             cluster_key=self.key.fingerprint if self.key else "none",
             identity=new_identity(config.engine_id) if rank == 0 else None,
         )

@@ -8,29 +8,28 @@ import signal
 import time
 from collections.abc import Callable
 
-import zmq
-
 from tandem import logs
+from tandem.child_main import end_child
 from tandem.config import EngineConfig
-from tandem.engine.io.leader_sockets import LeaderSockets
-from tandem.engine.start.engine_map import EngineMap, exchange
+from tandem.engine.io.leader_sockets import FollowerSockets, LeaderSockets
+from tandem.engine.start.engine_map import exchange
 from tandem.engine.start.leader import Leader
 from tandem.engine.start.placement import RankPlacement
 from tandem.engine.start.rank import Rank
 from tandem.engine.start.rendezvous import meet
 from tandem.engine.start.start_failure import StartFailureWatch
 from tandem.engine.start.transfer_start import TransferStart
-from tandem.engine.step.pipeline import Follower, follower_socket
+from tandem.engine.step.pipeline import Follower
 from tandem.engine.step.runner import KvMemory, Runner, kv_blocks
 from tandem.engine.step_commands import Shutdown
 from tandem.engine.store import clone, first_line, open_store
 from tandem.engine.timeouts import COLLECTIVE_SECONDS
 from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import StartError
+from tandem.kv.checksums import checksum_layout
 from tandem.models.kv_cache import kv_layout
 from tandem.models.loader import load_decoder
-from tandem.processes import end_child
-from tandem.reports import Ended, Following, Loading, Ready, Reporter
+from tandem.reports import DRAIN_SIGNAL, Ended, Following, Loading, Ready, Reporter
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.identity import RankRecord, agree
 from tandem.wire.messages import EngineStatus
@@ -100,45 +99,65 @@ class RankProcess:
         decoder = load_decoder(
             rank.placement.model.path, world.position, world.collectives, rank.dtype, rank.device, self._report_loading
         )
+        fingerprint = self._fingerprint()  # before the next exchange, after which nobody waits long for another rank
         memory = self._allocate(world)
         runner = Runner(decoder, memory, world)
-        sockets = LeaderSockets.bind(rank.placement.host, rank.sockets, rank.key) if world.rank == 0 else None
+        leader = LeaderSockets.bind(rank.placement.host, rank.context, rank.key) if world.rank == 0 else None
         transfer = TransferStart(rank, agreement.identity, memory, self._end_process)
         record = agreement.records[world.rank]
         own = RankDescriptor(
-            world.rank, record.tp_rank, record.pp_rank, record.host, memory.layout, transfer.endpoint()
+            world.rank,
+            record.tp_rank,
+            record.pp_rank,
+            record.host,
+            memory.layout,
+            transfer.endpoint(),
+            memory.checksums.offset if memory.checksums else None,
         )
-        engine = exchange(world, own, sockets.addresses if sockets else None)
-        transfer.connect(engine)
-        if sockets is None:
-            return self._follow(runner, engine, end_start)
-        return self._lead(Leader(rank, agreement, engine, sockets, runner, self._end_process), end_start)
+        try:
+            engine = exchange(world, own, leader.addresses if leader else None, fingerprint)
+        except StartError:
+            end_start()  # every rank comes to this error by itself
+            raise
+        if leader is None:
+            sockets = FollowerSockets(world.rank, rank.context, rank.key, engine.leader)
+            transfer.connect(engine, sockets.connect_transfer_thread)
+            return self._follow(runner, sockets, end_start)
+        transfer.connect(engine, leader.connect_transfer_thread)
+        return self._lead(Leader(rank, agreement, engine, leader, runner, self._end_process), end_start)
 
     def _report_loading(self, loaded: int, total: int) -> None:
         self._report(Loading(loaded, total))
 
+    def _fingerprint(self) -> str | None:
+        """Return the fingerprint of the model, on the first rank of a node. Raises ModelError."""
+        future = self._rank.fingerprint
+        if future is not None and not future.done():
+            log.info("the model is loaded; the rest of its weights is being read for the fingerprint")
+        return None if future is None else future.result()
+
     def _allocate(self, world: SoloWorld | TorchWorld) -> KvMemory:
         """Allocate KV memory with as many blocks as the rank with the least room has."""
         rank, cache = self._rank, self._config.cache
-        block_bytes = kv_layout(rank.model, world.position, 1, cache.block_size, rank.dtype).nbytes
+        block = kv_layout(rank.model, world.position, 1, cache.block_size, rank.dtype)
+        block_bytes = block.nbytes + (checksum_layout(block).nbytes if cache.verify_kv else 0)
         own = kv_blocks(block_bytes, cache.kv_memory, rank.device)
         blocks = min(int.from_bytes(data, "little") for data in world.all_gather(own.to_bytes(8, "little")))
         layout = kv_layout(rank.model, world.position, blocks, cache.block_size, rank.dtype)
-        return KvMemory(layout, rank.dtype, rank.device)
+        return KvMemory(layout, rank.dtype, rank.device, verify=cache.verify_kv)
 
     def _lead(self, leader: Leader, end_start: Callable[[], None]) -> str:
         def ready(status: EngineStatus) -> None:
             end_start()
             signal.signal(signal.SIGTERM, lambda *_: leader.mailbox.put(Shutdown("it was told to stop")))
+            signal.signal(DRAIN_SIGNAL, lambda *_: leader.drain(self._config.drain_timeout))
             self._report(Ready(status))
 
         return leader.run(ready)
 
-    def _follow(self, runner: Runner, engine: EngineMap, end_start: Callable[[], None]) -> str:
+    def _follow(self, runner: Runner, sockets: FollowerSockets, end_start: Callable[[], None]) -> str:
         end_start()
         if self._config.parallel.node_rank == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the leader gets one too, and ends its followers
         self._report(Following())
-        address = engine.leader.step
-        options = follower_socket(self._rank.placement.rank)
-        return Follower(runner, self._rank.sockets.connect(zmq.DEALER, address.host, address.port, options)).run()
+        return Follower(runner, sockets.connect_step()).run()

@@ -15,10 +15,9 @@ from tandem.engine.step.runner import KvMemory
 from tandem.engine.timeouts import PEERS_SECONDS, STUCK_SECONDS, TRANSPORT_SECONDS
 from tandem.errors import EngineFailed, RankLost, StartError, TandemError, TransferError
 from tandem.ids import EngineIdentity
-from tandem.transfer.thread.transfer_thread import LEADER_EVENTS, TransferThread, start_transfer_thread
+from tandem.transfer.thread.transfer_thread import TransferThread, start_transfer_thread
 from tandem.transfer.transports.base import RankEndpoint, Transport
 from tandem.transfer.transports.registry import transport_factory
-from tandem.wire.sockets import SocketOptions
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +38,8 @@ class TransferStart:
         self._memory = memory
         self._end_process = end_process
         self._endpoint: Future[RankEndpoint] = Future()
-        self._engine: Future[EngineMap] = Future()
-        start_transfer_thread(self._make, f"transfer_thread-{self._number}", self._failed)
+        self._engine: Future[tuple[EngineMap, Callable[[], zmq.Socket[bytes]]]] = Future()
+        start_transfer_thread(self._make, f"transfer-{self._number}", self._failed)
 
     def endpoint(self) -> RankEndpoint:
         """Return the address under which peers reach this rank's memory. Raises what the transport raised."""
@@ -49,9 +48,9 @@ class TransferStart:
         except TimeoutError:
             raise StartError(f"the transport did not start in {TRANSPORT_SECONDS:.0f} s") from None
 
-    def connect(self, engine: EngineMap) -> None:
-        """Let the thread connect to the leader and serve it."""
-        self._engine.set_result(engine)
+    def connect(self, engine: EngineMap, open_socket: Callable[[], zmq.Socket[bytes]]) -> None:
+        """Let the thread serve the leader. `open_socket`: called in the thread, returns the connection to it."""
+        self._engine.set_result((engine, open_socket))
 
     # --- in the transfer thread ----------------------------------------------------------------------------------
 
@@ -61,15 +60,13 @@ class TransferStart:
         transport.register(self._memory.region)
         self._endpoint.set_result(transport.describe())
         try:
-            engine = self._engine.result(PEERS_SECONDS)
+            engine, open_socket = self._engine.result(PEERS_SECONDS)
         except TimeoutError:
             raise StartError("the other ranks did not publish their memory") from None
         if len(engine.ranks) > 1:
             _warm_up(transport, engine.ranks[(self._number + 1) % len(engine.ranks)].endpoint)
-        options = SocketOptions(identity=b"%d" % self._number, monitor=LEADER_EVENTS)
-        address = engine.leader.transfer
-        socket = rank.sockets.connect(zmq.DEALER, address.host, address.port, options)
-        return TransferThread(self._number, [each.layout for each in engine.ranks], transport, socket)
+        layouts = [each.layout for each in engine.ranks]
+        return TransferThread(self._number, layouts, transport, open_socket(), self._memory.checksums)
 
     def _failed(self, error: BaseException) -> None:
         """The last act of the thread."""
@@ -79,6 +76,8 @@ class TransferStart:
         if isinstance(error, RankLost):
             time.sleep(STUCK_SECONDS)  # this rank's step loop, if it does not hang, hears of it too and ends by itself
             self._end_process(error)
+        if isinstance(error, EngineFailed):  # on the leader, which tells more
+            self._end_process(RankLost(str(error)))
         why = str(error) or type(error).__name__
         self._end_process(EngineFailed(f"the transfer thread of rank {self._number} died: {why}"))
 

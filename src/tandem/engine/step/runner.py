@@ -9,12 +9,14 @@ from torch import Tensor
 
 from tandem.engine.step.sampler import sample
 from tandem.engine.world import SoloWorld, TorchWorld
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RequestError
+from tandem.kv.checksums import checksum_layout, checksum_offset
 from tandem.kv.layout import KvLayout
 from tandem.models.decoder import Decoder
-from tandem.models.forward_batch import ForwardRow, build_forward_batch
+from tandem.models.forward_batch import ForwardRow, build_forward_batch, row_problem
 from tandem.models.kv_cache import PagedKvCache
-from tandem.scheduling.batch import Batch, Sampled, StepResult
+from tandem.models.kv_checksums import KvChecksums
+from tandem.scheduling.batch import Batch, Row, Sampled, StepResult, row_failed
 from tandem.transfer.transports.base import Region
 
 CPU_KV_BYTES = 1 << 30
@@ -22,25 +24,29 @@ CUDA_KV_SHARE = 0.85
 
 
 class KvMemory:
-    """One allocation for all KV blocks of a rank, in `layout`.
+    """One allocation for all KV blocks of a rank, in `layout`, and behind them, if asked for, their checksums.
 
     Zeroed: attention multiplies what lies beyond a sequence's end by zero, which must not be a NaN.
     """
 
-    def __init__(self, layout: KvLayout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: KvLayout, dtype: torch.dtype, device: torch.device, *, verify: bool = False) -> None:
         self.layout = layout
+        offset = checksum_offset(layout)
+        size = offset + checksum_layout(layout).nbytes if verify else layout.nbytes
         if device.type == "cpu":
             # Anonymous memory: zero without being touched, so a large pool costs no time to start.
-            self._memory = mmap.mmap(-1, layout.nbytes)
-            self.tensor: Tensor = torch.frombuffer(self._memory, dtype=dtype).view(layout.shape)
+            self._memory = mmap.mmap(-1, size)
+            self._bytes: Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         else:
-            self.tensor = torch.zeros(layout.shape, dtype=dtype, device=device)
+            self._bytes = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.tensor: Tensor = self._bytes[: layout.nbytes].view(dtype).view(layout.shape)
+        table = self._bytes[offset:].view(torch.int64) if verify else None
+        self.checksums = None if table is None else KvChecksums(self.tensor, layout, table, offset)
 
     @property
     def region(self) -> Region:
-        tensor = self.tensor
-        device = -1 if tensor.device.type == "cpu" else (tensor.device.index or 0)
-        return Region(tensor.data_ptr(), tensor.nbytes, device)
+        device = -1 if self._bytes.device.type == "cpu" else (self._bytes.device.index or 0)
+        return Region(self._bytes.data_ptr(), self._bytes.nbytes, device)
 
 
 def kv_blocks(block_bytes: int, kv_memory: int | None, device: torch.device) -> int:
@@ -59,15 +65,30 @@ class Runner:
 
     def __init__(self, decoder: Decoder, memory: KvMemory, world: SoloWorld | TorchWorld) -> None:
         self._decoder = decoder
-        self._cache = PagedKvCache(memory.tensor, memory.layout)
+        self._cache = PagedKvCache(memory.tensor, memory.layout, memory.checksums)
         self._dtype, self._device = memory.tensor.dtype, memory.tensor.device
         self._world = world
         self._samples = world.position.is_last_stage and world.position.tp_rank == 0
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult | None:
-        """Compute this rank's part; return the result on the one rank that samples."""
-        rows = [ForwardRow(row.tokens, row.start, row.block_ids) for row in batch.rows]
+        """Compute this rank's part; return the result on the one rank that samples.
+
+        A row that no batch can be made of fails alone: every rank finds the same ones, and computes the others.
+        """
+        block_size = self._cache.block_size
+        problems = [row_problem(_forward_row(row), block_size) for row in batch.rows]
+        whole = Batch(batch.batch_id, [row for row, why in zip(batch.rows, problems, strict=True) if why is None])
+        result = self._compute(whole) if whole.rows else StepResult(batch.batch_id, [])
+        if result is None or not self._samples:
+            return None
+        sampled = iter(result.sampled)
+        return StepResult(
+            batch.batch_id, [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems]
+        )
+
+    def _compute(self, batch: Batch) -> StepResult | None:
+        rows = [_forward_row(row) for row in batch.rows]
         forward = build_forward_batch(rows, self._device, self._cache.block_size)
         width = self._decoder.config.hidden_size
         hidden = self._world.receive_from_last_stage(forward.num_tokens, width, self._dtype)
@@ -77,7 +98,7 @@ class Runner:
             return None
         return self._sample(batch, hidden, forward.last_tokens)
 
-    def _sample(self, batch: Batch, hidden: Tensor, last_tokens: Tensor) -> StepResult | None:
+    def _sample(self, batch: Batch, hidden: Tensor, last_tokens: Tensor) -> StepResult:
         wanted = [index for index, row in enumerate(batch.rows) if row.sample is not None]
         sampled: list[Sampled | None] = [None] * len(batch.rows)
         if wanted:
@@ -89,7 +110,11 @@ class Runner:
                     sampled[index] = token
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a chunk is announced for others to read: it must be written
-        return StepResult(batch.batch_id, sampled) if self._samples else None
+        return StepResult(batch.batch_id, sampled)
+
+
+def _forward_row(row: Row) -> ForwardRow:
+    return ForwardRow(row.tokens, row.start, row.block_ids)
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

@@ -11,19 +11,24 @@ no state, no device's generator. So a request gets the same tokens however it is
 
 from __future__ import annotations
 
+import logging
 import math
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-from tandem.scheduling.batch import SampleAt, Sampled
+from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, RequestError
+from tandem.scheduling.batch import SampleAt, Sampled, row_failed
 from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
 
 _GREEDY = 1e-5  # temperatures below count as 0
 _CANDIDATES = 128  # top_p mostly ends within this number of most likely tokens
 _RUN = 128  # tokens
+_GREEDY_ROW = SampleAt(SamplingParams(temperature=0.0), 0, 0)
 
 
 def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
@@ -35,14 +40,34 @@ def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
 
     Returns:
         One `Sampled` per row; a row that cannot be sampled has an `error`, and the others do not notice.
+
+    Raises what a plain greedy row raises too: then it is not for any row's sake.
     """
     if not rows:
         return []
+    try:
+        return _sample_together(logits, rows)
+    except Exception as error:
+        log.warning("a batch of %d rows cannot be sampled together (%s); each row by itself", len(rows), error)
+    _sample_together(logits[:1], [_GREEDY_ROW])
+    return [_sample_alone(logits[index : index + 1], at) for index, at in enumerate(rows)]
+
+
+def _sample_alone(logits: Tensor, at: SampleAt) -> Sampled:
+    """Choose the token of one row [1, vocabulary]; what is raised for it is its own."""
+    try:
+        return _sample_together(logits, [at])[0]
+    except Exception as error:
+        log.exception("token %d of a request cannot be sampled", at.position)
+        return row_failed(RequestError(f"the next token could not be sampled: {type(error).__name__}"))
+
+
+def _sample_together(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
     peaks, greedy = logits.max(dim=-1)
     chosen: list[int] = greedy.tolist()
     # A row's largest logit is NaN if any is, inf if any is, and -inf only if all are.
-    errors = {
-        row: f"the model's logits are not numbers (the largest is {peak})"
+    errors: dict[int, RequestError] = {
+        row: EngineFailed(f"the model's logits are not numbers (the largest is {peak})")
         for row, peak in enumerate(peaks.tolist())
         if not math.isfinite(peak)
     }
@@ -55,7 +80,7 @@ def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
     wanted = {row: at.params.logprobs for row, at in enumerate(rows) if at.params.logprobs is not None}
     logprobs = _logprobs(logits, chosen, {row: top for row, top in wanted.items() if row not in errors})
     return [
-        Sampled(-1, None, errors[row]) if row in errors else Sampled(token, logprobs.get(row))
+        row_failed(errors[row]) if row in errors else Sampled(token, logprobs.get(row))
         for row, token in enumerate(chosen)
     ]
 
@@ -71,9 +96,9 @@ def _is_greedy(at: SampleAt) -> bool:
     return params.temperature < _GREEDY and at.history is None and not at.stop_ids and not params.logit_bias
 
 
-def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, str]]:
+def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, RequestError]]:
     """Return tokens for rows with finite peaks, and errors of rows that have none. Writes over the logits."""
-    errors: dict[int, str] = {}
+    errors: dict[int, RequestError] = {}
     for row, at in enumerate(rows):
         if (error := _adjust(logits[row], at)) is not None:
             errors[row] = error
@@ -81,7 +106,8 @@ def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, 
     chosen: list[int] = largest.tolist()
     for row, peak in enumerate(peaks.tolist()):
         if not math.isfinite(peak):
-            errors.setdefault(row, "every token of the vocabulary is ruled out")
+            text = "the parameters of the request rule out every token of the vocabulary; ask for less"
+            errors.setdefault(row, NoTokenLeft(text))
     drawn = [row for row, at in enumerate(rows) if at.params.temperature >= _GREEDY and row not in errors]
     if drawn:
         whole = len(drawn) == len(rows)
@@ -94,7 +120,7 @@ def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, 
 # --- before the temperature ----------------------------------------------------------------------------------------
 
 
-def _adjust(logits: Tensor, at: SampleAt) -> str | None:
+def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
     """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns an error if that cannot be done."""
     params, vocabulary = at.params, logits.shape[-1]
     banned = [token for token in at.stop_ids if token < vocabulary]
@@ -103,7 +129,8 @@ def _adjust(logits: Tensor, at: SampleAt) -> str | None:
     if params.logit_bias:
         unknown = max(params.logit_bias)
         if unknown >= vocabulary:
-            return f"logit_bias names token {unknown}; the vocabulary has {vocabulary} tokens"
+            text = f"logit_bias names token {unknown}; the vocabulary has {vocabulary} tokens"
+            return InvalidRequest(text, param="logit_bias")
         logits[list(params.logit_bias)] += logits.new_tensor(list(params.logit_bias.values()))
     if at.history is not None:
         _penalise(logits, params, *at.history)

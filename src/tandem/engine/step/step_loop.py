@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,21 +14,33 @@ import msgspec
 from tandem.config import KvFailure
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent, Outbox, Outputs
+from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
+    Drain,
     Fail,
     KvArrived,
+    KvCorrupt,
     KvFailed,
     LeasesEnded,
     ReadsEnded,
     Shutdown,
     StartRequest,
 )
-from tandem.errors import KvLost, KvRetry, RequestError
+from tandem.errors import KvLost, KvRetry, Overloaded, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.batch import Batch, StepResult
-from tandem.scheduling.events import BlocksAllocated, ChunkComputed, Event, Finished, PrefillEnded, PullEnded, TokenOut
+from tandem.scheduling.events import (
+    BlocksAllocated,
+    ChunkComputed,
+    Event,
+    Finished,
+    PrefillEnded,
+    PullEnded,
+    ShortOfBlocks,
+    TokenOut,
+)
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import (
@@ -83,6 +95,7 @@ class StepLoop:
     Args:
         outbox: takes tokens, KV events and status to the event loop.
         published: transfer parameters for a foreign proxy, less the request's own part.
+        clock: shows other threads how long the step that runs now has run.
     """
 
     def __init__(
@@ -95,6 +108,7 @@ class StepLoop:
         transport: str,
         kv_failure: KvFailure,
         published: KvTransferParams,
+        clock: StepClock,
     ) -> None:
         self._scheduler = scheduler
         self._pool = pool
@@ -107,9 +121,12 @@ class StepLoop:
         self._requests: dict[str, _OpenRequest] = {}
         self._leased: dict[str, list[int]] = {}
         self._stopping: str | None = None
+        self._drain_by: float | None = None
         self._kv_bytes = 0
         self._kv_descriptors = 0
         self._status_at = 0.0
+        self._submitted: deque[float] = deque()
+        self._clock = clock
 
     def run(self) -> str:
         """Serve until told to stop; return the reason. Raises EngineFailed."""
@@ -118,24 +135,31 @@ class StepLoop:
         if (results := self._pipeline.fileno()) is not None:
             wait.register(results, select.POLLIN)
         while self._stopping is None:
-            if not self.step():
+            idle = self._step()
+            self._clock.since = self._submitted[0] if self._submitted else None
+            if idle:
                 wait.poll(IDLE_SECONDS * 1000)
         return self._stopping
 
-    def step(self) -> bool:
-        """Do once what there is to do, without waiting. Return whether a batch was begun. Raises EngineFailed."""
+    def _step(self) -> bool:
+        """Go once through everything there is to do. Return whether no batch was begun."""
+        now = time.monotonic()
+        self._clock.since = self._submitted[0] if self._submitted else now  # also what is no batch may hang
         for command in self._mailbox.take():
             self._handle(command)
         now = time.monotonic()
         self._scheduler.expire(now)
         batch = self._scheduler.schedule(now)
         if batch is not None:
+            self._submitted.append(now)
             self._pipeline.submit(batch)
         for result in self._pipeline.results():
             self._scheduler.apply(result, time.monotonic())
+            self._submitted.popleft()
         self._publish(self._scheduler.drain())
+        self._end_drain(now)
         self._post_status(time.monotonic(), idle=batch is None)
-        return batch is not None
+        return batch is None
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
@@ -149,13 +173,18 @@ class StepLoop:
                 scheduler.abort(request_id)
             case KvArrived(pull=pull):
                 self._arrived(pull, now)
-            case KvFailed(request_id=request_id, reason=reason):
-                self._kv_failed(request_id, reason, now)
+            case KvFailed():
+                self._kv_failed(command, now)
             case ReadsEnded(request_id=request_id):
                 scheduler.read_ended(request_id)
+            case KvCorrupt(request_ids=request_ids):
+                for request_id in request_ids:
+                    self._pool.forget(self._blocks_of(request_id))
             case LeasesEnded(request_ids=request_ids):
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
+            case Drain(by=by):
+                self._drain_by = by
             case Fail(error=error):
                 raise error
             case Shutdown(reason=reason):
@@ -164,6 +193,8 @@ class StepLoop:
     def _start(self, frontend: int, generate: Generate, now: float) -> None:
         request_id = generate.request_id
         try:
+            if self._drain_by is not None:
+                raise Overloaded("this engine is about to end and takes no new requests", retry_after=1)
             self._scheduler.add(generate, now)
         except RequestError as error:
             log.info("request %s refused: %s", request_id, error)
@@ -192,15 +223,25 @@ class StepLoop:
             request.pull = pull
         self._scheduler.kv_arrived(pull.request_id, pull.first_token if pull.first_token_expected else None, now)
 
-    def _kv_failed(self, request_id: str, reason: str, now: float) -> None:
+    def _kv_failed(self, command: KvFailed, now: float) -> None:
+        request_id, reason, first_token = command.request_id, command.reason, command.first_token
         text = clip(f"the prompt's KV could not be had: {reason}")
         match self._kv_failure:
             case "recompute":
-                self._scheduler.kv_failed(request_id, reason, now, reading=True)
+                self._scheduler.kv_failed(request_id, reason, now, reading=True, first_token=first_token)
             case "retry":
                 self._scheduler.fail(request_id, KvRetry(text, retry_after=1), now)
             case "fail":
                 self._scheduler.fail(request_id, KvLost(text), now)
+
+    def _end_drain(self, now: float) -> None:
+        """End if the engine drains and nobody needs it any more, or its time is over."""
+        if self._drain_by is None:
+            return
+        if not self._requests and not self._leased:
+            self._stopping = "it was drained"
+        elif now >= self._drain_by:
+            self._stopping = f"it was told to, with {len(self._requests)} requests and {len(self._leased)} leases left"
 
     # --- what goes out -------------------------------------------------------------------------------------------
 
@@ -226,7 +267,7 @@ class StepLoop:
                 case PrefillEnded(request_id=request_id, block_ids=blocks):
                     self._leased[request_id] = blocks
                     kv_events.append(event)
-                case ChunkComputed() | BlocksAllocated() | PullEnded():
+                case ChunkComputed() | BlocksAllocated() | PullEnded() | ShortOfBlocks():
                     kv_events.append(event)
         for token in last.values():
             self._add_token(outputs, token, None)
@@ -262,6 +303,7 @@ class StepLoop:
                 done=finished is not None,
                 stats=stats,
                 kv_transfer_params=params,
+                digest=event.digest,
             )
         )
 
@@ -296,9 +338,12 @@ class StepLoop:
         )
 
     def _transfer_params(self, request_id: str) -> KvTransferParams:
-        scheduled = self._scheduler.get(request_id)
-        blocks = self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
+        blocks = self._blocks_of(request_id)
         return msgspec.structs.replace(self._published, remote_request_id=request_id, remote_block_ids=blocks)
+
+    def _blocks_of(self, request_id: str) -> list[int]:
+        scheduled = self._scheduler.get(request_id)
+        return self._leased.get(request_id) or (list(scheduled.block_ids) if scheduled else [])
 
     # --- status --------------------------------------------------------------------------------------------------
 

@@ -48,10 +48,14 @@ class PullArrived:
 
 @dataclass(frozen=True, slots=True)
 class PullFailed:
-    """The KV of a request will not come. `PullQuiet` follows."""
+    """The KV of a request will not come. `PullQuiet` follows.
+
+    `first_token`: of the request's output, where the prefill engine has told that it sends it to the client.
+    """
 
     request_id: str
     reason: str
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,10 @@ from tandem.wire.sockets import SocketOptions, Sockets
 
 log = logging.getLogger(__name__)
 
+MAX_MESSAGE = 32 * 1024 * 1024
+MAX_MESSAGES = 256
+"""Bytes in a message of a prefill engine (its description is the largest), and messages of each that may wait here."""
+
 TICK = 0.1
 """Seconds between looks at the clock; a lease lasts at least ten of them."""
 
@@ -35,12 +39,13 @@ TICK = 0.1
 class PullEvents:
     """Callbacks into the engine, all in the event loop's thread.
 
-    `arrived`: all KV is here. `failed`: it will not come, and why. After either, nothing is said of the request
-    but `quiet`, which follows `failed` and `PeerDialer.give_up`: no byte can arrive in its blocks any more.
+    `arrived`: all KV is here. `failed`: it will not come, and why, and the first token if that is known. After
+    either, nothing is said of the request but `quiet`, which follows `failed` and `PeerDialer.give_up`: no byte can
+    arrive in its blocks any more.
     """
 
     arrived: Callable[[Pull], None]
-    failed: Callable[[str, str], None]
+    failed: Callable[[str, str, int | None], None]
     quiet: Callable[[str], None]
 
 
@@ -55,6 +60,7 @@ class PeerDialer:
 
     Args:
         layouts: of this engine's ranks, by rank.
+        verify: its ranks check what they read against checksums.
     """
 
     def __init__(
@@ -65,13 +71,15 @@ class PeerDialer:
         transfer_threads: TransferThreads,
         sockets: Sockets[zmq.asyncio.Socket],
         events: PullEvents,
+        *,
+        verify: bool = False,
     ) -> None:
         self._identity = identity
         self._transfer_threads = transfer_threads
         self._sockets = sockets
         self._events = events
-        self._codec: Codec[ToDecode] = Codec(ToDecode)
-        self._pulls = Pulls(identity, envelope, layouts)
+        self._codec: Codec[ToDecode] = Codec(ToDecode, MAX_MESSAGE)
+        self._pulls = Pulls(identity, envelope, layouts, verify=verify)
         self._connections: dict[int, _Connection] = {}
 
     async def run(self) -> None:
@@ -100,6 +108,11 @@ class PeerDialer:
         """Pulls that failed so far."""
         return self._pulls.failures
 
+    @property
+    def corrupt(self) -> int:
+        """Those of them whose bytes did not fit their checksums."""
+        return self._pulls.corrupt
+
     # --- what the engine says ------------------------------------------------------------------------------------
 
     def introduce(self, message: Introduce) -> None:
@@ -111,9 +124,9 @@ class PeerDialer:
         """Return whether the request's KV is awaited, or still being read."""
         return self._pulls.knows(request_id)
 
-    def open(self, request_id: str, source: PullKv, prompt: str | None = None) -> None:
-        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its tokens."""
-        self._pulls.open(request_id, source, prompt, time.monotonic())
+    def open(self, request_id: str, source: PullKv, prompt: str | None = None, tokens: int | None = None) -> None:
+        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its `tokens` tokens."""
+        self._pulls.open(request_id, source, prompt, time.monotonic(), tokens)
         self._act()
 
     def allocated(self, request_id: str, blocks: list[int], cached: int, wanted: int) -> None:
@@ -165,7 +178,12 @@ class PeerDialer:
     def _act(self) -> None:
         while actions := self._pulls.drain():
             for action in actions:
-                self._do(action)
+                try:
+                    self._do(action)
+                except Exception as error:
+                    if not isinstance(action, Connect | Send):
+                        raise
+                    self._failed(action.session, error)
 
     def _do(self, action: Action) -> None:
         match action:
@@ -180,15 +198,15 @@ class PeerDialer:
                 self._transfer_threads.order(order, rank)
             case PullArrived(pull=pull):
                 self._events.arrived(pull)
-            case PullFailed(request_id=request_id, reason=reason):
-                self._events.failed(request_id, reason)
+            case PullFailed(request_id=request_id, reason=reason, first_token=first_token):
+                self._events.failed(request_id, reason, first_token)
             case PullQuiet(request_id=request_id):
                 self._events.quiet(request_id)
 
     def _connect(self, action: Connect) -> None:
         session, address = action.session, action.address
         # An identity of its own: leases are held under it, and must not pass from one session to the next.
-        options = SocketOptions(identity=f"{self._identity.incarnation}/{session}".encode())
+        options = SocketOptions(MAX_MESSAGE, MAX_MESSAGES, identity=f"{self._identity.incarnation}/{session}".encode())
         try:
             socket = self._sockets.connect(zmq.DEALER, address.host, address.port, options)
         except (ConfigError, zmq.ZMQError) as error:

@@ -25,12 +25,13 @@ class Pull:
         claimed: that very claim was granted.
         heard_at: when its claim was sent, or the prefill engine last announced something.
         announced_tokens: tokens, from the start, whose KV the prefill engine has computed.
-        wanted: tokens of the prompt; None until the scheduler has said.
+        wanted: tokens of the prompt; None if nobody has said yet.
         cached: tokens, from the start, that are here already and are not read.
         posted: tokens, from the start, that are here or being read.
         jobs: ranks by read job that may still write into the destination blocks.
         ended: why the KV is not wanted any more, or will not come.
         abandoned_at: when a look at the clock first found reads in progress for it although it has ended.
+        corrupt: bytes came that do not fit their checksums.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class Pull:
     jobs: dict[int, set[int]] = field(default_factory=dict)
     ended: str | None = None
     abandoned_at: float | None = None
+    corrupt: bool = False
     bytes: int = 0
     descriptors: int = 0
     job_seconds: dict[int, float] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class Pull:
     def contradiction(self, source_block_size: int) -> str | None:
         """Return why what was announced cannot be this prompt's KV; None if it can."""
         announced, covered = self.announced_tokens, len(self.source_blocks) * source_block_size
+        if self.wanted is not None and covered - source_block_size >= self.wanted:
+            return f"blocks for {covered} tokens were announced, and the prompt has {self.wanted}"
         if announced > covered:
             return f"{announced} tokens were announced, but blocks for {covered}"
         if self.wanted is not None and (announced > self.wanted or (self.final and announced < self.wanted)):

@@ -52,21 +52,27 @@ class Pulls:
 
     Args:
         layouts: of this engine's ranks, by rank.
+        verify: read from engines with checksums only; our ranks check what comes.
 
     Attributes:
         failures: pulls that failed so far.
+        corrupt: those of them whose bytes did not fit their checksums.
     """
 
-    def __init__(self, identity: EngineIdentity, envelope: Envelope, layouts: Sequence[KvLayout]) -> None:
+    def __init__(
+        self, identity: EngineIdentity, envelope: Envelope, layouts: Sequence[KvLayout], *, verify: bool = False
+    ) -> None:
         self._identity = identity
         self._envelope = envelope
         self._layouts = layouts
+        self._verify = verify
         self._pulls: dict[str, Pull] = {}
         self._jobs: dict[int, Pull] = {}
         self._job_numbers = itertools.count(1)
         self._actions: list[Action] = []
         self._sessions = Sessions(identity, envelope, self._actions)
         self.failures = 0
+        self.corrupt = 0
 
     def __len__(self) -> int:
         """Requests whose KV is awaited, or still being read."""
@@ -92,13 +98,15 @@ class Pulls:
         """Return whether the request's KV is awaited, or still being read."""
         return request_id in self._pulls
 
-    def open(self, request_id: str, source: PullKv, prompt: str | None, now: float) -> None:
-        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its tokens."""
-        early = not source.foreign
-        pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token, prompt, early)
-        self._pulls[request_id] = pull
+    def open(self, request_id: str, source: PullKv, prompt: str | None, now: float, tokens: int | None = None) -> None:
+        """Claim a request's KV; `allocated` says later where it goes. `prompt`: digest of its `tokens` tokens."""
+        introduced = not source.foreign
+        pull = Pull(request_id, source.remote_request_id, source.engine_id, source.first_token, prompt, introduced)
+        self._pulls[request_id], pull.wanted = pull, tokens
         target = Target(source.engine_id, source.incarnation, source.address)
-        session = self._sessions.open(target, not source.foreign, now)
+        while (unanswered := self._sessions.unanswered_in_the_way_of(target, introduced)) is not None:
+            self._end_session(unanswered, PeerLost("it had not answered, and others need its place"), now)
+        session = self._sessions.open(target, introduced, now)
         if isinstance(session, str):
             self._fail(pull, session)
         elif session.ended_at is not None:
@@ -162,7 +170,7 @@ class Pulls:
             case Refused(field=field, mine=mine, yours=yours):
                 raise PeerRefused(field, yours, mine)
             case Welcome():
-                descriptor = session.welcome(self._envelope, message, now)
+                descriptor = session.welcome(self._envelope, message, now, verify=self._verify)
             case _:
                 raise WireError(f"a welcome was expected, {type(message).__name__} came")
         # Each rank gets the peers that its plan needs; among replicas, not those that every engine takes.
@@ -195,6 +203,8 @@ class Pulls:
             return
         if isinstance(message, KvGone):
             self._fail(pull, message.reason)
+        elif session.descriptor is not None and max(message.block_ids, default=0) >= session.descriptor.blocks:
+            self._fail(pull, f"block {max(message.block_ids)} was announced; it has {session.descriptor.blocks}")
         elif pull.claimed:  # what came before was meant for an earlier pull: perhaps other blocks
             try:
                 pull.announced(message, now)
@@ -219,7 +229,7 @@ class Pulls:
 
     def _opened(self, report: PeerOpened, now: float) -> None:
         session = self._sessions.live(report.session)
-        if session is None or session.state is not SessionState.CONNECTING:
+        if session is None or session.state is not SessionState.CONNECTING or session.descriptor is None:
             return
         if report.error is not None:
             self._end_session(session, TransferError(report.error), now)
@@ -246,6 +256,7 @@ class Pulls:
         if pull.ended is not None:
             self._settle(pull)
         elif report.error is not None:
+            pull.corrupt, self.corrupt = report.corrupt, self.corrupt + report.corrupt
             self._fail(pull, report.error)
         elif session is None or not session.good(pull, now):
             self._fail(pull, "the lease ended before the read did")
@@ -335,7 +346,8 @@ class Pulls:
         self.failures += 1
         log.warning("request %s: its KV does not come from %s: %s", pull.request_id, pull.source_engine, reason)
         self._end_pull(pull, reason)
-        self._actions.append(PullFailed(pull.request_id, reason))
+        first_token = pull.first_token if pull.first_token_expected else None
+        self._actions.append(PullFailed(pull.request_id, reason, first_token))
         self._settle(pull)
 
     def _end_pull(self, pull: Pull, reason: str) -> None:

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from tandem.errors import PeerRefused, TransferError, WireError
-from tandem.kv.lease import ReaderLeases
+from tandem.kv.lease import MAX_TTL, MIN_TTL, ReaderLeases
 from tandem.transfer.decode.pull import Pull
 from tandem.transfer.handshake import EngineDescriptor, check_envelopes, decode_descriptor
 from tandem.wire.messages import Address, PeerInfo, Refusal, clip
@@ -99,8 +99,8 @@ class Session:
 
     # --- handshake -----------------------------------------------------------------------------------------------
 
-    def welcome(self, ours: Envelope, message: Welcome, now: float) -> EngineDescriptor:
-        """Take the engine's description.
+    def welcome(self, ours: Envelope, message: Welcome, now: float, *, verify: bool = False) -> EngineDescriptor:
+        """Take the engine's description. `verify`: what is read from it must come with checksums.
 
         Raises:
             PeerRefused: the two engines do not fit, or it is another engine or incarnation than was meant.
@@ -115,6 +115,10 @@ class Session:
         descriptor = decode_descriptor(message.descriptor)
         if descriptor.identity != identity:
             raise WireError(f"{identity} describes another engine, {descriptor.identity}")
+        if not MIN_TTL <= message.lease_ttl <= MAX_TTL:
+            raise WireError(f"a lease lasts from {MIN_TTL:g} to {MAX_TTL:g} s; it says {message.lease_ttl:g}")
+        if verify and not descriptor.has_checksums:
+            raise PeerRefused("verify_kv", "on", "off")
         self.incarnation = identity.incarnation
         self.descriptor = descriptor
         self.heard_at = now
@@ -176,7 +180,9 @@ class Session:
             return None
         del self.pulls[pull.remote_id]
         self._leases.drop(pull.remote_id)
-        return Release(self.incarnation, [pull.remote_id]) if self.state is SessionState.READY else None
+        if self.state is not SessionState.READY:
+            return None
+        return Release(self.incarnation, [pull.remote_id], [pull.remote_id] if pull.corrupt else [])
 
     def good(self, pull: Pull, completed_at: float) -> bool:
         """Return whether bytes of a read for this pull that completed then may be used."""

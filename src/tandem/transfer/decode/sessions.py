@@ -58,6 +58,21 @@ class Sessions:
             if session.introduced and incarnation not in present and not session.pulls:
                 self._forget(session)
 
+    def unanswered_in_the_way_of(self, target: Target, introduced: bool) -> Session | None:
+        """Return a session that should end so that `open` finds room, though requests wait for it.
+
+        Clients can name engines that are not there. The foreign session that has waited longest for an answer ends
+        before one gives way that was answered, be it idle; so those do not keep real engines out.
+        """
+        known = self._by_target.get(target)
+        foreign = [session for session in self._by_number.values() if not session.introduced]
+        if introduced or (known is not None and known.ended_at is None) or len(foreign) < MAX_FOREIGN_SESSIONS:
+            return None
+        if any(session.ended_at is not None and not session.pulls for session in foreign):
+            return None
+        unanswered = [session for session in foreign if session.descriptor is None and session.ended_at is None]
+        return min(unanswered, key=lambda session: session.began, default=None)
+
     def open(self, target: Target, introduced: bool, now: float) -> Session | str:
         """Return the session with an engine, a new one if the last was lost a while ago; or why there can be none."""
         session = self._by_target.get(target)

@@ -14,14 +14,17 @@ import zmq.asyncio
 from tandem.errors import PeerRefused
 from tandem.ids import EngineIdentity
 from tandem.transfer.handshake import EngineDescriptor, check_hello
-from tandem.transfer.prefill.offers import Client, OfferEnded, Offers, Send
+from tandem.transfer.prefill.offers import Client, OfferCorrupt, OfferEnded, Offers, Send
 from tandem.wire.codec import Codec
 from tandem.wire.peer_messages import Claim, Envelope, Hello, Refused, Release, Renew, ToDecode, ToPrefill, Welcome
 from tandem.wire.receiving import DroppedMessages, receive_messages
 
 log = logging.getLogger(__name__)
 
-MAX_PEER_MESSAGE = 8 * 1024 * 1024
+MAX_PEER_MESSAGE = 1024 * 1024
+MAX_PEER_MESSAGES = 1024
+"""Bytes in a message of a decode engine, and messages of each that may wait here: what one may make us hold."""
+
 TICK = 0.25
 
 
@@ -30,9 +33,11 @@ class PeerListener:
 
     Args:
         on_ended: called with the requests whose blocks may return to the pool.
+        on_corrupt: called, before that, with requests whose blocks a reader found damaged.
 
     Attributes:
         expired: requests so far that a reader had claimed and then fell silent.
+        gave_way: published requests so far whose KV nobody had claimed, and whose room others needed.
     """
 
     def __init__(
@@ -42,18 +47,21 @@ class PeerListener:
         envelope: Envelope,
         descriptor: EngineDescriptor,
         lease_ttl: float,
+        max_published: int,
         on_ended: Callable[[list[str]], None],
+        on_corrupt: Callable[[list[str]], None],
     ) -> None:
         self._socket = socket
         self._identity = identity
         self._envelope = envelope
         self._on_ended = on_ended
+        self._on_corrupt = on_corrupt
         self._codec: Codec[ToPrefill] = Codec(ToPrefill, MAX_PEER_MESSAGE)
         self._welcome = Welcome(envelope, identity, lease_ttl, msgspec.Raw(self._codec.encode(descriptor)))
-        self._ttl = lease_ttl
-        self._offers = Offers(identity.incarnation, lease_ttl)
+        self._offers = Offers(identity.incarnation, lease_ttl, max_published)
         self._dropped = DroppedMessages(log, "peer")
         self.expired = 0
+        self.gave_way = 0
 
     async def run(self) -> None:
         """Serve peers until cancelled."""
@@ -71,10 +79,14 @@ class PeerListener:
 
     # --- what the engine says ------------------------------------------------------------------------------------
 
-    def begin(self, request_id: str, wait: float | None = None, prompt: str | None = None) -> None:
-        """The request has come here. `wait`: seconds for which its KV waits for a first claim; None for a lease."""
-        self._offers.begin(request_id, self._ttl if wait is None else wait, prompt)
+    def begin(self, request_id: str, prompt: str | None = None, *, published: bool = False) -> None:
+        """The request has come here. `published`: its KV waits longer for a first claim than others' does."""
+        self._offers.begin(request_id, prompt, published=published)
         self._act()
+
+    def short_of_blocks(self, short: bool) -> None:
+        """A request waits for room in the pool, or none does any more."""
+        self._offers.short_of_blocks = short
 
     def knows(self, request_id: str) -> bool:
         """Return whether a request of this id has come here whose blocks are not given back yet."""
@@ -89,7 +101,16 @@ class PeerListener:
 
     def abort(self, request_id: str, reason: str) -> None:
         """The request ends here before its prompt was computed."""
-        self._offers.abort(request_id, reason, time.monotonic())
+        now = time.monotonic()
+        self._offers.abort(request_id, reason, now)
+        self._offers.expire(now)
+        self._act()
+
+    def withdraw(self, request_id: str) -> None:
+        """Nobody waits for the request any more: its blocks stay only for those who may be reading them."""
+        now = time.monotonic()
+        self._offers.withdraw(request_id, now)
+        self._offers.expire(now)
         self._act()
 
     # --- what peers say ------------------------------------------------------------------------------------------
@@ -132,11 +153,17 @@ class PeerListener:
             match action:
                 case Send(client=client, message=message):
                     self._send(client, message)
-                case OfferEnded(request_id=request_id, expired=expired):
+                case OfferCorrupt(request_id=request_id):
+                    log.error("request %s: a reader got KV that does not fit its checksums", request_id)
+                    self._on_corrupt([request_id])
+                case OfferEnded(request_id=request_id, expired=expired, gave_way=gave_way):
                     ended.append(request_id)
+                    self.expired += expired
+                    self.gave_way += gave_way
                     if expired:
-                        self.expired += 1
                         log.warning("request %s: lease ended; nobody read or released its KV", request_id)
+                    if gave_way:
+                        log.info("request %s: nobody claimed its published KV, whose room others need", request_id)
         if ended:
             self._on_ended(ended)
 

@@ -11,9 +11,17 @@ import zmq
 import zmq.asyncio
 
 from tandem.errors import RankLost, WireError
-from tandem.transfer.thread.thread_messages import FromTransferThread, StopThread, ThreadAlive, ToTransferThread
+from tandem.transfer.thread.thread_messages import (
+    FromTransferThread,
+    LeaderAlive,
+    StopThread,
+    ThreadAlive,
+    ToTransferThread,
+)
 from tandem.wire.codec import Codec
+from tandem.wire.messages import clip
 from tandem.wire.receiving import DroppedMessages, receive_messages
+from tandem.wire.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +42,7 @@ class TransferThreads:
         self._socket = socket
         self.ranks = ranks
         self._codec: Codec[FromTransferThread] = Codec(FromTransferThread)
-        self._heard: dict[int, float] = {}
+        self._silence: Silence[int] = Silence(SILENCE_SECONDS, WATCH_SECONDS)
         self._dropped = DroppedMessages(log, "transfer thread")
         self.ready = asyncio.Event()
 
@@ -45,8 +53,8 @@ class TransferThreads:
             if message.rank >= self.ranks or sender != b"%d" % message.rank:
                 raise WireError(f"{sender!r} speaks for rank {message.rank}")
             if isinstance(message, ThreadAlive):
-                self._heard[message.rank] = time.monotonic()
-                if len(self._heard) == self.ranks:
+                self._silence.heard(message.rank, time.monotonic())
+                if len(self._silence) == self.ranks:
                     self.ready.set()
             else:
                 on_report(message)
@@ -54,14 +62,12 @@ class TransferThreads:
         await receive_messages(self._socket, self._codec, handle, self._dropped)
 
     async def watch(self) -> None:
-        """Raise RankLost when a rank is not heard of any more."""
+        """Beat, and raise RankLost when a rank is not heard of any more."""
         await self.ready.wait()
         while True:
-            before = time.monotonic()
+            self.order(LeaderAlive())
             await asyncio.sleep(WATCH_SECONDS)
-            overslept = time.monotonic() - before > 2 * WATCH_SECONDS
-            silent = [r for r, heard in self._heard.items() if time.monotonic() - heard > SILENCE_SECONDS]
-            if silent and not overslept:
+            if silent := self._silence.look(time.monotonic()):
                 raise RankLost(f"rank {silent[0]} of this engine was lost: it is not heard of any more")
 
     def order(self, order: ToTransferThread, rank: int | None = None) -> None:
@@ -70,5 +76,8 @@ class TransferThreads:
         for number in range(self.ranks) if rank is None else [rank]:
             self._socket.send_multipart([b"%d" % number, data])
 
-    def stop(self) -> None:
-        self.order(StopThread())
+    def stop(self, failed: str | None = None) -> None:
+        """End all transfer threads, and where the engine has `failed`, the other ranks with the reason."""
+        self.order(StopThread(), rank=0)
+        for rank in range(1, self.ranks):
+            self.order(StopThread(failed and clip(failed)), rank)

@@ -42,10 +42,16 @@ class ReadOrder(msgspec.Struct, frozen=True, tag="read"):
 
 
 class StopThread(msgspec.Struct, frozen=True, tag="stop"):
-    """The engine ends."""
+    """The engine ends. `failed`: why, if nobody asked for it: this rank cannot go on, whatever its step loop does."""
+
+    failed: Text | None = None
 
 
-ToTransferThread = OpenPeer | ClosePeer | ReadOrder | StopThread
+class LeaderAlive(msgspec.Struct, frozen=True, tag="leader_alive"):
+    """The heartbeat of the leader."""
+
+
+ToTransferThread = LeaderAlive | OpenPeer | ClosePeer | ReadOrder | StopThread
 
 
 # --- what the leader receives ----------------------------------------------------------------------------------
@@ -71,6 +77,7 @@ class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
     Attributes:
         error: why its bytes are no good.
         peer_lost: the connection to the peer's rank is broken, so that no other read over it can succeed either.
+        corrupt: its bytes came, and do not fit their checksums.
         may_still_write: it has failed, and yet bytes of it may arrive until `ReadQuiet`; else no byte arrives any more.
     """
 
@@ -82,6 +89,7 @@ class ReadEnded(msgspec.Struct, frozen=True, tag="read_ended"):
     error: Text | None = None
     peer_lost: bool = False
     may_still_write: bool = False
+    corrupt: bool = False
 
 
 class ReadQuiet(msgspec.Struct, frozen=True, tag="read_quiet"):

@@ -12,12 +12,12 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tandem.errors import PeerLost, RankLost, TransferError, WireError
+from tandem.errors import EngineFailed, PeerLost, RankLost, TransferError, WireError
 from tandem.kv.layout import KvLayout, LayoutError
-from tandem.kv.plan import TransferPlan, plan
 from tandem.transfer.thread.thread_messages import (
     ClosePeer,
     FromTransferThread,
+    LeaderAlive,
     OpenPeer,
     PeerOpened,
     ReadEnded,
@@ -27,9 +27,11 @@ from tandem.transfer.thread.thread_messages import (
     ThreadAlive,
     ToTransferThread,
 )
+from tandem.transfer.thread.verification import PeerReads, Verification, Verifier
 from tandem.transfer.transports.base import Read, ReadState, Transport
 from tandem.wire.codec import Codec
 from tandem.wire.messages import clip
+from tandem.wire.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +39,11 @@ POLL_BUSY_MS = 1
 POLL_IDLE_MS = 500
 SPIN_SECONDS = 0.002
 BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 20.0
+"""The leader beats once a second, also while it computes."""
 
 LEADER_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 """The events of the connection to its leader that a transfer thread watches, from before it is made."""
-
-
-@dataclass(slots=True)
-class _Peer:
-    agents: list[str]
-    plan: TransferPlan
 
 
 @dataclass(slots=True)
@@ -57,6 +55,8 @@ class _Job:
     descriptors: int = 0
     error: str | None = None
     peer_lost: bool = False
+    corrupt: bool = False
+    verification: Verification | None = None
     reported: bool = False
 
     def any(self, state: ReadState) -> bool:
@@ -69,26 +69,37 @@ class TransferThread:
     Args:
         rank: this rank in its engine, which also spreads readers over replicas.
         layouts: of the KV memory of all ranks of this engine; `transport` has registered this rank's.
-        socket: connected to the leader, monitored for LEADER_EVENTS; orders in, reports out.
+        socket: connected to the leader, if it is in another process monitored for LEADER_EVENTS; orders in, reports
+            out.
+        verifier: of this rank's KV memory; None if reads are not verified.
     """
 
-    def __init__(self, rank: int, layouts: Sequence[KvLayout], transport: Transport, socket: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        layouts: Sequence[KvLayout],
+        transport: Transport,
+        socket: zmq.Socket[bytes],
+        verifier: Verifier | None = None,
+    ) -> None:
         self._rank = rank
         self._layouts = layouts
         self._transport = transport
         self._socket = socket
+        self._verifier = verifier
         self._monitor = socket.get_monitor_socket(LEADER_EVENTS)
         self._connected = False
         self._codec: Codec[ToTransferThread] = Codec(ToTransferThread)
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, PeerReads] = {}
         self._jobs: dict[int, _Job] = {}
         self._running = True
         self._answered = False
+        self._silence: Silence[str] = Silence(SILENCE_SECONDS, POLL_IDLE_MS / 1000)
         self._last_post = 0.0
         self._beaten = 0.0
 
     def run(self) -> None:
-        """Serve orders until `StopThread` comes. Raise RankLost when the leader is lost."""
+        """Serve orders until `StopThread` comes. Raise EngineFailed if the engine has failed or the leader is lost."""
         poller, watched = zmq.Poller(), None
         try:
             while self._running:
@@ -98,7 +109,7 @@ class TransferThread:
                     poller, watched = _poller([self._socket, self._monitor, *handles]), handles
                 poller.poll(self._wait_ms())
                 self.step()
-                if self._running and self._leader_is_lost():
+                if self._running and (self._leader_is_lost() or self._silence.look(time.monotonic())):
                     raise RankLost("the leader of this engine was lost")
         finally:
             self._transport.close()
@@ -141,6 +152,7 @@ class TransferThread:
             except zmq.Again:
                 return
             self._answered = True
+            self._silence.heard("leader", time.monotonic())
             try:
                 message = self._codec.decode(data)
             except WireError as error:
@@ -150,24 +162,28 @@ class TransferThread:
 
     def _handle(self, message: ToTransferThread) -> None:
         match message:
+            case LeaderAlive():
+                pass  # that it came is all that it says
             case OpenPeer():
                 self._open(message)
             case ClosePeer(session=session):
                 self._close(session)
             case ReadOrder():
                 self._start(message)
-            case StopThread():
+            case StopThread(failed=None):
                 self._running = False
+            case StopThread(failed=failed):
+                raise EngineFailed(f"the engine has failed: {failed}")
 
     def _open(self, message: OpenPeer) -> None:
         error = None
         try:
             for source in message.sources:
                 self._transport.connect(source.endpoint)
-            chosen = plan([s.layout for s in message.sources], self._layouts, self._rank)
-            self._peers[message.session] = _Peer([s.endpoint.agent for s in message.sources], chosen)
-        except (TransferError, LayoutError) as problem:
-            error = str(problem)
+            self._peers[message.session] = PeerReads.of(message.sources, self._layouts, self._rank, self._verifier)
+        except Exception as problem:  # whatever a peer says of itself must not end this thread
+            _log_bug(f"session {message.session} cannot be opened", problem)
+            error = str(problem) or type(problem).__name__
             self._disconnect([source.endpoint.agent for source in message.sources])
         self._report(PeerOpened(self._rank, message.session, error and clip(error)))
 
@@ -189,15 +205,13 @@ class TransferThread:
             job.error = f"the peer of session {order.session} is not connected"
             return
         try:
-            runs = peer.plan.runs(
-                order.source_blocks, order.destination_blocks, order.start, order.stop, whole_tail=order.last
-            )
-            for index, run in runs.items():
-                job.reads.append(self._transport.post(peer.agents[index], run))
-                job.bytes += int(run.length.sum())
-                job.descriptors += len(run.length)
-        except (TransferError, LayoutError) as problem:
-            job.error = str(problem)
+            for agent, runs in peer.runs(order):
+                job.reads.append(self._transport.post(agent, runs))
+                job.bytes += runs.nbytes
+                job.descriptors += len(runs)
+        except Exception as problem:
+            _log_bug(f"job {order.job} cannot be started", problem)
+            job.error = str(problem) or type(problem).__name__
             job.peer_lost = isinstance(problem, PeerLost)
         self._last_post = time.monotonic()
 
@@ -205,6 +219,8 @@ class TransferThread:
         """Report the jobs of which no read is in progress; keep those of which bytes may still arrive."""
         for number, job in list(self._jobs.items()):
             if job.any(ReadState.IN_PROGRESS):
+                continue
+            if self._verifier is not None and not self._verified(job, self._verifier):
                 continue
             may_still_write = job.any(ReadState.FAILING)
             if not may_still_write:
@@ -215,13 +231,39 @@ class TransferThread:
             elif not may_still_write:
                 self._report(ReadQuiet(self._rank, number))
 
+    def _verified(self, job: _Job, verifier: Verifier) -> bool:
+        """Verify some of what came. Return whether that is all, or nothing good came."""
+        if job.error is not None or any(read.state is not ReadState.DONE for read in job.reads):
+            return True
+        if job.verification is None:
+            job.verification = Verification(job.order, verifier)
+        if not job.verification.ended:
+            job.error = job.verification.go_on()
+            job.corrupt = job.error is not None
+        if job.corrupt:
+            log.error("rank %d: %s", self._rank, job.error)
+        return job.verification.ended
+
     def _ended(self, number: int, job: _Job, may_still_write: bool) -> ReadEnded:
         failed = next((read.error or "read failed" for read in job.reads if read.state is not ReadState.DONE), None)
         error, lost = job.error or failed, job.peer_lost or failed is not None
         seconds = time.monotonic() - job.started
         return ReadEnded(
-            self._rank, number, job.bytes, job.descriptors, seconds, error and clip(error), lost, may_still_write
+            self._rank,
+            number,
+            job.bytes,
+            job.descriptors,
+            seconds,
+            error and clip(error),
+            lost,
+            may_still_write,
+            job.corrupt,
         )
+
+
+def _log_bug(what: str, error: Exception) -> None:
+    if not isinstance(error, TransferError | LayoutError):
+        log.error("%s", what, exc_info=error)
 
 
 def _poller(handles: list[Any]) -> zmq.Poller:
@@ -242,7 +284,7 @@ def start_transfer_thread(
     def body() -> None:
         try:
             make().run()
-        except RankLost as error:
+        except EngineFailed as error:
             on_failure(error)
         except BaseException as error:
             log.exception("%s: the transfer thread died", name)

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
+from msgspec import Meta
 
+from tandem.kv.layout import MOST_BYTES
 from tandem.kv.runs import Runs
+
+MAX_METADATA = 1 << 20
+"""Bytes; NIXL's are some hundred for each network device of a node."""
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True):
     """A range of this process's memory, in bytes; `device` is -1 for host memory, else a CUDA index."""
 
-    address: int
-    length: int
-    device: int = -1
+    address: Annotated[int, Meta(ge=0, lt=2**62)]
+    length: Annotated[int, Meta(ge=0, le=MOST_BYTES)]
+    device: Annotated[int, Meta(ge=-1, lt=1024)] = -1
 
 
 class RankEndpoint(msgspec.Struct, frozen=True, array_like=True):
@@ -33,8 +38,8 @@ class RankEndpoint(msgspec.Struct, frozen=True, array_like=True):
         region: the KV memory; reads must stay inside.
     """
 
-    agent: str
-    metadata: bytes
+    agent: Annotated[str, Meta(min_length=1, max_length=1024)]
+    metadata: Annotated[bytes, Meta(max_length=MAX_METADATA)]
     region: Region
 
 

@@ -40,7 +40,8 @@ MAX_SOCKETS = 16_384
 
 # libzmq tells a sender what was taken in steps of half the mark, so four windows never fill up for an honest reader.
 _HWM = 4 * WINDOW
-_SERVER = SocketOptions(max_message=64 * 1024 + 8192, hwm=_HWM, mandatory=True)
+# With handover, since what the second of one name sends is never read otherwise, and its connection never given back.
+_SERVER = SocketOptions(max_message=64 * 1024 + 8192, hwm=_HWM, mandatory=True, handover=True)
 # The end of a connection is the end of a peer: a new one would lead to another incarnation of it, or lack answers.
 _LOST = (
     zmq.EVENT_DISCONNECTED
@@ -161,9 +162,6 @@ class TcpTransport:
         if peer is None:
             return
         self._lose(peer, f"disconnected from {agent}")
-        peer.socket.disable_monitor()
-        peer.monitor.close(linger=0)
-        peer.socket.close(linger=0)
 
     def post(self, agent: str, runs: Runs) -> TcpRead:
         own = self._registered()
@@ -255,12 +253,15 @@ class TcpTransport:
         self._lose(peer, f"connection to {peer.endpoint.agent}: {name}")
 
     def _lose(self, peer: _Peer, reason: str) -> None:
-        """Fail its reads and ignore what still comes from it."""
+        """Fail its reads and hang up: what still comes from it would pile up where nobody reads it."""
         if peer.lost is not None:
             return
         peer.lost = reason
         self._poller.unregister(peer.socket)
         self._poller.unregister(peer.monitor)
+        peer.socket.disable_monitor()
+        peer.monitor.close(linger=0)
+        peer.socket.close(linger=0)
         for read in peer.reads.values():
             read.error = reason
         peer.reads.clear()

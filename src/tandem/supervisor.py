@@ -1,0 +1,125 @@
+"""Keeps engines and a router alive: what has died is started anew, while the others go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from tandem.errors import StartError, TandemError
+from tandem.processes import Child, ChildProcesses, settle, why_ended
+from tandem.reports import Report
+from tandem.restart_policy import GiveUp, RestartAt, RestartPolicy
+
+REST_SECONDS = 0.5
+"""For what is left of an engine of which a process has died: its API may still answer its clients."""
+
+
+class Unit(Protocol):
+    """Processes that live and die together: an engine, or the router."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def children(self) -> list[Child]: ...
+
+    @property
+    def witnesses(self) -> list[Child]:
+        """Children that may say why another one has died; they follow it within moments."""
+
+    @property
+    def is_up(self) -> bool: ...
+
+    def start(self) -> None:
+        """Start its processes, or the first of them; all earlier ones are gone."""
+
+    def take(self, child: Child, report: Report) -> None:
+        """Take a report of one of its children."""
+
+
+@dataclass(slots=True)
+class _Life:
+    """A unit with what is planned for it: a start at `start_at`, or that it be up at `deadline`."""
+
+    unit: Unit
+    policy: RestartPolicy
+    start_at: float | None = None
+    deadline: float | None = None
+
+
+class Supervisor:
+    """Takes over units that are up.
+
+    Args:
+        echo: takes lines for a person.
+        start_seconds: within which a unit must be up again.
+        new_policy: makes the restart policy of each unit.
+    """
+
+    def __init__(
+        self,
+        processes: ChildProcesses,
+        units: Sequence[Unit],
+        echo: Callable[[str], None],
+        start_seconds: float,
+        new_policy: Callable[[], RestartPolicy] = RestartPolicy,
+    ) -> None:
+        self._processes = processes
+        self._lives = [_Life(unit, new_policy()) for unit in units]
+        self._echo = echo
+        self._start_seconds = start_seconds
+
+    def run(self) -> NoReturn:
+        """Start anew whatever dies, until a signal comes. Raises StartError when something dies too often."""
+        while True:
+            self._processes.wait(self.step())
+
+    def step(self) -> float | None:
+        """Look after every unit once; return the seconds until there is something to do if no child stirs."""
+        for life in self._lives:
+            self._look_after(life, time.monotonic())
+        if any(child.reports for life in self._lives for child in life.unit.children):
+            return 0.0  # came while we looked
+        planned = [when for life in self._lives for when in (life.start_at, life.deadline) if when is not None]
+        return max(0.0, min(planned) - time.monotonic()) if planned else None
+
+    def _look_after(self, life: _Life, now: float) -> None:
+        if life.start_at is not None:
+            if now >= life.start_at:
+                self._start(life, now)
+            return
+        children = life.unit.children
+        for child in children:
+            while child.reports:
+                life.unit.take(child, child.reports.popleft())
+        if any([child.ends for child in children]):
+            settle(life.unit.witnesses)
+            self._died(life, why_ended(children))
+        elif life.deadline is not None and life.unit.is_up:
+            life.deadline = None
+            self._echo(f"tandem: {life.unit.name} is back")
+        elif life.deadline is not None and now >= life.deadline:
+            self._died(life, f"{life.unit.name} did not start within {self._start_seconds:.0f} s")
+
+    def _start(self, life: _Life, now: float) -> None:
+        life.start_at, life.deadline = None, now + self._start_seconds
+        try:
+            life.unit.start()
+        except (TandemError, OSError) as error:
+            self._died(life, f"{life.unit.name} cannot be started: {error}")
+
+    def _died(self, life: _Life, why: str) -> None:
+        self._processes.drop(life.unit.children, REST_SECONDS)
+        now = time.monotonic()
+        match life.policy.died(now):
+            case GiveUp(deaths=deaths, seconds=seconds):
+                raise StartError(
+                    f"{life.unit.name} has died {deaths} times within {seconds:.0f} s, the last time: {why}"
+                )
+            case RestartAt(time=at):
+                when = f"in {at - now:.0f} s" if at > now else "now"
+                self._echo(f"tandem: {why}")
+                self._echo(f"tandem: {life.unit.name} is started anew {when}")
+                life.start_at, life.deadline = at, None

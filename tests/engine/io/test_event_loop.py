@@ -1,0 +1,93 @@
+"""The leader's event loop, without a thread: what it makes of the requests that frontends bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from tandem.config import EngineConfig
+from tandem.engine.io.event_loop import LeaderEventLoop
+from tandem.engine.io.leader_sockets import LeaderSockets
+from tandem.engine.mailbox import Mailbox
+from tandem.engine.step_commands import AbortRequest, Command, StartRequest
+from tandem.ids import EngineIdentity
+from tandem.transfer.decode.dialer import PeerDialer
+from tandem.transfer.prefill.listener import PeerListener
+from tandem.wire.messages import Address, Generate, Local, Prefill, PullKv
+from tandem.wire.sampling import SamplingParams
+from tests.support.registrations import make_register
+from tests.transfer.engines import ENVELOPE, descriptor
+
+WHO = EngineIdentity("e0", "life")
+PULL = PullKv("p0", "life", Address("127.0.0.1", 9), "remote")
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.mailbox: Mailbox[Command] = Mailbox()
+        step: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        sockets = LeaderSockets.bind("127.0.0.1", step, None)
+        self._contexts = [step, sockets.peer.context]
+        register = make_register(WHO, "mixed")
+        self.loop = LeaderEventLoop(
+            EngineConfig(), descriptor(WHO), ENVELOPE, register, sockets, [], self.mailbox, lambda _: None
+        )
+
+    def begin(self, kv: Local | Prefill | PullKv) -> None:
+        self.loop._begin(0, Generate("r", [1, 2], 2, SamplingParams(), 60.0, kv))
+
+    @property
+    def knows(self) -> bool:
+        return self.loop._listener.knows("r") or self.loop._dialer.knows("r")
+
+    def close(self) -> None:
+        for context in self._contexts:
+            context.destroy(linger=0)
+        self.mailbox.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("kv", "where", "method"),
+    [(Prefill(), PeerListener, "begin"), (PULL, PeerDialer, "open")],
+    ids=["prefill", "pull"],
+)
+def test_a_request_that_cannot_begin_leaves_nothing(
+    kv: Prefill | PullKv, where: type, method: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, method, bug)
+        with pytest.raises(RuntimeError, match="a bug"):
+            rig.begin(kv)
+    assert not rig.knows
+    kinds = [type(command) for command in rig.mailbox.take()]
+    assert AbortRequest in kinds, "what the step loop may have begun ends too"
+    assert StartRequest not in kinds[kinds.index(AbortRequest) :]
+    rig.begin(Local())
+    assert [type(command) for command in rig.mailbox.take()] == [StartRequest]
+
+
+def test_an_abort_lets_go_of_kv_that_nobody_has_claimed(rig: Rig) -> None:
+    """The prefill is done, and so the step loop does not know the request any more."""
+    rig.begin(Prefill())
+    rig.loop._listener.chunk("r", 0, [1], 2, True, 7)
+    rig.loop._abort("r")
+    assert not rig.knows
+    assert [type(command).__name__ for command in rig.mailbox.take()] == ["StartRequest", "AbortRequest", "LeasesEnded"]
+
+
+def test_the_status_tells_how_long_the_running_step_has_run(rig: Rig) -> None:
+    assert rig.loop._current_registration().status.step_seconds == 0.0
+    rig.loop.clock.since = 0.0  # long ago
+    assert rig.loop._current_registration().status.step_seconds > 0.0

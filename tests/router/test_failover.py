@@ -1,0 +1,284 @@
+"""Engines that die, hang, leave, disagree or lie: each request ends right or with an error, and no other notices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tandem.api.backend import EngineState
+from tandem.errors import EngineFailed, EngineLost, Unavailable
+from tandem.router.engine_registry import EngineRegistry
+from tandem.wire.messages import Abort
+from tests.router.running_router import PROMPT, RunningRouter, ScriptedEngine, running_router
+from tests.support.registrations import STEP_TIMEOUT, VOCABULARY
+
+pytestmark = pytest.mark.anyio
+
+FOR_EVER = 1e6
+
+
+@pytest.fixture
+async def router(anyio_backend: str) -> AsyncIterator[RunningRouter]:
+    """A router that never takes silence for a loss."""
+    async with running_router(EngineRegistry(patience=FOR_EVER)) as running:
+        yield running
+
+
+# --- one author for each token -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0)], ids=["first", "between", "last"])
+async def test_two_texts_are_never_mixed_whatever_comes_first(order: tuple[int, ...], router: RunningRouter) -> None:
+    """The prefill engine sends its first token; the decode engine lost the KV and makes another text."""
+    prefill, decode = await router.pair()
+    answer = router.ask(max_tokens=4)
+    there, here = await prefill.request(), await decode.request()
+    sends = [
+        lambda: prefill.send_tokens(there, 0, 10, done=True),
+        lambda: decode.send_tokens(here, 0, 20),
+        lambda: decode.send_tokens(here, 1, 21, after=[20]),
+    ]
+    for place in order:
+        sends[place]()
+        await (prefill if place == 0 else decode).register()  # answered once all before it has been read
+    again_there, again = await prefill.request(), await decode.request()
+    output = again.token_ids[len(PROMPT) :]
+    assert output in ([10], [20], [20, 21])
+    assert again_there.token_ids == again.token_ids, "it goes on from what the client has"
+    left = list(range(30, 34 - len(output)))
+    prefill.send_tokens(again_there, len(output), left[0], after=output, done=True)
+    decode.send_tokens(again, len(output) + 1, *left[1:], after=[*output, left[0]], finish="length")
+    assert await answer.whole() == output + left
+
+
+# --- engines that are lost ---------------------------------------------------------------------------------------
+
+
+async def test_an_engine_whose_connection_breaks_is_replaced_at_once(router: RunningRouter) -> None:
+    mixed = await router.engine("mixed-0", "mixed")
+    answer = router.ask(max_tokens=2)
+    mixed.send_tokens(await mixed.request(), 0, 10)
+    assert await answer.until(1) == [10]
+    other = await router.engine("mixed-1", "mixed")
+    await mixed.close()
+    again = await other.request()
+    assert again.token_ids == [*PROMPT, 10]
+    other.send_tokens(again, 1, 11, finish="length")
+    assert await answer.whole() == [10, 11]
+    entry = router.entry("mixed-0")
+    assert entry is not None
+    assert (entry.state, entry.reason) == (EngineState.LOST, "its connection broke")
+
+
+async def test_after_a_break_an_engine_is_not_used_until_it_registers_again(router: RunningRouter) -> None:
+    mixed = await router.engine("mixed-0", "mixed")
+    mixed.break_connection()
+    await router.until(lambda: not router.backend.health().ok)
+    mixed.beat()
+    await asyncio.wait_for(mixed.not_known.wait(), 20)
+    assert not router.backend.health().ok
+    await mixed.register(connection=1)
+    assert router.backend.health().ok
+
+
+async def test_the_end_of_a_connection_that_was_replaced_says_nothing(router: RunningRouter) -> None:
+    mixed = await router.engine("mixed-0", "mixed")
+    for connection in range(1, 6):
+        mixed.break_connection()
+        await mixed.register(connection=connection)
+        answer = router.ask(max_tokens=1)
+        mixed.send_tokens(await mixed.request(), 0, 10, finish="length")
+        assert await answer.whole() == [10]
+
+
+async def test_a_request_that_engines_die_of_kills_two_and_no_more(router: RunningRouter) -> None:
+    engines = [await router.engine(f"mixed-{i}", "mixed") for i in range(4)]
+    died: list[str] = []
+
+    async def die(engine: ScriptedEngine) -> None:
+        await engine.request()
+        died.append(engine.identity.engine_id)
+        await engine.close()
+
+    answer = router.ask()
+    dying = [asyncio.create_task(die(engine)) for engine in engines]
+    error = await answer.error()
+    assert type(error) is EngineFailed
+    assert "engines were lost in 2 attempts at this request" in str(error)
+    assert len(died) == 2
+    for task in dying:
+        task.cancel()
+
+
+async def test_a_rolling_restart_of_any_number_of_engines_fails_no_request(router: RunningRouter) -> None:
+    await router.engine("mixed-0", "mixed")
+    answer = router.ask(max_tokens=20)
+    for number in range(6):
+        engine = router.engines[-1]
+        request = await engine.request()
+        assert request.token_ids == [*PROMPT, *range(10, 10 + number)]
+        engine.send_tokens(request, number, 10 + number)
+        assert len(await answer.until(number + 1)) == number + 1
+        await router.engine(f"mixed-{number + 1}", "mixed")
+        engine.leave()
+    last = router.engines[-1]
+    last.send_tokens(await last.request(), 6, 16, finish="stop")
+    assert await answer.whole() == list(range(10, 17))
+
+
+# --- waiting for a route -----------------------------------------------------------------------------------------
+
+
+async def test_requests_old_and_new_wait_for_engines_that_come_back(router: RunningRouter) -> None:
+    prefill, decode = await router.pair()
+    begun = router.ask(max_tokens=2)
+    there, _ = await prefill.request(), await decode.request()
+    prefill.send_tokens(there, 0, 10, done=True)
+    assert await begun.until(1) == [10]
+    await decode.close()
+    await router.until(lambda: not router.backend.health().ok)
+    new = router.ask(max_tokens=1)
+    reborn = await router.engine("decode-0", "decode")
+    for _ in range(2):
+        there, _ = await prefill.request(), await reborn.request()
+        done = len(there.token_ids) - len(PROMPT)
+        prefill.send_tokens(there, done, 10 + done, finish="length")
+    assert (await begun.whole(), await new.whole()) == ([10, 11], [10])
+
+
+async def test_a_request_does_not_wait_longer_than_the_route_timeout() -> None:
+    async with running_router(EngineRegistry(patience=FOR_EVER), route_timeout=0.1) as router:
+        mixed = await router.engine("mixed-0", "mixed")
+        begun = router.ask()
+        await mixed.request()
+        await mixed.close()
+        assert isinstance(await begun.error(), EngineLost)
+        error = await router.ask().error()
+        assert isinstance(error, Unavailable)
+        assert error.retry_after is not None
+
+
+async def test_a_request_does_not_wait_beyond_its_own_deadline() -> None:
+    async with running_router(EngineRegistry(patience=FOR_EVER), timeout=0.1, route_timeout=FOR_EVER) as router:
+        mixed = await router.engine("mixed-0", "mixed")
+        assert router.backend.health().ok
+        mixed.leave()
+        await router.until(lambda: router.entry("mixed-0") is None)
+        assert isinstance(await router.ask().error(), Unavailable)
+
+
+# --- engines that hang -------------------------------------------------------------------------------------------
+
+BELOW, BEYOND = STEP_TIMEOUT / 4, STEP_TIMEOUT / 4 + 0.1
+
+
+async def test_an_engine_whose_step_hangs_is_not_used_and_its_requests_go_elsewhere(router: RunningRouter) -> None:
+    mixed = await router.engine("mixed-0", "mixed")
+    answer = router.ask(max_tokens=2)
+    mixed.send_tokens(await mixed.request(), 0, 10)
+    assert await answer.until(1) == [10]
+    mixed.beat(step_seconds=BEYOND)
+    await router.until(lambda: not router.backend.health().ok)
+    entry = router.entry("mixed-0")
+    assert entry is not None
+    assert entry.state is EngineState.STALLED
+    assert entry.reason == "a step of it has run for 5.1 s, longer than 5 s"
+    other = await router.engine("mixed-1", "mixed")
+    again = await other.request()
+    assert again.token_ids == [*PROMPT, 10]
+    assert isinstance(await mixed.abort(), Abort)
+    other.send_tokens(again, 1, 11, finish="length")
+    assert await answer.whole() == [10, 11]
+
+
+async def test_where_there_is_no_other_engine_a_step_that_ends_after_all_is_good(router: RunningRouter) -> None:
+    mixed = await router.engine("mixed-0", "mixed")
+    answer = router.ask(max_tokens=1)
+    request = await mixed.request()
+    mixed.beat(step_seconds=BEYOND)
+    await router.until(lambda: not router.backend.health().ok)
+    mixed.beat(step_seconds=BELOW)
+    await router.until(lambda: router.backend.health().ok)
+    mixed.send_tokens(request, 0, 10, finish="length")
+    assert await answer.whole() == [10]
+
+
+# --- engines that lie --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"token_ids": [-1]},
+        {"token_ids": [VOCABULARY]},
+        {"token_ids": [1] * 100_000},
+        {"index": 7},
+        {"logprobs": []},
+        {"finish_reason": "banana", "done": True},
+        {"done": True},
+    ],
+    ids=str,
+)
+async def test_what_no_engine_may_send_is_a_failed_attempt(lie: dict[str, Any], router: RunningRouter) -> None:
+    liar = await router.engine("mixed-0", "mixed")
+    answer = router.ask(max_tokens=2)
+    request = await liar.request()
+    other = await router.engine("mixed-1", "mixed")
+    liar.send_tokens(request, 0, 66, **lie)
+    liar.send_tokens(request, 0, 10, 66, finish="length")
+    again = await other.request()
+    assert again.token_ids == PROMPT
+    assert await liar.abort() == Abort(request.request_id)
+    other.send_tokens(again, 0, 10, 11, finish="length")
+    assert await answer.whole() == [10, 11]
+    assert router.connections.dropped.count == 0
+
+
+# --- cancellation ------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_between_prefill_and_decode_frees_the_prefill_engine_too(
+    router: RunningRouter,
+) -> None:
+    prefill, decode = await router.pair()
+    answer = router.ask()
+    there, here = await prefill.request(), await decode.request()
+    prefill.send_tokens(there, 0, 10, done=True)
+    assert await answer.until(1) == [10]
+    await answer.leave()
+    assert await prefill.abort() == Abort(there.request_id)
+    assert await decode.abort() == Abort(here.request_id)
+
+
+async def test_an_answer_that_is_whole_aborts_nothing(router: RunningRouter) -> None:
+    prefill, decode = await router.pair()
+    answer = router.ask()
+    there, here = await prefill.request(), await decode.request()
+    prefill.send_tokens(there, 0, 10, done=True)
+    decode.send_tokens(here, 1, 11, finish="length")
+    assert await answer.whole() == [10, 11]
+    await prefill.register()
+    await decode.register()
+    assert prefill.heard.empty()
+    assert decode.heard.empty()
+
+
+# --- what a response says of itself ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quicker", ["prefill", "decode"])
+async def test_an_answer_of_one_token_is_told_the_same_whichever_engine_is_quicker(
+    quicker: str, router: RunningRouter
+) -> None:
+    """The decode engine, too, ends with a first token that is the last, and may be the first to tell."""
+    prefill, decode = await router.pair()
+    answer = router.ask(max_tokens=1)
+    there, here = await prefill.request(), await decode.request()
+    first, request = (prefill, there) if quicker == "prefill" else (decode, here)
+    first.send_tokens(request, 0, 10, finish="length")
+    assert await answer.whole() == [10]
+    assert (answer.details.disaggregated, answer.details.reason) == (False, "it ended with the first token")
+    assert answer.details.transport is None
