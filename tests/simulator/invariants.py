@@ -134,7 +134,7 @@ def _wrong_error(answer: Answer, error: RequestError, plan: Plan) -> str | None:
     if isinstance(error, InvalidRequest) or type(error) is RequestError:
         return text
     expected = {"recompute": (), "retry": (KvRetry,), "fail": (KvLost,)}[plan.kv_failure]
-    if plan.only_drained and plan.routers == 1 and not plan.spikes:
+    if plan.only_drained and plan.routers == 1 and not plan.spikes and not isinstance(error, Overloaded):
         return f"engines were only drained, and {text}"
     if plan.nothing_breaks and not isinstance(error, (Overloaded, *expected)):
         return f"nothing broke, and {text}"
