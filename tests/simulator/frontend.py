@@ -55,11 +55,15 @@ class SimRouter:
             route_timeout=plan.request_timeout,
             seed=0,
         )
-        self.connections.on_change = self.backend.health
+        self.connections.on_change = self._look
         world.current = None
         self._clients: dict[int, asyncio.Task[Any]] = {}
         self.answers: dict[int, Answer] = {}
         self.process.post(lambda: self.world.loop.create_task(self.connections.run()))
+
+    def _look(self) -> None:
+        """A router's process asks after its health at every change."""
+        self.backend.health()
 
     def ask(self, answer: Answer) -> None:
         """Begin a client's request."""
