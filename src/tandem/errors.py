@@ -13,6 +13,7 @@ TandemError
     ├── InvalidRequest   400: the client's mistake
     │   └── NoTokenLeft  400: the request's own parameters rule out every token
     ├── Overloaded       503: try again later
+    ├── Draining         503: this engine is about to end and takes no new requests; others do
     ├── Unavailable      503: no engine can take it, and why
     ├── EngineFailed     500: an engine was lost or broke while it worked on the request
     │   ├── EngineLost   it is gone, silent or hangs; it may be heard again
@@ -112,6 +113,11 @@ class Overloaded(RequestError):
     code = "overloaded"
 
 
+class Draining(RequestError):
+    status = 503
+    code = "draining"
+
+
 class Unavailable(RequestError):
     status = 503
     code = "unavailable"
@@ -158,6 +164,7 @@ _KINDS = (
     InvalidRequest,
     NoTokenLeft,
     Overloaded,
+    Draining,
     Unavailable,
     EngineFailed,
     KvLost,

@@ -285,6 +285,17 @@ async def test_what_one_engine_has_no_room_for_goes_to_another_one(router: Runni
     assert await answer.whole() == [10, 11]
 
 
+async def test_a_request_that_meets_an_engine_about_to_end_waits_for_the_one_after_it(router: RunningRouter) -> None:
+    mixed = await router.engine("mixed-0", "mixed")
+    answer = router.ask()
+    for number in range(1, 5):  # more often than a request that fails is tried
+        mixed.fail(await mixed.request(), "draining")
+        mixed.leave()
+        mixed = await router.engine(f"mixed-{number}", "mixed")
+    mixed.send_tokens(await mixed.request(), 0, 10, finish="stop")
+    assert await answer.whole() == [10]
+
+
 async def test_when_nobody_has_room_the_client_is_told_when_to_come_back(router: RunningRouter) -> None:
     prefill, _ = await router.pair()
     answer = router.ask()

@@ -62,6 +62,7 @@ class SimRouter:
         self.process.post(lambda: self.world.loop.create_task(self.connections.run()))
 
     def _look(self) -> None:
+        """A router's process asks after its health at every change."""
         self.backend.health()
 
     def ask(self, answer: Answer) -> None:

@@ -133,9 +133,11 @@ def _wrong_error(answer: Answer, error: RequestError, plan: Plan) -> str | None:
     text = f"request {answer.number} ended with {type(error).__name__}: {error}"
     if isinstance(error, InvalidRequest) or type(error) is RequestError:
         return text
-    expected = {"recompute": (), "retry": (KvRetry,), "fail": (KvLost,)}[plan.kv_failure]
-    if plan.only_drained and plan.routers == 1 and not plan.spikes and not isinstance(error, Overloaded):
+    by_policy = {"recompute": (), "retry": (KvRetry,), "fail": (KvLost,)}[plan.kv_failure]
+    if isinstance(error, (Overloaded, *by_policy)):
+        return None
+    if plan.only_drained and plan.routers == 1 and not plan.spikes:
         return f"engines were only drained, and {text}"
-    if plan.nothing_breaks and not isinstance(error, (Overloaded, *expected)):
+    if plan.nothing_breaks:
         return f"nothing broke, and {text}"
     return None

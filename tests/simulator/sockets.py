@@ -220,7 +220,7 @@ class SimConnectionMonitor(ConnectionMonitor):
     """Reads its events from a simulated socket; all else is as in a router."""
 
     def __init__(self, socket: Any, on_lost: Callable[[bytes], None]) -> None:
-        monitor: Monitor = socket.get_monitor_socket()
+        monitor: Any = socket.get_monitor_socket()
         self._events = monitor
         self._monitor = _NoWait(monitor)  # type: ignore[assignment]
         self._on_lost = on_lost

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from tandem.api.backend import EngineState
-from tandem.errors import EngineFailed, EngineLeft, EngineLost, RequestError, WireError, request_error
+from tandem.errors import Draining, EngineFailed, EngineLeft, EngineLost, RequestError, WireError, request_error
 from tandem.router.connection_monitor import ConnectionMonitor
 from tandem.router.engine_registry import MAX_ENGINES, EngineEntry, EngineRegistry
 from tandem.router.stream_check import StreamCheck
@@ -215,7 +215,10 @@ class EngineConnections:
             return
         if isinstance(item, Failed):
             stream.finish()
-            stream.put(request_error(item.code, item.message, item.param, item.retry_after))
+            error = request_error(item.code, item.message, item.param, item.retry_after)
+            if isinstance(error, Draining):
+                stream.engine.drains()  # it says so sooner than its next heartbeat
+            stream.put(error)
             return
         try:
             stream.check.take(item)

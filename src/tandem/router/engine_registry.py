@@ -41,6 +41,10 @@ class EngineEntry:
     last_chosen: int = 0
     peers: dict[tuple[str, str], PeerInfo] = field(default_factory=dict)
 
+    def drains(self) -> None:
+        """It takes no new requests and is about to end."""
+        self.state, self.reason = EngineState.DRAINING, "it was told to stop"
+
     @property
     def engine_id(self) -> str:
         return self.register.identity.engine_id
@@ -108,7 +112,7 @@ class EngineRegistry:
         engine.status, engine.last_heard = status, now
         engine.state, engine.reason = EngineState.READY, None
         if status.draining:
-            engine.state, engine.reason = EngineState.DRAINING, "it was told to stop"
+            engine.drains()
         if (reason := stall(engine)) is not None:
             engine.state, engine.reason = EngineState.STALLED, reason
         engine.peers = {(peer.engine_id, peer.incarnation): peer for peer in status.peers}

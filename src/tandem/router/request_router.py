@@ -13,13 +13,13 @@ from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 
 from tandem.api.backend import Health, ModelCard, TokenDelta, TokenRequest
-from tandem.errors import EngineLeft, EngineLost, KvRetry, RequestError, Unavailable
+from tandem.errors import KvRetry, RequestError, Unavailable
 from tandem.router.attempt import Attempt
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineEntry
 from tandem.router.first_token import OutputMerger
 from tandem.router.policy import NoRoute, Route, RoutingPolicy
-from tandem.router.retries import RETRIED, Retries
+from tandem.router.retries import GONE, RETRIED, Retries
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class RequestRouter:
         until = min(deadline, time.monotonic() + self._route_timeout)
         while isinstance(route := self._find(exclude, fingerprint), NoRoute):
             anybody = self._policy.choose((), fingerprint)
-            if isinstance(anybody, Route) and isinstance(failure, EngineLost | EngineLeft):
+            if isinstance(anybody, Route) and isinstance(failure, GONE):
                 route = anybody  # what was lost has come back
                 break
             left = until - time.monotonic()

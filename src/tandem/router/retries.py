@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tandem.errors import Diverged, EngineFailed, EngineLeft, EngineLost, KvRetry, Overloaded, RequestError
+from tandem.errors import Diverged, Draining, EngineFailed, EngineLeft, EngineLost, KvRetry, Overloaded, RequestError
 
-RETRIED = (EngineFailed, KvRetry, Overloaded)
+RETRIED = (EngineFailed, KvRetry, Overloaded, Draining)
 """What another engine may do better. Every other error is the request's own, and stays so wherever it is tried."""
+GONE = (EngineLost, EngineLeft, Draining)
+"""An engine that is not there, or not for long: another one, or the same one later, takes the request."""
 MAX_ATTEMPTS = 3
 MAX_DEADLY_ATTEMPTS = 2
 
@@ -40,7 +42,7 @@ class Retries:
             at_fault: incarnation of the engine that it failed on.
         """
         self._lost = [*(before - lost for before in self._lost), lost]  # one that was lost again had come back
-        if not isinstance(error, EngineLost | EngineLeft):
+        if not isinstance(error, GONE):
             self._failed += 1
         if self._failed >= MAX_ATTEMPTS:
             raise error

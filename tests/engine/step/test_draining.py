@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tandem.engine.step_commands import AbortRequest, Command, Drain, LeasesEnded
-from tandem.errors import Overloaded
+from tandem.errors import Draining
 from tandem.scheduling.events import PrefillEnded
 from tandem.wire.messages import Failed, Prefill, Tokens
 from tests.engine.step.test_step_loop import SOURCE, Rig
@@ -52,7 +52,7 @@ def test_what_runs_is_finished_and_what_comes_is_refused_for_another_engine(it: 
     it.start("after", [1, 2])
     refused = it.end_of("after")
     assert isinstance(refused, Failed)
-    assert (refused.code, refused.retry_after) == (Overloaded.code, 1)
+    assert (refused.code, refused.retry_after) == (Draining.code, 1)
     finished = it.end_of("before")
     assert isinstance(finished, Tokens)
     assert finished.finish_reason == "length"

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from tandem.transfer.decode import sessions as module
+from tandem.transfer.decode.pull import READ_SECONDS
 from tandem.transfer.thread.thread_messages import PeerOpened
 from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Claimed, KvComputed, Release, Renewed, Welcome
@@ -297,6 +298,24 @@ def test_giving_up_what_has_failed_already_waits_for_its_read_too(net: Network) 
     decode.give_up("r")
     assert decode.quiet == []
     decode.end(read, 0)
+    assert decode.quiet == ["r"]
+
+
+def test_a_read_that_nobody_wants_and_that_does_not_end_ends_its_session_so_that_the_blocks_come_back(
+    net: Network,
+) -> None:
+    prefill, decode = pair(net)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    [read] = decode.reads
+    net.pass_time(READ_SECONDS + 5)  # as long as it is wanted, it may take its time
+    assert decode.states() == ["ready"]
+    decode.give_up("r")
+    net.pass_time(READ_SECONDS - 1)
+    assert (decode.states(), decode.quiet) == (["ready"], [])
+    net.pass_time(2)
+    assert (decode.states(), decode.connected) == (["lost"], {})
+    decode.end(read, 0, error="disconnected")
     assert decode.quiet == ["r"]
 
 

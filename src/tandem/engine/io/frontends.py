@@ -142,7 +142,7 @@ class Frontend:
         self._known = False
         if self._active:
             log.warning("frontend %s %s: %d of its requests are aborted", self._address, why, len(self._active))
-        for request_id in self._active:
+        for request_id in sorted(self._active):  # the same order in every run
             self._events.abort(request_id)
         self._active.clear()
 

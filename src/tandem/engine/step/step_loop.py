@@ -28,7 +28,7 @@ from tandem.engine.step_commands import (
     Shutdown,
     StartRequest,
 )
-from tandem.errors import KvLost, KvRetry, Overloaded, RequestError
+from tandem.errors import Draining, KvLost, KvRetry, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.events import (
     BlocksAllocated,
@@ -180,7 +180,7 @@ class StepLoop:
         request_id = generate.request_id
         try:
             if self._drain_by is not None:
-                raise Overloaded("this engine is about to end and takes no new requests", retry_after=1)
+                raise Draining("this engine is about to end and takes no new requests", retry_after=1)
             self._scheduler.add(generate, now)
         except RequestError as error:
             log.info("request %s refused: %s", request_id, error)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from tandem.errors import WireError
 from tandem.wire.peer_messages import KvComputed
 
+READ_SECONDS = 20.0
+"""A read that nobody wants any more may go on for this long; then its session ends, so that its blocks come back."""
+
 
 @dataclass(slots=True, eq=False)
 class Pull:
@@ -30,6 +33,7 @@ class Pull:
         posted: tokens, from the start, that are here or being read.
         jobs: ranks by read job that may still write into the destination blocks.
         ended: why the KV is not wanted any more, or will not come.
+        abandoned_at: when a look at the clock first found reads in progress for it although it has ended.
         corrupt: bytes came that do not fit their checksums.
     """
 
@@ -54,6 +58,7 @@ class Pull:
     posted: int = 0
     jobs: dict[int, set[int]] = field(default_factory=dict)
     ended: str | None = None
+    abandoned_at: float | None = None
     corrupt: bool = False
     bytes: int = 0
     descriptors: int = 0
@@ -117,6 +122,14 @@ class Pull:
     def reading(self) -> bool:
         """Return whether bytes may still arrive in its destination blocks."""
         return bool(self.jobs)
+
+    def is_stuck(self, now: float) -> bool:
+        """Return whether reads go on long after it ended; the first call that finds it ended begins the time."""
+        if self.ended is None:
+            return False
+        if self.abandoned_at is None:
+            self.abandoned_at = now
+        return now - self.abandoned_at > READ_SECONDS
 
     @property
     def arrived(self) -> bool:

@@ -128,7 +128,8 @@ class Pulls:
         if pull is None:  # it arrived or failed meanwhile
             self._actions.append(PullQuiet(request_id))
         elif pull.ended is None:
-            self._end_pull(pull, reason)
+            pull.ended = reason
+            self._release(pull)
             self._settle(pull)
 
     # --- what connections bring ----------------------------------------------------------------------------------
@@ -234,8 +235,7 @@ class Pulls:
         if session.connecting:
             return
         session.ready(now)
-        milliseconds = 1000 * (now - session.began)
-        log.info("session %d with %s is ready after %.0f ms", session.number, session.target, milliseconds)
+        log.info("session %d with %s: ready after %.3f s", session.number, session.target, now - session.began)
         for pull in session.pulls.values():
             self._send(session, session.claim(pull, now))
 
@@ -277,6 +277,9 @@ class Pulls:
             self._end_session(session, PeerLost(overdue), now)
             return
         if session.state is not SessionState.READY:
+            return
+        if any([pull.is_stuck(now) for pull in self._jobs.values() if pull.session == number]):
+            self._end_session(session, PeerLost("a read that nobody wants any more does not end"), now)
             return
         for pull in session.run_out(now):
             self._fail(pull, "the lease was not renewed in time")
@@ -328,14 +331,11 @@ class Pulls:
         reason = clip(reason)
         self.failures += 1
         log.warning("request %s: its KV does not come from %s: %s", pull.request_id, pull.source_engine, reason)
-        self._end_pull(pull, reason)
+        pull.ended = reason
+        self._release(pull)
         first_token = pull.first_token if pull.first_token_expected else None
         self._actions.append(PullFailed(pull.request_id, reason, first_token))
         self._settle(pull)
-
-    def _end_pull(self, pull: Pull, reason: str) -> None:
-        pull.ended = reason
-        self._release(pull)
 
     def _release(self, pull: Pull) -> None:
         """The prefill engine need not keep its blocks for us any more."""
