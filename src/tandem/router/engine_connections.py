@@ -53,12 +53,16 @@ StreamQueue = asyncio.Queue[tuple["EngineStream", StreamMessage]]
 
 @dataclass(slots=True, eq=False)
 class EngineStream:
-    """One request on one engine: the engine's messages about it go to `queue`, which streams may share."""
+    """One request on one engine: the engine's messages about it go to `queue`, which streams may share.
+
+    `prompt_tokens`: that the engine has to compute for it.
+    """
 
     request_id: str
     engine: EngineEntry
     queue: StreamQueue
     check: StreamCheck
+    prompt_tokens: int = 0
     finished: bool = False
 
     def put(self, message: StreamMessage) -> None:
@@ -69,6 +73,7 @@ class EngineStream:
         if not self.finished:
             self.finished = True
             self.engine.active -= 1
+            self.engine.prompt_tokens -= self.prompt_tokens
 
 
 @dataclass(slots=True)
@@ -121,12 +126,13 @@ class EngineConnections:
         self.socket.disable_monitor()
         self.socket.close(linger=0)
 
-    def open(self, generate: Generate, engine: EngineEntry, queue: StreamQueue) -> EngineStream:
-        """Send a request to an engine."""
+    def open(self, generate: Generate, engine: EngineEntry, queue: StreamQueue, prompt_tokens: int = 0) -> EngineStream:
+        """Send a request to an engine. `prompt_tokens`: that it has to compute for it."""
         check = StreamCheck(generate, engine.engine_id, engine.register.vocab_size)
-        stream = EngineStream(generate.request_id, engine, queue, check)
+        stream = EngineStream(generate.request_id, engine, queue, check, prompt_tokens)
         self._streams[engine.sender, generate.request_id] = stream
         engine.active += 1
+        engine.prompt_tokens += prompt_tokens
         self.send(engine.sender, generate)
         return stream
 
