@@ -158,6 +158,7 @@ class EngineConnections:
                 if self._monitor.identify(connection, sender):
                     self._register(sender, message, now)
             case Goodbye(reason=reason, failed=failed):
+                self.send(sender, Registered(False))
                 engine = self.registry.leave(sender)
                 if engine is not None:
                     kind = EngineLost if failed else EngineLeft
