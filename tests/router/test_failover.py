@@ -10,10 +10,11 @@ import pytest
 
 from tandem.api.backend import EngineState
 from tandem.errors import EngineFailed, EngineLost, Unavailable
-from tandem.router.engine_registry import EngineRegistry
+from tandem.ids import EngineIdentity
+from tandem.router.engine_registry import MAX_ENGINES, EngineRegistry
 from tandem.wire.messages import Abort, TokenLogprobs
 from tests.router.running_router import PROMPT, RunningRouter, ScriptedEngine, running_router
-from tests.support.registrations import STEP_TIMEOUT, VOCABULARY
+from tests.support.registrations import STEP_TIMEOUT, VOCABULARY, make_register
 
 pytestmark = pytest.mark.anyio
 
@@ -329,3 +330,17 @@ async def test_an_answer_of_one_token_is_told_the_same_whichever_engine_is_quick
     assert await answer.whole() == [10]
     assert (answer.details.disaggregated, answer.details.reason) == (False, "it ended with the first token")
     assert answer.details.transport is None
+
+
+async def test_of_engines_that_were_refused_so_many_are_remembered_and_each_new_one_is_told_of(
+    router: RunningRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    await router.engine("mixed-0", "mixed")
+    namesake = router.entry("mixed-0")
+    assert namesake is not None
+    for number in range(MAX_ENGINES + 5):
+        register = make_register(EngineIdentity("mixed-0", f"life-{number}"), "mixed")
+        for _ in range(2):
+            router.connections._refuse(b"sender", register, namesake)
+    assert len(router.connections._refused) == MAX_ENGINES
+    assert sum("two engines are called mixed-0" in line.message for line in caplog.records) == MAX_ENGINES + 5
