@@ -95,7 +95,7 @@ class EngineConnections:
     introduce: bool
     on_change: Callable[[], None] = lambda: None
     dropped: DroppedMessages = field(default_factory=lambda: DroppedMessages(log, "engine"))
-    _refused: set[str] = field(default_factory=set)
+    _refused: dict[str, None] = field(default_factory=dict)
     _codec: Codec[ToFrontend] = field(default_factory=lambda: Codec(ToFrontend))
     _streams: dict[tuple[bytes, str], EngineStream] = field(default_factory=dict)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
@@ -164,6 +164,7 @@ class EngineConnections:
                 if self._monitor.identify(connection, sender):
                     self._register(sender, message, now)
             case Goodbye(reason=reason, failed=failed):
+                self.send(sender, Registered(False))
                 engine = self.registry.leave(sender)
                 if engine is not None:
                     kind = EngineLost if failed else EngineLeft
@@ -199,8 +200,13 @@ class EngineConnections:
 
     def _refuse(self, sender: bytes, message: Register, namesake: EngineEntry) -> None:
         """Refuse a second engine of one name. One that restarts is taken once its earlier incarnation is silent."""
-        if message.identity.incarnation not in self._refused and len(self._refused) < MAX_ENGINES:
-            self._refused.add(message.identity.incarnation)
+        incarnation = message.identity.incarnation
+        told = incarnation in self._refused
+        self._refused.pop(incarnation, None)
+        self._refused[incarnation] = None  # those that were refused last
+        if len(self._refused) > MAX_ENGINES:
+            del self._refused[next(iter(self._refused))]
+        if not told:
             log.warning(
                 "two engines are called %s, at %s and %s: the second one is not used while the first one lives;"
                 " give each its own --engine-id",

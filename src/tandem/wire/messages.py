@@ -96,10 +96,10 @@ class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
-    """The answer to Register and to every heartbeat.
+    """The answer to Register, to every heartbeat, and to Goodbye, before which all else has been received then.
 
     Attributes:
-        known: whether the engine is registered; if not, it shall register again.
+        known: whether the engine is registered; if not, it shall register again unless it leaves.
         connection: from the last Register that arrived.
     """
 
