@@ -28,9 +28,9 @@ from tandem.flags import (
     text_flag,
 )
 from tandem.kv.lease import MAX_TTL, MIN_TTL
+from tandem.wire.control_messages import Role
 from tandem.wire.messages import Address
 
-Role = Literal["prefill", "decode", "mixed"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 KvFailure = Literal["recompute", "retry", "fail"]

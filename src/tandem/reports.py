@@ -49,6 +49,10 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     reason: str
 
 
+class Drained(Ended, frozen=True, tag="drained"):
+    """Rank 0: the engine ends as somebody wanted it to; it is not to be started anew."""
+
+
 class ErrorReport(msgspec.Struct, frozen=True, tag="error"):
     """The process ends with an error.
 
@@ -61,7 +65,7 @@ class ErrorReport(msgspec.Struct, frozen=True, tag="error"):
     is_root_cause: bool
 
 
-Report = Loading | Ready | Following | ControlPort | Health | Ended | ErrorReport
+Report = Loading | Ready | Following | ControlPort | Health | Ended | Drained | ErrorReport
 Reporter = Callable[[Report], None]
 
 

@@ -18,10 +18,12 @@ from tandem.errors import RequestError
 from tandem.ids import EngineIdentity, output_digest
 from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections
+from tandem.router.engine_operator import EngineOperator
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import OneModelPolicy
 from tandem.router.request_router import RequestRouter
 from tandem.wire.codec import Codec
+from tandem.wire.control_messages import ChangeRole, DrainEngine
 from tandem.wire.messages import (
     Abort,
     Failed,
@@ -53,13 +55,15 @@ async def within(awaitable: Awaitable[T]) -> T:
 
 
 class ScriptedEngine:
-    """One incarnation of an engine. `heard` has what came, less the answers to heartbeats."""
+    """One incarnation of an engine. `heard` has what came of requests, `told` what the engine itself is to do."""
 
     def __init__(self, engine_id: str, role: str, sockets: Sockets[zmq.asyncio.Socket], port: int) -> None:
         self.identity = EngineIdentity(engine_id, uuid.uuid4().hex)
         self.role = role
         self.heard: asyncio.Queue[Generate | Abort] = asyncio.Queue()
+        self.told: asyncio.Queue[DrainEngine | ChangeRole] = asyncio.Queue()
         self.introduced: list[str] = []
+        self.heard_introduction = asyncio.Event()
         self.registered = asyncio.Event()
         self.not_known = asyncio.Event()
         self._codec: Codec[ToEngine] = Codec(ToEngine)
@@ -83,6 +87,12 @@ class ScriptedEngine:
         self.send(msgspec.structs.replace(register, connection=connection))
         await within(self.registered.wait())
         return self
+
+    async def is_introduced_to(self, other: ScriptedEngine) -> None:
+        """Return once it has heard of the other one."""
+        while other.identity.incarnation not in self.introduced:
+            self.heard_introduction.clear()
+            await within(self.heard_introduction.wait())
 
     async def request(self) -> Generate:
         """Return the next request, past the aborts of those before."""
@@ -142,6 +152,9 @@ class ScriptedEngine:
                     self.not_known.set()
                 case Introduce(peers=peers):
                     self.introduced = [peer.identity.incarnation for peer in peers]
+                    self.heard_introduction.set()
+                case DrainEngine() | ChangeRole() as order:
+                    self.told.put_nowait(order)
                 case Generate() | Abort() as message:
                     self.heard.put_nowait(message)
 
@@ -206,6 +219,7 @@ class RunningRouter:
         self.backend = RequestRouter(
             self.connections, OneModelPolicy(registry), request_timeout=timeout, route_timeout=route_timeout
         )
+        self.operator = EngineOperator(self.connections)
         self.engines: list[ScriptedEngine] = []
 
     def entry(self, engine_id: str) -> EngineEntry | None:

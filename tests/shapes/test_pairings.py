@@ -23,7 +23,6 @@ from tandem.config import (
     KvFailure,
     ModelSection,
     NetworkSection,
-    Role,
     RouterConfig,
     RunSection,
     TimeSection,
@@ -33,6 +32,7 @@ from tandem.engine.start.launch import EngineProcesses
 from tandem.local_cluster import RouterProcess, start_engines, start_router, wait_ready
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
+from tandem.wire.control_messages import Role
 from tests.support.reference import greedy
 
 PROMPT = [7, 3, 250, 9, 4] * 9

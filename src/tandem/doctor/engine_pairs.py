@@ -17,11 +17,13 @@ class ListedEngine(EngineStatus, frozen=True, kw_only=True):
     """An engine as GET /tandem/engines lists it.
 
     Attributes:
-        state: what the router thinks of it: ready or lost.
+        state: what the router thinks of it: ready, stalled, draining or lost.
+        reason: why it is not used for new requests.
         peer_address: HOST:PORT where other engines shake hands with it.
     """
 
     state: str
+    reason: str | None = None
     dtype: str = "?"
     version: str = "?"
     peer_address: str = "?"

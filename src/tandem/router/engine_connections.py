@@ -151,8 +151,12 @@ class EngineConnections:
                 for item in items:
                     self._deliver(sender, item)
             case EngineStatus():
+                known = self.registry.get(sender)
+                role = known.role if known is not None else None
                 engine = self.registry.heartbeat(sender, message, now)
                 self.send(sender, Registered(True, engine.register.connection) if engine else Registered(False))
+                if engine is not None and engine.role != role and self.introduce:
+                    self._introduce_all()  # before the first request that it has the new role for
                 self._note_change()
             case Register():
                 if self._monitor.identify(connection, sender):

@@ -23,6 +23,7 @@ from tandem.errors import RequestError
 from tandem.reports import ControlPort, Health, Reporter
 from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections
+from tandem.router.engine_operator import EngineOperator
 from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy, SingleEnginePolicy
 from tandem.router.request_router import RequestRouter
@@ -74,7 +75,8 @@ async def _serve(
     http = config.http
     keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None
     warn_if_open(listener, keys)
-    app = create_app(backend, loader, kind=kind, keys=keys, limits=config.limits)
+    operator = EngineOperator(connections) if kind == "router" else None
+    app = create_app(backend, loader, kind=kind, keys=keys, limits=config.limits, operator=operator)
     health = _HealthReporter(report, backend)
     connections.on_change = health.update
     stop = asyncio.Event()
