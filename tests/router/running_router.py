@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -137,6 +138,12 @@ class ScriptedEngine:
         self._socket.disconnect(self._url)
         self._socket.connect(self._url)
 
+    async def end(self) -> None:
+        """It ends in good order: what it has sent arrives."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._socket.close(linger=int(PATIENCE * 1000))
+
     async def close(self) -> None:
         """It is killed."""
         self._task.cancel()
@@ -247,6 +254,12 @@ class RunningRouter:
                 deltas.put_nowait(delta)
 
         return PendingAnswer(asyncio.create_task(run()), deltas)
+
+    def miss_the_end_of_a_connection(self) -> None:
+        """Stand still until one has ended: what has come by it meanwhile, and its end, are there to be found."""
+        events = int(self.connections._monitor._monitor.get(zmq.FD))
+        readable, _, _ = select.select([events], [], [], PATIENCE)
+        assert readable
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Wait until a change of an engine makes it true."""

@@ -73,6 +73,22 @@ async def test_an_engine_whose_connection_breaks_is_replaced_at_once(router: Run
     assert (entry.state, entry.reason) == (EngineState.LOST, "its connection broke")
 
 
+async def test_what_an_engine_that_leaves_has_said_last_is_heard_before_its_end(router: RunningRouter) -> None:
+    """The end of its connection comes another way, and sooner when the router is busy."""
+    mixed, other = await router.engine("mixed-0", "mixed"), await router.engine("mixed-1", "mixed", draining=True)
+    answer = router.ask(max_tokens=300)
+    request = await mixed.request()
+    for index in range(300):  # more than are received at one go
+        mixed.send_tokens(request, index, 10 + index, finish="length" if index == 299 else None)
+    mixed.leave()
+    await mixed.end()
+    router.miss_the_end_of_a_connection()
+    other.beat()
+    assert await answer.whole() == list(range(10, 310))
+    assert answer.details.recomputations == 0
+    assert other.heard.empty()
+
+
 async def test_after_a_break_an_engine_is_not_used_until_it_registers_again(router: RunningRouter) -> None:
     mixed = await router.engine("mixed-0", "mixed")
     mixed.break_connection()

@@ -103,7 +103,9 @@ class EngineConnections:
         """Serve the socket until cancelled."""
         with self._monitor.watching():
             async with asyncio.TaskGroup() as group:
-                group.create_task(receive_with_connections(self.socket, self._codec, self._handle, self.dropped))
+                handled = self._monitor.caught_up
+                receiving = receive_with_connections(self.socket, self._codec, self._handle, handled, self.dropped)
+                group.create_task(receiving)
                 group.create_task(self._watch())
 
     async def changed(self, seconds: float) -> None:
