@@ -91,7 +91,7 @@ def start(
 def start_engine(
     family: ChildProcesses, name: str, each: EngineConfig, model: ModelFolder, router: RouterProcess
 ) -> EngineProcesses:
-    [engine] = start_engines(family, [replace(each, engine_id=name)], model, router.control, None, Console())
+    [engine] = start_engines(family, [replace(each, engine_id=name)], model, [router.control], None, Console())
     return engine
 
 
