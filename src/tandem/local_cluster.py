@@ -145,9 +145,9 @@ def wait_ready(processes: ChildProcesses, engines: Sequence[EngineProcesses], se
 
 
 def wait_healthy(processes: ChildProcesses, router: RouterProcess, seconds: float) -> None:
-    """Wait until the router has a route for a request. Raises StartError."""
+    """Wait until the router has a whole route for a request. Raises StartError."""
     deadline = time.monotonic() + seconds
     while (received := processes.next_report([router.child], deadline - time.monotonic())) is not None:
-        if received[1] == Health(ok=True):
+        if received[1] == Health(ok=True, whole=True):
             return
     raise StartError(f"the router found no path from prefill to decode within {seconds:.0f} s")

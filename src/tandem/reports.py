@@ -38,9 +38,13 @@ class ControlPort(msgspec.Struct, frozen=True, tag="control_port"):
 
 
 class Health(msgspec.Struct, frozen=True, tag="health"):
-    """A router or an engine's API: whether it can serve a request, each time that this or an engine changes."""
+    """A router or an engine's API: whether it can serve a request, each time that this or an engine changes.
+
+    `whole`: also as it should, and not by decode engines alone.
+    """
 
     ok: bool
+    whole: bool
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):

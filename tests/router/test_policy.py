@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import NoRoute, OneModelPolicy, Route, SingleEnginePolicy, choose_route
@@ -204,10 +206,11 @@ def test_an_engines_own_api_uses_that_engine_whatever_its_role() -> None:
 
 
 def test_where_no_prefill_engine_is_ready_decode_engines_serve_alone() -> None:
-    busy, idle = engine("d0", "decode", active=3), engine("d1", "decode")
-    assert choose_route([busy, idle]) == Route(idle, reason="no prefill engine is ready")
-    assert choose_route([busy, idle], {idle.incarnation}) == Route(busy, reason="no prefill engine is ready")
-    assert choose_route([busy, idle, engine("m0", "mixed")]) == Route(engine("m0", "mixed"), reason="mixed engine")
+    busy, idle, mixed = engine("d0", "decode", active=3), engine("d1", "decode"), engine("m0", "mixed")
+    alone = Route(idle, reason="no prefill engine is ready", is_makeshift=True)
+    assert choose_route([busy, idle]) == alone
+    assert choose_route([busy, idle], {idle.incarnation}) == replace(alone, decode=busy)
+    assert choose_route([busy, idle, mixed]) == Route(mixed, reason="mixed engine")
 
 
 def test_a_decode_engine_takes_nothing_off_a_prefill_engine_that_is_there() -> None:

@@ -85,10 +85,14 @@ class TokenDelta(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """`ok` only when a request could be served now; `detail` says what is missing if not."""
+    """`ok` only when a request could be served now; `detail` says what is missing if not.
+
+    `whole`: also as it should be, and not by decode engines alone.
+    """
 
     ok: bool
     detail: str
+    whole: bool = True
 
 
 class EngineState(enum.Enum):

@@ -73,6 +73,8 @@ def why_unserved(engines: Sequence[ListedEngine], pairs: Sequence[Pair]) -> str 
     if not engines:
         return "no engine has registered: start some with --router and the router's control port"
     missing = [role for role in ("prefill", "decode") if not any(e.ready and e.role == role for e in engines)]
+    if missing == ["prefill"]:
+        return None  # decode engines serve alone
     if missing:
         return f"no {' and no '.join(missing)} engine is ready, and no mixed one"
     return "every pair of a prefill and a decode engine is refused or lost"

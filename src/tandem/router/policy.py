@@ -20,11 +20,15 @@ from tandem.router.engine_registry import EngineEntry, EngineRegistry
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Engines for one request. `prefill` is None when `decode` does everything itself, for `reason`."""
+    """Engines for one request. `prefill` is None when `decode` does everything itself, for `reason`.
+
+    `is_makeshift`: it is not there for that, but nobody else is.
+    """
 
     decode: EngineEntry
     prefill: EngineEntry | None = None
     reason: str | None = None
+    is_makeshift: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def choose_route(
         refusals = {_refusal(p, d) for p in prefills for d in decodes}
         return NoRoute("no prefill engine fits a decode engine: " + "; ".join(sorted(refusals)), may_come=False)
     if alone and decodes and not any(one.role == "prefill" for one in engines):
-        return Route(decodes[0], reason="no prefill engine is ready")
+        return Route(decodes[0], reason="no prefill engine is ready", is_makeshift=True)
     missing = [role for role, found in (("prefill", prefills), ("decode", decodes)) if not found]
     return NoRoute(f"no {' and no '.join(missing)} engine is ready")
 

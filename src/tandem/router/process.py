@@ -152,7 +152,7 @@ class _HealthReporter:
         states = [(engine.engine_id, engine.state.value) for engine in self._backend.engines()]
         if states:
             self.first_engine.set()
-        now = (health.ok, states)
+        now = (health.ok, health.whole, states)
         if now != self._last:
             self._last = now
-            self._report(Health(health.ok))
+            self._report(Health(health.ok, health.whole))
