@@ -26,11 +26,12 @@ from tandem.flags import (
     parse_address,
     parse_size,
     text_flag,
+    texts_flag,
 )
 from tandem.kv.lease import MAX_TTL, MIN_TTL
+from tandem.wire.control_messages import Role
 from tandem.wire.messages import Address
 
-Role = Literal["prefill", "decode", "mixed"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 Routing = Literal["kv-aware", "least-load"]
@@ -147,8 +148,8 @@ class ParallelSection:
 class NetworkSection:
     connector: str | None = None
     "How KV moves: nixl or tcp; by default nixl where it is installed."
-    router: Annotated[Address | None, text_flag(parse_address, "--router")] = None
-    "HOST:PORT of a router's control port, to register with."
+    router: Annotated[tuple[Address, ...], texts_flag(parse_address, "--router")] = ()
+    "HOST:PORT of a router's control port, to register with; again for each further router."
     host: str | None = None
     "This node's address for other nodes, ranks and engines; by default found from the route to the others."
     api_host: str | None = None

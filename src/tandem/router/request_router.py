@@ -66,7 +66,11 @@ class RequestRouter:
 
     def health(self) -> Health:
         route = self._find()  # at every change of an engine; so a route that nobody has used yet is known too
-        return Health(False, route.reason) if isinstance(route, NoRoute) else Health(True, "ready")
+        if isinstance(route, NoRoute):
+            return Health(False, route.reason, whole=False)
+        if route.is_makeshift:
+            return Health(True, f"{route.reason}: decode engines serve alone", whole=False)
+        return Health(True, "ready")
 
     def engines(self) -> list[EngineEntry]:
         return list(self._connections.registry)

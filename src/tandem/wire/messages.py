@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from tandem.ids import EngineIdentity
+from tandem.wire.control_messages import EngineControl
 from tandem.wire.sampling import SamplingParams, TokenId
 
 MAX_PROMPT_TOKENS = 4_194_304
@@ -144,7 +145,7 @@ class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
     peers: Annotated[list[PeerAddress], Meta(max_length=MAX_PEERS)]
 
 
-ToEngine = Registered | Generate | Abort | Introduce
+ToEngine = Registered | Generate | Abort | Introduce | EngineControl
 
 
 # --- received by a frontend -------------------------------------------------------------------------------------
@@ -255,6 +256,7 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
         max_model_len: longest prompt and output together, in tokens.
         vocab_size: the token ids that it sends are below this.
         step_timeout: seconds after which it takes a step to hang, and ends.
+        drain_timeout: seconds after which it ends, once it is told to drain.
         model_path: folder with the tokenizer, on the engine's node.
         protocol: lowest and highest version of the engine-to-engine protocol that it speaks.
         connection: number of times that its connection to this frontend broke; messages on their way then may be lost.
@@ -271,6 +273,7 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     protocol: tuple[Count, Count]
     vocab_size: Count
     step_timeout: Seconds
+    drain_timeout: Seconds
     http_address: Address | None = None
     connection: Count = 0
 
