@@ -118,7 +118,9 @@ def test_tandem_drain_says_what_is_wrong(router: Deployment, engine: Callable[..
 
 def test_of_a_cluster_with_an_api_key_only_its_holders_drain_engines(folder_of: Callable[[str], Path]) -> None:
     options = flags(api_key="secret", prefill=0, decode=2, kv_memory="16MiB", connector="tcp")
-    with Deployment(folder_of("qwen3"), *options) as served:
+    with ExitStack() as stack:
+        served = Deployment(folder_of("qwen3"), *options)
+        stack.callback(served.kill)
         command = ["drain", "mixed-0", *flags(url=served.http.url)]
         for key in ({}, {"TANDEM_API_KEY": "other"}):
             refused = run_tandem(*command, environment=key)
@@ -131,3 +133,4 @@ def test_of_a_cluster_with_an_api_key_only_its_holders_drain_engines(folder_of: 
         assert run_tandem("drain", "mixed-1", *flags(url=served.http.url, api_key="secret")).code == 0
         assert served.wait(PATIENCE) == 0, served.log
         assert "all engines have drained" in served.log
+        assert not served.pids

@@ -271,8 +271,10 @@ class LeaderEventLoop:
     def _control(self, message: EngineControl) -> None:
         match message:
             case DrainEngine():
+                log.info("a router wants this engine to drain: it ends within %.0f s", self._drain_timeout)
                 self.drain()
             case ChangeRole(role=role):
+                log.info("a router changes the role of this engine from %s to %s", self._role, role)
                 self._role = role
 
     def _abort(self, request_id: str) -> None:

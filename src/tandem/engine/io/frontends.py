@@ -181,7 +181,6 @@ class Frontend:
             case Introduce():
                 self._events.introduce(message)
             case DrainEngine() | ChangeRole():
-                log.info("frontend %s: %s", self._address, message)
                 self._events.control(message)
                 if self._known:
                     self._send(self._register().status)  # it waits for this
