@@ -18,7 +18,6 @@ from tandem.wire.sampling import SamplingParams, TokenId
 MAX_PROMPT_TOKENS = 4_194_304
 MAX_RANKS = 4096
 MAX_PEERS = 4096
-
 MAX_TEXT = 4096
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -52,8 +51,7 @@ class Local(msgspec.Struct, frozen=True, tag="local"):
 class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
     """Compute the prompt and one token, and keep the prompt's KV for a decode engine to read.
 
-    Attributes:
-        published: the client is a foreign proxy: answer with `KvTransferParams`, and expect a claim only later.
+    `published`: the client is a foreign proxy: answer with `KvTransferParams`, and expect a claim only later.
     """
 
     published: bool = False
@@ -96,11 +94,9 @@ class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
-    """The answer to Register and to every heartbeat.
+    """The answer to Register and to every heartbeat. An engine that is not `known` shall register again.
 
-    Attributes:
-        known: whether the engine is registered; if not, it shall register again.
-        connection: from the last Register that arrived.
+    `connection` is that of the last Register that arrived.
     """
 
     known: bool
@@ -151,6 +147,8 @@ ToEngine = Registered | Generate | Abort | Introduce
 
 
 class RankInfo(msgspec.Struct, frozen=True):
+    """A rank; `openmp` (a file name, or none) and `threads` are what it computes with on the CPU."""
+
     rank: Count
     tp_rank: Count
     pp_rank: Count
@@ -158,6 +156,8 @@ class RankInfo(msgspec.Struct, frozen=True):
     pid: Count
     engine_id: Name
     incarnation: Name
+    openmp: Name = "none"
+    threads: Count = 1
 
 
 class KvUsage(msgspec.Struct, frozen=True):
