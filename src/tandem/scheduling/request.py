@@ -89,13 +89,13 @@ class Request:
         """Return `count` tokens from `start` as a row of a batch; a token is sampled after the last one known."""
         end = start + count
         sample = self._sample_at() if end == len(self.tokens) else None
-        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample)
+        history = self.tokens if sample is not None and self.sampling.uses_history else None
+        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample, history)
 
     def _sample_at(self) -> SampleAt:
         params, output_len = self.sampling, self.output_len
-        history = (self.tokens, self.prompt_len) if params.uses_history else None
         stop_ids = sorted(self.stop_tokens) if output_len < params.min_tokens else []
-        return SampleAt(params, len(self.tokens), output_len, history, stop_ids)
+        return SampleAt(params, len(self.tokens), output_len, stop_ids)
 
     def finish_reason(self) -> FinishReason | None:
         """Return the reason if the last token, an output token, ends the request."""
