@@ -21,6 +21,19 @@ class RequestState(enum.Enum):
     FINISHED = "finished"  # blocks go back as soon as no batch with it is in flight
 
 
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """What was found when a request could not be admitted for lack of blocks.
+
+    Attributes:
+        hits: blocks of its prefix that were cached.
+        spare: other blocks that were available, less those that had become available ever (`BlockPool.freed`).
+    """
+
+    hits: int
+    spare: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request and its progress. Mutable; the scheduler alone changes it.
@@ -40,6 +53,7 @@ class Request:
         num_published: full blocks that were offered to the prefix cache.
         num_announced: tokens of a Prefill request that ChunkComputed events have announced.
         num_cached: tokens that the prefix cache had when it was admitted last.
+        shortage: why it was not admitted the last time; None if it was, or was not tried yet.
         prefilled: a Prefill request whose whole prompt is computed and whose token is sampled.
         inflight: batches in flight that have a row of it.
     """
@@ -62,6 +76,7 @@ class Request:
     num_published: int = 0
     num_announced: int = 0
     num_cached: int = 0
+    shortage: Shortage | None = None
     prefilled: bool = False
     inflight: int = 0
     admitted_at: float | None = None
