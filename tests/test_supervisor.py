@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import time
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ from tandem.errors import StartError
 from tandem.processes import Child, ChildProcesses
 from tandem.reports import Following, Report
 from tandem.restart_policy import RestartPolicy
-from tandem.supervisor import Supervisor
+from tandem.supervisor import Supervisor, SupervisorThread
 from tests.support import child_targets as child_processes
-from tests.support.processes import is_alive
+from tests.support.processes import is_alive, until
 
 SECONDS = 30.0
 
@@ -155,3 +156,36 @@ def test_what_cannot_be_started_counts_as_dead(processes: ChildProcesses, monkey
     monkeypatch.setattr(first, "start", no_room)
     with pytest.raises(StartError, match=r"first cannot be started: .* Resource temporarily unavailable"):
         supervisor.run()
+
+
+def test_beside_the_caller_it_starts_anew_until_it_is_stopped(processes: ChildProcesses) -> None:
+    first, second = pairs(processes)
+    before = first.pids
+    said: queue.Queue[str] = queue.Queue()
+    thread = SupervisorThread(Supervisor(processes, [first, second], said.put, SECONDS), processes)
+    os.kill(before[0], signal.SIGKILL)
+    while said.get(timeout=SECONDS) != "tandem: first is back":
+        pass
+    thread.check()
+    thread.stop()
+    os.kill(second.pids[0], signal.SIGKILL)
+    processes.stop()
+    assert said.empty(), "nobody takes an end that was asked for for a death"
+
+
+def test_the_caller_hears_that_it_has_given_up(processes: ChildProcesses) -> None:
+    first, second = pairs(processes)
+    first.dies = True
+    supervisor = Supervisor(processes, [first, second], print, SECONDS, lambda: RestartPolicy(most=1))
+    thread = SupervisorThread(supervisor, processes)
+    os.kill(first.pids[0], signal.SIGKILL)
+
+    def told() -> bool:
+        try:
+            thread.check()
+        except StartError as error:
+            return "first has died 2 times" in str(error)
+        return False
+
+    assert until(told, SECONDS)
+    thread.stop()

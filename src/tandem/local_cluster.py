@@ -76,7 +76,7 @@ class LocalCluster:
     engines: list[EngineProcesses]
 
     def close_listeners(self) -> None:
-        """Let clients be refused by what has died: nobody is going to start it anew."""
+        """Let clients be refused: nothing that has died is going to be started anew."""
         self.router.close()
         for engine in self.engines:
             engine.close()

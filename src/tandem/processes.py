@@ -134,6 +134,7 @@ class ChildProcesses:
         self._folder = runtime_folder()
         self.children: list[Child] = []
         self.ending = False
+        self._ended, self._end = self._context.Pipe(duplex=False)
 
     def __enter__(self) -> ChildProcesses:
         return self
@@ -202,8 +203,8 @@ class ChildProcesses:
             self.wait(left)
 
     def wait(self, seconds: float | None) -> None:
-        """Wait until a child reports or ends, or the time is over."""
-        connection.wait([child.pipe for child in self.children if not child.pipe.closed], seconds)
+        """Wait until a child reports or ends, the time is over, or another thread has called `end`."""
+        connection.wait([self._ended, *(child.pipe for child in self.children if not child.pipe.closed)], seconds)
         for child in self.children:
             child.receive()
 
@@ -219,6 +220,11 @@ class ChildProcesses:
         if ended and not _errors(self.children):
             raise EngineStopped(ended[0])
         raise StartError(why_ended(self.children))
+
+    def end(self) -> None:
+        """Let no thread wait here any more, nor take what ends from now on for a death. Idempotent."""
+        self.ending = True
+        self._end.close()
 
     def stop(self, seconds: float = TERM_SECONDS) -> None:
         """Terminate all, and kill those that are still there after `seconds`. Idempotent."""

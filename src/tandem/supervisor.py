@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from tandem.errors import StartError, TandemError
 from tandem.processes import Child, ChildProcesses, settle, why_ended
 from tandem.reports import Report
 from tandem.restart_policy import GiveUp, RestartAt, RestartPolicy
+
+log = logging.getLogger(__name__)
 
 REST_SECONDS = 0.5
 """For what is left of an engine of which a process has died: its API may still answer its clients."""
@@ -71,9 +75,9 @@ class Supervisor:
         self._echo = echo
         self._start_seconds = start_seconds
 
-    def run(self) -> NoReturn:
-        """Start anew whatever dies, until a signal comes. Raises StartError when something dies too often."""
-        while True:
+    def run(self) -> None:
+        """Start anew whatever dies, until all are to end. Raises StartError when something dies too often."""
+        while not self._processes.ending:
             self._processes.wait(self.step())
 
     def step(self) -> float | None:
@@ -123,3 +127,33 @@ class Supervisor:
                 self._echo(f"tandem: {why}")
                 self._echo(f"tandem: {life.unit.name} is started anew {when}")
                 life.start_at, life.deadline = at, None
+
+
+class SupervisorThread:
+    """Supervises beside whatever else the process does."""
+
+    def __init__(self, supervisor: Supervisor, processes: ChildProcesses) -> None:
+        self._supervisor = supervisor
+        self._processes = processes
+        self._error: StartError | None = None
+        self._thread = threading.Thread(target=self._run, name="tandem supervisor", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise StartError if something has died too often, and nobody starts anything any more."""
+        if self._error is not None:
+            raise StartError(str(self._error))
+
+    def stop(self) -> None:
+        """Start nothing any more; the processes are the caller's to stop."""
+        self._processes.end()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._supervisor.run()
+        except StartError as error:
+            self._error = error
+        except Exception as error:
+            log.exception("the supervisor died")
+            self._error = StartError(f"what dies is not started anew any more: {error}")

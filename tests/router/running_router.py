@@ -224,8 +224,9 @@ class RunningRouter:
     async def pair(self) -> tuple[ScriptedEngine, ScriptedEngine]:
         return await self.engine("prefill-0", "prefill"), await self.engine("decode-0", "decode")
 
-    def ask(self, max_tokens: int = 8, seed: int = 1) -> PendingAnswer:
-        request = TokenRequest(f"request-{uuid.uuid4().hex[:6]}", PROMPT, SamplingParams(max_tokens, seed=seed))
+    def ask(self, max_tokens: int = 8, seed: int = 1, logprobs: int | None = None) -> PendingAnswer:
+        sampling = SamplingParams(max_tokens, seed=seed, logprobs=logprobs)
+        request = TokenRequest(f"request-{uuid.uuid4().hex[:6]}", PROMPT, sampling)
         deltas: asyncio.Queue[TokenDelta] = asyncio.Queue()
 
         async def run() -> None:

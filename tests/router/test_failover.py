@@ -10,10 +10,11 @@ import pytest
 
 from tandem.api.backend import EngineState
 from tandem.errors import EngineFailed, EngineLost, Unavailable
-from tandem.router.engine_registry import EngineRegistry
-from tandem.wire.messages import Abort
+from tandem.ids import EngineIdentity
+from tandem.router.engine_registry import MAX_ENGINES, EngineRegistry
+from tandem.wire.messages import Abort, TokenLogprobs
 from tests.router.running_router import PROMPT, RunningRouter, ScriptedEngine, running_router
-from tests.support.registrations import STEP_TIMEOUT, VOCABULARY
+from tests.support.registrations import STEP_TIMEOUT, VOCABULARY, make_register
 
 pytestmark = pytest.mark.anyio
 
@@ -52,6 +53,53 @@ async def test_two_texts_are_never_mixed_whatever_comes_first(order: tuple[int, 
     prefill.send_tokens(again_there, len(output), left[0], after=output, done=True)
     decode.send_tokens(again, len(output) + 1, *left[1:], after=[*output, left[0]], finish="length")
     assert await answer.whole() == output + left
+
+
+LOGPROB = TokenLogprobs(-0.5, [])
+
+
+@pytest.mark.parametrize("copy_comes", ["first", "last"])
+async def test_a_first_token_that_is_the_last_comes_with_its_log_probability(
+    copy_comes: str, router: RunningRouter
+) -> None:
+    """The decode engine had it with the KV, and does not know how likely it was."""
+    prefill, decode = await router.pair()
+    answer = router.ask(max_tokens=1, logprobs=0)
+    there, here = await prefill.request(), await decode.request()
+
+    async def copy() -> None:
+        decode.send_tokens(here, 0, 10, finish="length")
+        await decode.register()  # answered once all before it has been read
+
+    if copy_comes == "first":
+        await copy()
+    prefill.send_tokens(there, 0, 10, finish="length", logprobs=[LOGPROB])
+    if copy_comes == "last":
+        await copy()
+    assert await answer.whole() == [10]
+    assert answer.last is not None
+    assert answer.last.logprobs == [LOGPROB]
+
+
+@pytest.mark.parametrize("lost", ["before", "after"])
+async def test_a_first_token_whose_engine_is_lost_is_made_again_if_nobody_knows_how_likely_it_was(
+    lost: str, router: RunningRouter
+) -> None:
+    prefill, decode = await router.pair()
+    other = await router.engine("prefill-1", "prefill")
+    answer = router.ask(max_tokens=1, logprobs=0)
+    here = await decode.request()
+    first, second = (prefill, other) if not prefill.heard.empty() else (other, prefill)
+    if lost == "before":
+        first.leave(failed=True)
+        await router.until(lambda: router.entry(first.identity.engine_id) is None)
+    decode.send_tokens(here, 0, 10, finish="length")
+    await decode.register()
+    if lost == "after":
+        first.leave(failed=True)
+    there = await second.request()
+    second.send_tokens(there, 0, 10, finish="length", logprobs=[LOGPROB])
+    assert await answer.whole() == [10]
 
 
 # --- engines that are lost ---------------------------------------------------------------------------------------
@@ -282,3 +330,17 @@ async def test_an_answer_of_one_token_is_told_the_same_whichever_engine_is_quick
     assert await answer.whole() == [10]
     assert (answer.details.disaggregated, answer.details.reason) == (False, "it ended with the first token")
     assert answer.details.transport is None
+
+
+async def test_of_engines_that_were_refused_so_many_are_remembered_and_each_new_one_is_told_of(
+    router: RunningRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    await router.engine("mixed-0", "mixed")
+    namesake = router.entry("mixed-0")
+    assert namesake is not None
+    for number in range(MAX_ENGINES + 5):
+        register = make_register(EngineIdentity("mixed-0", f"life-{number}"), "mixed")
+        for _ in range(2):
+            router.connections._refuse(b"sender", register, namesake)
+    assert len(router.connections._refused) == MAX_ENGINES
+    assert sum("two engines are called mixed-0" in line.message for line in caplog.records) == MAX_ENGINES + 5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -184,8 +186,11 @@ def test_lost_kv_is_retried_elsewhere_or_fails_as_configured(
     )
     for name in ("first", "second"):
         until(partial(peer, router, "sink", name), "no handshake")
-    engines["first"].ranks[0].process.kill()
+    first = engines["first"].ranks[0].process
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)  # a broken connection would be noticed before the next request
     answers = [complete(router, [token + shift for token in PROMPT]) for shift in range(3)]
+    first.kill()
     for shift, (status, answer) in enumerate(answers):
         tokens = [token + shift for token in PROMPT]
         if status == 200:

@@ -62,6 +62,7 @@ class SimEventLoopThread:
         self._stopping: asyncio.Future[str] = self._process.world.loop.create_future()
         self._last = 0.0
         self.ready = False
+        self.on_ended: Callable[[], None] = lambda: None
 
     def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
         self._process.world.loop.create_task(self._run())
@@ -72,6 +73,8 @@ class SimEventLoopThread:
             self._mailbox.put(Shutdown("the event loop has ended"))
         except EngineFailed as error:
             self._end_process(error)
+        finally:
+            self.on_ended()
 
     def _is_ready(self) -> None:
         self.ready = True
@@ -320,8 +323,9 @@ class SimEngine:
         self.process.post(drain)
 
     def _stop(self, reason: str) -> None:
+        thread: Any = self.event_loop._thread
+        thread.on_ended = lambda: self.world.after(0.0, lambda: self.network.kill(self.process))
         self.event_loop.stop(reason, failed=False)
-        self.world.after(0.2, lambda: self.network.kill(self.process))
 
     def _end_process(self, error: EngineFailed) -> None:
         self.world.fail(f"{self.spec.name} ends: {error}")

@@ -30,5 +30,6 @@ def run_serve(model: str, config: ClusterConfig) -> int:
         )
         console.url(url)
         Supervisor(children, [cluster.router, *cluster.engines], console.echo, config.time.start_timeout).run()
+        return 0
 
     return supervised(body)

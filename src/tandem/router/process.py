@@ -69,6 +69,7 @@ async def _serve(
         request_timeout=config.time.request_timeout,
         route_timeout=config.time.route_timeout,
         seed=config.run.seed,
+        kv_aware=kind == "router" and config.routing == "kv-aware",
     )
     loader = ModelLoader(backend)
     http = config.http

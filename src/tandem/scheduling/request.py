@@ -118,6 +118,15 @@ class Request:
             return "stop"
         return "length" if len(self.tokens) >= self.max_len else None
 
+    def can_adopt(self, token: int) -> bool:
+        """Return whether to go on from a first token that the prefill engine sampled, and sends to the client itself.
+
+        Where it ends the request, this engine sends it too, as that engine may die before it has; with its
+        log-probabilities, if they are asked for, and only a token's own sampler knows those.
+        """
+        stops = token in self.stop_tokens and self.output_len + 1 > self.sampling.min_tokens
+        return self.sampling.logprobs is None or not (stops or len(self.tokens) + 1 >= self.max_len)
+
     def stats(self, now: float) -> RequestStats:
         """Return the times so far. `transfer_time` runs from admission until all KV had arrived."""
         admitted = self.admitted_at if self.admitted_at is not None else now

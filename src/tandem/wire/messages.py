@@ -94,9 +94,9 @@ class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
-    """The answer to Register and to every heartbeat. An engine that is not `known` shall register again.
+    """The answer to Register, to every heartbeat, and to Goodbye, before which all else has been received then.
 
-    `connection` is that of the last Register that arrived.
+    An engine that is not `known` shall register again unless it leaves. `connection`: of the last Register received.
     """
 
     known: bool

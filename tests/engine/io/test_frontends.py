@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
+import pytest
 import zmq
 import zmq.asyncio
 
@@ -17,6 +18,7 @@ from tandem.wire.messages import (
     EngineStatus,
     Failed,
     Generate,
+    Goodbye,
     Outputs,
     Register,
     Registered,
@@ -89,6 +91,69 @@ def test_when_the_connection_breaks_requests_are_given_up_and_the_frontend_is_to
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         after.close()
+        context.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
+def test_an_engine_leaves_once_its_goodbye_has_been_received_and_registers_no_more() -> None:
+    """A process that ends takes along what it has not sent yet: the last tokens of requests that it has finished."""
+
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        there = FakeFrontend(sockets)
+        events = FrontendEvents(lambda generate: None, lambda request_id: None, lambda introduce: None)
+        address = Address("127.0.0.1", there.port)
+        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
+        running = asyncio.create_task(frontend.run())
+        await there.registration()
+        there.send(Registered(True, 0))
+        while not isinstance(await there.receive(), EngineStatus):
+            pass
+        frontend.send([Failed("r", "internal_error", "no")])
+        leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
+        kinds = []
+        while Goodbye not in kinds:
+            kinds.append(type(await there.receive()))
+            assert not leaving.done()
+        assert kinds[-2:] == [Outputs, Goodbye]
+        there.send(Registered(True, 0))  # to an earlier heartbeat
+        there.send(Registered(False))
+        await leaving
+        frontend.send([Failed("last", "internal_error", "no")])
+        assert isinstance(await there.receive(), Outputs), "no heartbeat, no registration"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        there.close()
+        context.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_engine_does_not_wait_to_leave_a_frontend_that_is_not_there(known: bool) -> None:
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        there = FakeFrontend(sockets)
+        events = FrontendEvents(lambda generate: None, lambda request_id: None, lambda introduce: None)
+        address = Address("127.0.0.1", there.port)
+        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
+        running = asyncio.create_task(frontend.run())
+        await there.registration()
+        if known:
+            there.send(Registered(True, 0))
+            while not isinstance(await there.receive(), EngineStatus):
+                pass
+        leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
+        if known:
+            while not isinstance(await there.receive(), Goodbye):
+                pass
+        there.close()
+        await leaving
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         context.destroy(linger=0)
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))

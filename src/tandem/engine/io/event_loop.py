@@ -175,10 +175,10 @@ class LeaderEventLoop:
             for task in tasks:
                 if task.done():
                     task.result()
-            self._say_goodbye(stopping.result(), failed=self._failed)
-        except BaseException as error:
+            await self._leave_frontends(stopping.result(), failed=self._failed)
+        except Exception as error:
             failed = str(error)
-            self._say_goodbye(failed, failed=True)
+            await self._leave_frontends(failed, failed=True)
             raise
         finally:
             self._transfer_threads.stop(failed)
@@ -186,9 +186,8 @@ class LeaderEventLoop:
             await _cancel(tasks)
             self._transfer_socket.close(linger=500)
 
-    def _say_goodbye(self, reason: str, *, failed: bool) -> None:
-        for frontend in self._frontends:
-            frontend.goodbye(reason, failed=failed)
+    async def _leave_frontends(self, reason: str, *, failed: bool) -> None:
+        await asyncio.gather(*(frontend.leave(reason, failed=failed) for frontend in self._frontends))
 
     async def _serve_frontends(self, ready: Callable[[], None]) -> None:
         await self._transfer_threads.ready.wait()
