@@ -19,7 +19,6 @@ from tandem.wire.sampling import SamplingParams, TokenId
 MAX_PROMPT_TOKENS = 4_194_304
 MAX_RANKS = 4096
 MAX_PEERS = 4096
-
 MAX_TEXT = 4096
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -53,8 +52,7 @@ class Local(msgspec.Struct, frozen=True, tag="local"):
 class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
     """Compute the prompt and one token, and keep the prompt's KV for a decode engine to read.
 
-    Attributes:
-        published: the client is a foreign proxy: answer with `KvTransferParams`, and expect a claim only later.
+    `published`: the client is a foreign proxy: answer with `KvTransferParams`, and expect a claim only later.
     """
 
     published: bool = False
@@ -99,9 +97,7 @@ class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
     """The answer to Register, to every heartbeat, and to Goodbye, before which all else has been received then.
 
-    Attributes:
-        known: whether the engine is registered; if not, it shall register again unless it leaves.
-        connection: from the last Register that arrived.
+    An engine that is not `known` shall register again unless it leaves. `connection`: of the last Register received.
     """
 
     known: bool
@@ -152,6 +148,8 @@ ToEngine = Registered | Generate | Abort | Introduce | EngineControl
 
 
 class RankInfo(msgspec.Struct, frozen=True):
+    """A rank; `openmp` (a file name, or none) and `threads` are what it computes with on the CPU."""
+
     rank: Count
     tp_rank: Count
     pp_rank: Count
@@ -159,6 +157,8 @@ class RankInfo(msgspec.Struct, frozen=True):
     pid: Count
     engine_id: Name
     incarnation: Name
+    openmp: Name = "none"
+    threads: Count = 1
 
 
 class KvUsage(msgspec.Struct, frozen=True):

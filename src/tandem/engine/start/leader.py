@@ -13,6 +13,7 @@ from tandem.engine.start.rank import Rank
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
+from tandem.engine.step.step_message import StepEncoder
 from tandem.engine.step_commands import Command
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
@@ -48,7 +49,8 @@ class Leader:
         self._start_timeout = config.time.start_timeout
         self.mailbox: Mailbox[Command] = Mailbox()
         size = len(engine.ranks)
-        self._pipeline = LeaderPipeline(runner, sockets.step, size) if size > 1 else SoloPipeline(runner)
+        steps = StepEncoder(config.batch.max_num_seqs)
+        self._pipeline = LeaderPipeline(runner, steps, sockets.step, size) if size > 1 else SoloPipeline(runner, steps)
         if size == 1:
             sockets.step.close(linger=0)  # what strangers sent to it nobody would read
         pool = BlockPool(layout.blocks, layout.block_size)
