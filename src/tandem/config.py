@@ -21,6 +21,7 @@ from tandem.flags import (
     RUNNING,
     check_choice,
     check_counts,
+    check_model_names,
     check_port,
     check_positive,
     parse_address,
@@ -44,8 +45,8 @@ MAX_BLOCK_SIZE = 1024
 @Parameter(name="*", group=MODEL)
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    served_model_name: str | None = None
-    "What clients call the model; by default the folder's or the hub's name."
+    served_model_name: Annotated[tuple[str, ...], Parameter(negative=(), show_default=list)] = ()
+    "What clients call the model, besides MODEL as typed and its last part; answers have the first name."
     dtype: DType = "auto"
     "auto: as the model says."
     device: Device = "auto"
@@ -56,6 +57,7 @@ class ModelSection:
         check_choice("dtype", self.dtype, DType)
         check_choice("device", self.device, Device)
         check_positive(max_model_len=self.max_model_len)
+        check_model_names(self.served_model_name)
 
 
 @Parameter(name="*", group=MODEL)

@@ -175,6 +175,8 @@ def cluster_config(flags: Mapping[str, Any]) -> ClusterConfig:
     values = {"log_level": "warning", **flags, "port": 0}
     if isinstance(values.get("kv_memory"), str):
         values["kv_memory"] = parse_size(values["kv_memory"], "--kv-memory")
+    if isinstance(values.get("served_model_name"), str):
+        values["served_model_name"] = (values["served_model_name"],)
     if values.get("cluster_key_file") is not None:
         # Absolute, as child processes start in the directory in which Python was started.
         values["cluster_key_file"] = Path(values["cluster_key_file"]).resolve()

@@ -170,7 +170,7 @@ class FakeBackend:
     async def model(self) -> ModelCard:
         if self.no_model is not None:
             raise self.no_model
-        return ModelCard(MODEL, str(self.folder), MODEL_LEN, 1)
+        return ModelCard(MODEL, str(self.folder), MODEL_LEN, 1, aliases=("./models/tiny", "org/tiny"))
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)

@@ -87,7 +87,7 @@ class InfoEndpoints:
     async def model(self, request: Request) -> Response:
         card = await self._backend.model()
         name = request.path_params["name"]
-        if name != card.name:
+        if not card.is_called(name):
             raise ModelNotFound(f"there is no model {clipped(name)!r} here; it is {card.name!r}", param="model")
         return json_response(_describe_model(card))
 

@@ -113,7 +113,7 @@ class GenerateEndpoint(Generic[Body]):
 
     def _check(self, body: Body, model: LoadedModel) -> None:
         """Raise InvalidRequest for what is refused before any work on the prompt."""
-        if body.model is not None and body.model != model.card.name:
+        if body.model is not None and not model.card.is_called(body.model):
             raise ModelNotFound(
                 f"there is no model {clipped(body.model)!r} here; it is {model.card.name!r}", param="model"
             )

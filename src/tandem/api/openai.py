@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from tandem.api.backend import ServingDetails
-from tandem.wire.messages import KvTransferParams
+from tandem.wire.messages import CacheSalt, KvTransferParams
 from tandem.wire.sampling import MAX_LOGPROBS
 
 MAX_N = 128
@@ -56,6 +56,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
+    cache_salt: CacheSalt | None = None
     return_token_ids: bool | None = None
     kv_transfer_params: dict[str, Any] | None = None
 

@@ -25,24 +25,24 @@ Converted = TypeVar("Converted")
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("allowed_token_ids", "chat_template", "prompt_logprobs", "truncate_prompt_tokens"), ()),
     **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
-    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
-    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
-    "safety_identifier": (),
+    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "web_search_options"), ()),
     **dict.fromkeys(("bad_words", "documents", "functions", "tools"), ([],)),
-    **dict.fromkeys(("continue_final_message", "include_stop_str_in_output", "store", "use_beam_search"), (False,)),
+    **dict.fromkeys(("continue_final_message", "include_stop_str_in_output", "use_beam_search"), (False,)),
     **dict.fromkeys(("add_generation_prompt", "detokenize", "skip_special_tokens"), (True,)),
     "spaces_between_special_tokens": (True,),
     "length_penalty": (1, 1.0),
-    "metadata": ({},),
     "modalities": (["text"],),
-    "priority": (0,),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
     "suffix": ("",),
     # Tools are not served, so the fields that only steer them may say anything that does not ask for a call.
     **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
     "parallel_tool_calls": (True, False),
 }
+# Fields that ask for nothing of the model, of any value: they are for the provider's books, or hints how to serve.
+WITHOUT_EFFECT = (
+    *("metadata", "priority", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    *("safety_identifier", "service_tier", "store", "verbosity"),
+)
 # What the official client's own message objects have when an answer is sent back as part of a conversation.
 NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
@@ -207,7 +207,7 @@ def _decoder(kind: type[GenerateBody]) -> msgspec.json.Decoder[Any]:
         elif field.name in WHOLE_FIELDS:
             hint = _or_float(hint)
         fields.append((field.name, hint, field.default))
-    return msgspec.json.Decoder(_struct(kind.__name__, fields, NOT_SERVED))
+    return msgspec.json.Decoder(_struct(kind.__name__, fields, (*NOT_SERVED, *WITHOUT_EFFECT)))
 
 
 def _message_type() -> type[msgspec.Struct]:

@@ -74,7 +74,7 @@ def prepare_request(
             index = len(sequences)
             own_id = f"{request_id}-{index}" if count > 1 else request_id
             own = msgspec.structs.replace(sampling, seed=(sampling.seed + copy) % 2**63)  # each choice has its own
-            request = TokenRequest(own_id, prompt.token_ids, own, kv)
+            request = TokenRequest(own_id, prompt.token_ids, own, kv, body.cache_salt)
             output = OutputProcessor(model.tokenizer, index, stops, own)
             sequences.append(PreparedSequence(request, prompt, copy == 0, output))
     wants_tokens = bool(body.return_token_ids) or prompts[0][1].logprobs is not None

@@ -54,7 +54,7 @@ def new_request(
         order=order,
         arrived_at=now,
         deadline=now + message.time_left,
-        chain=PrefixChain(tokens, pool.block_size),
+        chain=PrefixChain(tokens, pool.block_size, message.cache_salt or ""),
         kv=message.kv,
         digest=output_digest(tokens[message.prompt_len :]),
     )
