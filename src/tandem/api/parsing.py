@@ -14,12 +14,13 @@ from msgspec import NODEFAULT, Meta
 
 from tandem.api.http_errors import UnknownField, UnsupportedField, clipped
 from tandem.api.json_structure import MAX_NUMBERS, check_structure
-from tandem.api.openai import Body, ChatMessage, GenerateBody
+from tandem.api.openai import ChatMessage, GenerateBody
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import KvTransferParams
 from tandem.wire.sampling import SamplingParams
 
 Converted = TypeVar("Converted")
+Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
@@ -27,8 +28,8 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
     **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "web_search_options"), ()),
     **dict.fromkeys(("bad_words", "documents", "functions", "tools"), ([],)),
-    **dict.fromkeys(("continue_final_message", "include_stop_str_in_output", "use_beam_search"), (False,)),
-    **dict.fromkeys(("add_generation_prompt", "detokenize", "skip_special_tokens"), (True,)),
+    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), (False,)),
+    **dict.fromkeys(("detokenize", "skip_special_tokens"), (True,)),
     "spaces_between_special_tokens": (True,),
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
@@ -67,7 +68,7 @@ _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*?)`
 _STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
-def parse(body: bytes | bytearray, kind: type[Body], max_list: int = MAX_NUMBERS) -> Body:
+def parse(body: bytes | bytearray, kind: type[Parsed], max_list: int = MAX_NUMBERS) -> Parsed:
     """Return the body as a `kind`. Raises InvalidRequest, with the field at fault in `param`.
 
     Args:
@@ -164,7 +165,7 @@ def _asks_for_nothing(raw: bytes, neutral: tuple[Any, ...]) -> bool:
 
 
 def _served(name: str, value: Any) -> Any:
-    if name == "messages":
+    if name == "messages" and value is not None:
         return [_served_message(one, place) for place, one in enumerate(value)]
     if name in WHOLE_FIELDS and isinstance(value, float):
         if not value.is_integer():
@@ -193,7 +194,7 @@ def _served_message(read: Any, place: int) -> ChatMessage:
 
 
 @cache
-def _decoder(kind: type[GenerateBody]) -> msgspec.json.Decoder[Any]:
+def _decoder(kind: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
     """Return a decoder that takes what clients may write for a `kind`, and refuses the rest as soon as it comes to it.
 
     Fields that are not served are left as they are written; whole numbers may be written as floats, as 16.0.
@@ -203,7 +204,8 @@ def _decoder(kind: type[GenerateBody]) -> msgspec.json.Decoder[Any]:
     for field in msgspec.structs.fields(kind):
         hint = hints[field.name]
         if field.name == "messages":
-            hint = Annotated[list[_message_type()], Meta(min_length=1)]  # type: ignore[misc]
+            messages: Any = Annotated[list[_message_type()], Meta(min_length=1)]  # type: ignore[misc]
+            hint = messages if field.required else messages | None
         elif field.name in WHOLE_FIELDS:
             hint = _or_float(hint)
         fields.append((field.name, hint, field.default))
