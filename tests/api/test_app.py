@@ -196,7 +196,7 @@ def test_metrics_count_requests_tokens_and_what_engines_tell(folder: Path) -> No
         'tandem_engine_kv_bytes_total{engine_id="d0",role="decode"}': 0,
     }
     assert {name: sample(text, name) for name in expected} == expected
-    assert all(line.startswith(("#", "tandem_")) for line in text.splitlines())
+    assert all(line.startswith(("#", "tandem_", "vllm:")) for line in text.splitlines())
 
 
 def test_the_application_imports_neither_torch_nor_transformers() -> None:
