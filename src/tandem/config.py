@@ -35,6 +35,7 @@ Role = Literal["prefill", "decode", "mixed"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 KvFailure = Literal["recompute", "retry", "fail"]
+GenerationSource = Literal["auto", "tandem"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 MAX_TP = 1024
@@ -192,10 +193,13 @@ class RunSection:
     "CPU threads per rank; by default the cores of this machine over the ranks of the engine."
     seed: int | None = None
     "For requests that bring no seed."
+    generation_config: GenerationSource = "auto"
+    "Sampling of requests that say nothing: auto as the model's generation_config.json says, tandem as OpenAI's API."
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
         check_choice("kv_failure", self.kv_failure, KvFailure)
+        check_choice("generation_config", self.generation_config, GenerationSource)
         check_choice("log_level", self.log_level, LogLevel)
 
 

@@ -38,9 +38,9 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     prompt = Prompt(token_ids, text)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
-    limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
+    limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), model.defaults.max_tokens, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = sampling_params(body, limit, logprobs, model.card.seed)
+    sampling = sampling_params(body, limit, logprobs, model.card.seed, model.defaults.sampling)
     return prepare_request(request_id, body, model, [(prompt, sampling)])
 
 

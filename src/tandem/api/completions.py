@@ -64,7 +64,7 @@ class CompletionBuilder(ResponseBuilder[CompletionBody]):
 
 def _sampling(body: CompletionBody, prompt: Prompt, model: LoadedModel) -> SamplingParams:
     limit = model.output_limit(len(prompt.token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
-    return sampling_params(body, limit, body.logprobs, model.card.seed)
+    return sampling_params(body, limit, body.logprobs, model.card.seed, model.defaults.sampling)
 
 
 def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -86,18 +86,27 @@ def parse(body: bytes | bytearray, kind: type[Parsed], max_list: int = MAX_NUMBE
 
 
 def sampling_params(
-    body: GenerateBody, max_tokens: int, logprobs: int | None, default_seed: int | None = None
+    body: GenerateBody,
+    max_tokens: int,
+    logprobs: int | None,
+    default_seed: int | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> SamplingParams:
-    """Return the sampling parameters of `body`. Defaults are OpenAI's, not those of the model's generation_config.json.
+    """Return the sampling parameters of `body`.
 
-    Without any seed a random one is taken. Raises InvalidRequest for a value out of range.
+    Args:
+        default_seed: for a body without one; None draws one.
+        defaults: by field, for a body that does not say; beyond them OpenAI's.
+
+    Raises InvalidRequest for a value out of range.
     """
     given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
     if given.get("top_k") == -1:
         given["top_k"] = 0
     wanted = default_seed if body.seed is None else body.seed
     seed = secrets.randbits(63) if wanted is None else wanted % 2**63
-    return convert(given | {"max_tokens": max_tokens, "logprobs": logprobs, "seed": seed}, SamplingParams)
+    fixed = {"max_tokens": max_tokens, "logprobs": logprobs, "seed": seed}
+    return convert({**(defaults or {}), **given, **fixed}, SamplingParams)
 
 
 def kv_transfer_params(fields: dict[str, Any]) -> KvTransferParams:
