@@ -205,7 +205,10 @@ def _section(section: type[Section], values: Mapping[str, Any]) -> Section:
 def request_fields(params: SamplingParams, stop: StopStrings) -> dict[str, Any]:
     """Return `params` as fields of a request that both APIs have. Raises InvalidRequest."""
     params.check()
-    given = {name: getattr(params, name) for name in params.__struct_fields__ if name != "logprobs"}
+    if params.banned_runs:
+        raise InvalidRequest("banned_runs is for engines; the HTTP API makes it of `bad_words`", param="banned_runs")
+    left_out = ("logprobs", "banned_runs")
+    given = {name: getattr(params, name) for name in params.__struct_fields__ if name not in left_out}
     return given | {"stop": stop, "return_token_ids": True}
 
 

@@ -46,6 +46,8 @@ def samples(api: Api, **labels: str) -> dict[str, float]:
 def test_all_have_the_models_name_and_say_what_our_own_say(fresh: Api) -> None:
     fresh.complete(n=2)
     fresh.complete(stream=True)
+    # An answer is out before it is counted.
+    assert until(lambda: samples(fresh)["tandem_request_seconds_count"] == 2, 10)
     named, everything = samples(fresh, model_name="tiny"), samples(fresh)
     assert named.keys() >= WANTED
     assert [name for name in everything if name.startswith("vllm:") and everything[name] != named[name]] == []

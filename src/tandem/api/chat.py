@@ -34,14 +34,17 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
     text = await render_chat(body, model)
-    [token_ids] = await model.encoder.encode([text], "messages", add_special_tokens=False)
+    keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
+    [token_ids] = await model.encoder.encode(
+        [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
+    )
     prompt = Prompt(token_ids, text)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), model.defaults.max_tokens, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(body, limit, logprobs, model.card.seed, model.defaults.sampling)
-    return prepare_request(request_id, body, model, [(prompt, sampling)])
+    return await prepare_request(request_id, body, model, [(prompt, sampling)])
 
 
 class ChatBuilder(ResponseBuilder[ChatBody]):

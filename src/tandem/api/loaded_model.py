@@ -54,6 +54,20 @@ class LoadedModel:
             return asked
         return room if default is None else min(default, room)
 
+    def prompt_limit(self, asked: int | None, max_tokens: int | None) -> int | None:
+        """Return how many of a prompt's last tokens are kept; None for all.
+
+        Args:
+            asked: truncate_prompt_tokens; -1 for what leaves room for the output.
+        """
+        longest = self.card.max_model_len
+        if asked is not None and asked > longest:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {asked}, and this model takes {longest} tokens",
+                param="truncate_prompt_tokens",
+            )
+        return max(1, longest - (max_tokens or 1)) if asked == -1 else asked
+
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
         """Raise InvalidRequest for one that the vocabulary does not have."""
         size = self.tokenizer.vocab_size

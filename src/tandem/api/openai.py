@@ -12,15 +12,18 @@ from msgspec import UNSET, Meta, UnsetType
 
 from tandem.api.backend import ServingDetails
 from tandem.wire.messages import CacheSalt, KvTransferParams
-from tandem.wire.sampling import MAX_LOGPROBS
+from tandem.wire.sampling import MAX_COUNT, MAX_LOGPROBS
 
 MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_PARTS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 128
 
 N = Annotated[int, Meta(ge=1, le=MAX_N)]
 LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 # --- bodies of requests -------------------------------------------------------------------------------------------
@@ -54,6 +57,12 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     logit_bias: dict[int, float] | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_COUNT)] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
     cache_salt: CacheSalt | None = None

@@ -24,13 +24,12 @@ Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("allowed_token_ids", "chat_template", "prompt_logprobs", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("chat_template", "prompt_logprobs"), ()),
     **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
     **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "web_search_options"), ()),
-    **dict.fromkeys(("bad_words", "documents", "functions", "tools"), ([],)),
-    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), (False,)),
-    **dict.fromkeys(("detokenize", "skip_special_tokens"), (True,)),
-    "spaces_between_special_tokens": (True,),
+    **dict.fromkeys(("documents", "functions", "tools"), ([],)),
+    "use_beam_search": (False,),
+    **dict.fromkeys(("detokenize", "spaces_between_special_tokens"), (True,)),
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
@@ -55,7 +54,10 @@ NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 WHOLE_FIELDS = frozenset(
-    ("n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed", "logprobs", "top_logprobs")
+    (
+        *("n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed"),
+        *("logprobs", "top_logprobs", "truncate_prompt_tokens"),
+    )
 )
 MIN_LIST = 65536  # numbers: block ids of a foreign proxy are a list too
 MAX_NEUTRAL = 64  # bytes of a value that asks for nothing

@@ -1,6 +1,7 @@
 """Chooses tokens from logits.
 
-Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
+Order, as in vLLM: tokens that are not allowed, stop tokens before `min_tokens` and the last tokens of banned runs are
+ruled out; `logit_bias`; repetition, then frequency and presence
 penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
 `min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the model gave
 them.
@@ -93,7 +94,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    return params.temperature < _GREEDY and at.history is None and not at.stop_ids and not params.logit_bias
+    return params.temperature < _GREEDY and at.history is None and not at.stop_ids and not params.rules_out
 
 
 def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, RequestError]]:
@@ -123,7 +124,14 @@ def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, 
 def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
     """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns an error if that cannot be done."""
     params, vocabulary = at.params, logits.shape[-1]
+    if params.allowed_token_ids is not None:
+        allowed = [token for token in params.allowed_token_ids if token < vocabulary]
+        kept = logits[allowed]
+        logits.fill_(-math.inf)
+        logits[allowed] = kept
     banned = [token for token in at.stop_ids if token < vocabulary]
+    if at.history is not None and params.banned_runs:
+        banned += [token for token in _run_ends(params.banned_runs, *at.history) if token < vocabulary]
     if banned:
         logits[banned] = -math.inf
     if params.logit_bias:
@@ -135,6 +143,16 @@ def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
     if at.history is not None:
         _penalise(logits, params, *at.history)
     return None
+
+
+def _run_ends(runs: list[list[int]], tokens: list[int], prompt_len: int) -> list[int]:
+    """Return the tokens that would complete a run; all of it must be output."""
+    output = tokens[max(prompt_len, len(tokens) - max(map(len, runs)) + 1) :]
+    ends = []
+    for *before, last in runs:
+        if len(before) <= len(output) and output[len(output) - len(before) :] == before:
+            ends.append(last)
+    return ends
 
 
 def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_len: int) -> None:
