@@ -20,6 +20,7 @@ from tandem.api.parsing import message_text, sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.prompt_encoder import INLINE_CHARS, INLINE_TEXTS
 from tandem.api.response_builder import ResponseBuilder, finite
+from tandem.api.structured import checked_grammar
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
 
@@ -33,6 +34,7 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     """Raises InvalidRequest."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
+    grammar = await checked_grammar(body, model)
     text = await _render(body, model)
     [token_ids] = await model.encoder.encode([text], "messages", add_special_tokens=False)
     prompt = Prompt(token_ids, text)
@@ -41,7 +43,7 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(body, limit, logprobs, model.card.seed)
-    return prepare_request(request_id, body, model, [(prompt, sampling)])
+    return prepare_request(request_id, body, model, [(prompt, sampling)], grammar)
 
 
 class ChatBuilder(ResponseBuilder[ChatBody]):

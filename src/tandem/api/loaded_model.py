@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tandem.api.backend import Backend, ModelCard
 from tandem.api.chat_template import ChatTemplate, load_template
+from tandem.api.grammars import GrammarCheck
 from tandem.api.http_errors import ContextTooLong
 from tandem.api.prompt_encoder import PromptEncoder
 from tandem.api.text_pool import TextPool
@@ -22,6 +23,7 @@ class LoadedModel:
     Attributes:
         encoder: tokenizes, in bounded work.
         pool: for other work on text.
+        grammars: checks those of structured answers.
     """
 
     card: ModelCard
@@ -29,6 +31,7 @@ class LoadedModel:
     template: ChatTemplate
     encoder: PromptEncoder
     pool: TextPool
+    grammars: GrammarCheck
 
     def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
         """Return the number of tokens that may follow the prompt.
@@ -80,14 +83,17 @@ class ModelLoader:
 
     async def _load(self, card: ModelCard) -> LoadedModel:
         if self._loaded is not None and self._loaded.card.path == card.path:
-            return self._model(card, self._loaded.tokenizer, self._loaded.template)
+            return self._model(card, self._loaded.tokenizer, self._loaded.template, self._loaded.grammars)
         folder = Path(card.path)
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, folder)
-            return self._model(card, tokenizer, await asyncio.to_thread(load_template, folder))
+            template = await asyncio.to_thread(load_template, folder)
+            return self._model(card, tokenizer, template, GrammarCheck(tokenizer))
         except (ModelError, OSError, ValueError) as error:  # the path is what an engine says
             raise RequestError(f"the model's text files cannot be used: {error}") from error
 
-    def _model(self, card: ModelCard, tokenizer: Tokenizer, template: ChatTemplate) -> LoadedModel:
+    def _model(
+        self, card: ModelCard, tokenizer: Tokenizer, template: ChatTemplate, grammars: GrammarCheck
+    ) -> LoadedModel:
         encoder = PromptEncoder(tokenizer, self._pool, card.max_model_len)
-        return LoadedModel(card, tokenizer, template, encoder, self._pool)
+        return LoadedModel(card, tokenizer, template, encoder, self._pool, grammars)

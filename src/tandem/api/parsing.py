@@ -24,7 +24,6 @@ Converted = TypeVar("Converted")
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("allowed_token_ids", "chat_template", "prompt_logprobs", "truncate_prompt_tokens"), ()),
-    **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
     **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
     "safety_identifier": (),
@@ -36,7 +35,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "modalities": (["text"],),
     "priority": (0,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "suffix": ("",),
     # Tools are not served, so the fields that only steer them may say anything that does not ask for a call.

@@ -14,6 +14,7 @@ from tandem.api.output_processor import OutputProcessor
 from tandem.api.parsing import kv_transfer_params
 from tandem.api.stop_strings import StopPatterns
 from tandem.errors import InvalidRequest
+from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams
 
 
@@ -59,9 +60,17 @@ class PreparedRequest:
 
 
 def prepare_request(
-    request_id: str, body: GenerateBody, model: LoadedModel, prompts: list[tuple[Prompt, SamplingParams]]
+    request_id: str,
+    body: GenerateBody,
+    model: LoadedModel,
+    prompts: list[tuple[Prompt, SamplingParams]],
+    grammar: Grammar | None = None,
 ) -> PreparedRequest:
-    """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest."""
+    """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest.
+
+    Args:
+        grammar: what each of the answers must match.
+    """
     copies = body.n or 1
     count = len(prompts) * copies
     _check(body, model, prompts[0][1], count)
@@ -74,7 +83,7 @@ def prepare_request(
             index = len(sequences)
             own_id = f"{request_id}-{index}" if count > 1 else request_id
             own = msgspec.structs.replace(sampling, seed=(sampling.seed + copy) % 2**63)  # each choice has its own
-            request = TokenRequest(own_id, prompt.token_ids, own, kv)
+            request = TokenRequest(own_id, prompt.token_ids, own, kv, grammar)
             output = OutputProcessor(model.tokenizer, index, stops, own)
             sequences.append(PreparedSequence(request, prompt, copy == 0, output))
     wants_tokens = bool(body.return_token_ids) or prompts[0][1].logprobs is not None

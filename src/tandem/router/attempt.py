@@ -85,6 +85,7 @@ class Attempt:
             prompt_len=len(request.token_ids),
             sampling=request.sampling,
             time_left=max(0.0, self._seconds_left()),
+            grammar=request.grammar,
         )
         if route.prefill is None:
             return [self._send(generate, requested_kv(request.kv_transfer_params), route.decode)]

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from tandem.ids import EngineIdentity
+from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams, TokenId
 
 MAX_PROMPT_TOKENS = 4_194_304
@@ -115,6 +116,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
         token_ids: the prompt and, if the request is resumed, the output so far.
         prompt_len: number of `token_ids` that are the client's prompt.
         time_left: seconds until the request must have ended.
+        grammar: what the output must match.
     """
 
     request_id: Name
@@ -123,6 +125,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     sampling: SamplingParams
     time_left: Seconds
     kv: Local | Prefill | PullKv = msgspec.field(default_factory=Local)
+    grammar: Grammar | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

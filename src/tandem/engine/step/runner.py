@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable, Mapping
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -16,11 +18,14 @@ from tandem.models.decoder import Decoder
 from tandem.models.forward_batch import ForwardRow, build_forward_batch, row_problem
 from tandem.models.kv_cache import PagedKvCache
 from tandem.models.kv_checksums import KvChecksums
-from tandem.scheduling.batch import Batch, Row, Sampled, StepResult, row_failed
+from tandem.scheduling.batch import Batch, Mask, Row, RowError, SampleAt, Sampled, StepResult, row_failed
 from tandem.transfer.transports.base import Region
 
 CPU_KV_BYTES = 1 << 30
 CUDA_KV_SHARE = 0.85
+NO_MASK = RowError(RequestError.code, "the mask of the tokens that the request's grammar allows did not come")
+
+TakeMasks = Callable[[], Mapping[str, Mask]]
 
 
 class KvMemory:
@@ -68,26 +73,30 @@ class Runner:
         self._cache = PagedKvCache(memory.tensor, memory.layout, memory.checksums)
         self._dtype, self._device = memory.tensor.dtype, memory.tensor.device
         self._world = world
-        self._samples = world.position.is_last_stage and world.position.tp_rank == 0
+        self.samples = world.position.is_last_stage and world.position.tp_rank == 0
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult | None:
+    def run(self, batch: Batch, masks: TakeMasks = dict) -> StepResult | None:
         """Compute this rank's part; return the result on the one rank that samples.
+
+        Args:
+            masks: returns the masks of the constrained rows by request, for which it may wait; called once the model
+                has run, on the rank that samples.
 
         A row that no batch can be made of fails alone: every rank finds the same ones, and computes the others.
         """
         block_size = self._cache.block_size
         problems = [row_problem(_forward_row(row), block_size) for row in batch.rows]
         whole = Batch(batch.batch_id, [row for row, why in zip(batch.rows, problems, strict=True) if why is None])
-        result = self._compute(whole) if whole.rows else StepResult(batch.batch_id, [])
-        if result is None or not self._samples:
+        result = self._compute(whole, masks) if whole.rows else StepResult(batch.batch_id, [])
+        if result is None or not self.samples:
             return None
         sampled = iter(result.sampled)
         return StepResult(
             batch.batch_id, [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems]
         )
 
-    def _compute(self, batch: Batch) -> StepResult | None:
+    def _compute(self, batch: Batch, masks: TakeMasks) -> StepResult | None:
         rows = [_forward_row(row) for row in batch.rows]
         forward = build_forward_batch(rows, self._device, self._cache.block_size)
         width = self._decoder.config.hidden_size
@@ -96,21 +105,33 @@ class Runner:
         if not self._world.position.is_last_stage:
             self._world.send_to_next_stage(hidden)
             return None
-        return self._sample(batch, hidden, forward.last_tokens)
+        return self._sample(batch, hidden, forward.last_tokens, masks)
 
-    def _sample(self, batch: Batch, hidden: Tensor, last_tokens: Tensor) -> StepResult:
+    def _sample(self, batch: Batch, hidden: Tensor, last_tokens: Tensor, masks: TakeMasks) -> StepResult:
         wanted = [index for index, row in enumerate(batch.rows) if row.sample is not None]
         sampled: list[Sampled | None] = [None] * len(batch.rows)
         if wanted:
             picked = last_tokens if len(wanted) == len(batch.rows) else last_tokens[wanted]
             logits = self._decoder.logits(hidden, picked)
             if logits is not None:
-                requested = [row.sample for row in batch.rows if row.sample is not None]
+                requested = _with_masks([row for row in batch.rows if row.sample is not None], masks)
                 for index, token in zip(wanted, sample(logits, requested), strict=True):
                     sampled[index] = token
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a chunk is announced for others to read: it must be written
         return StepResult(batch.batch_id, sampled)
+
+
+def _with_masks(rows: list[Row], take: TakeMasks) -> list[SampleAt]:
+    """Return the sampling of rows that all have one, with their masks."""
+    wanted = [(row.request_id, row.sample) for row in rows if row.sample is not None]
+    if not any(at.constrained for _, at in wanted):
+        return [at for _, at in wanted]
+    masks = take()
+    return [
+        msgspec.structs.replace(at, mask=masks.get(request_id, NO_MASK)) if at.constrained else at
+        for request_id, at in wanted
+    ]
 
 
 def _forward_row(row: Row) -> ForwardRow:

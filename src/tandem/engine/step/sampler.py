@@ -1,9 +1,9 @@
 """Chooses tokens from logits.
 
 Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
-penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
-`min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the model gave
-them.
+penalties; tokens that the request's grammar does not allow are banned; then greedy rows take the largest logit, while
+the others are divided by their temperature, filtered by `min_p`, `top_k` and `top_p`, and drawn from. Reported
+log-probabilities are those of the logits as the model gave them.
 
 A draw inverts the cumulative distribution at one number made from the request's seed and the token's position alone:
 no state, no device's generator. So a request gets the same tokens however it is batched, preempted or resumed.
@@ -18,8 +18,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, RequestError
-from tandem.scheduling.batch import SampleAt, Sampled, row_failed
+from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, RequestError, request_error
+from tandem.scheduling.batch import RowError, SampleAt, Sampled, row_failed
 from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -71,6 +71,9 @@ def _sample_together(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
         for row, peak in enumerate(peaks.tolist())
         if not math.isfinite(peak)
     }
+    for row, at in enumerate(rows):
+        if isinstance(at.mask, RowError):
+            errors.setdefault(row, request_error(at.mask.code, at.mask.message))
     adjusted = [row for row, at in enumerate(rows) if row not in errors and not _is_greedy(at)]
     if adjusted:
         tokens, failures = _choose(logits[adjusted], [rows[row] for row in adjusted])
@@ -93,7 +96,8 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    return params.temperature < _GREEDY and at.history is None and not at.stop_ids and not params.logit_bias
+    plain = at.history is None and not at.stop_ids and not params.logit_bias and at.mask is None
+    return params.temperature < _GREEDY and plain
 
 
 def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, RequestError]]:
@@ -124,7 +128,7 @@ def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
     """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns an error if that cannot be done."""
     params, vocabulary = at.params, logits.shape[-1]
     banned = [token for token in at.stop_ids if token < vocabulary]
-    if banned:
+    if banned and at.mask is None:
         logits[banned] = -math.inf
     if params.logit_bias:
         unknown = max(params.logit_bias)
@@ -134,7 +138,23 @@ def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
         logits[list(params.logit_bias)] += logits.new_tensor(list(params.logit_bias.values()))
     if at.history is not None:
         _penalise(logits, params, *at.history)
+    if isinstance(at.mask, bytes):
+        logits.masked_fill_(~_allowed(at.mask, banned, logits), -math.inf)
     return None
+
+
+def _allowed(mask: bytes, banned: list[int], logits: Tensor) -> Tensor:
+    """Return which tokens [vocabulary] a mask allows, less the banned ones unless it allows nothing else."""
+    bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8).to(logits.device)
+    spread = (bits.unsqueeze(-1) >> torch.arange(8, device=logits.device)) & 1
+    allowed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    count = min(spread.numel(), len(allowed))
+    allowed[:count] = spread.flatten()[:count].bool()
+    if banned:
+        others = allowed.clone()
+        others[banned] = False
+        return others if bool(others.any()) else allowed
+    return allowed
 
 
 def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_len: int) -> None:
