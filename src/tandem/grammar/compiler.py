@@ -40,6 +40,9 @@ class Vocabulary:
 class GrammarCompiler:
     """Compiles grammars and keeps the latest ones. May be used from any thread.
 
+    Attributes:
+        encode: text to token ids, as the vocabulary's.
+
     Raises InvalidRequest for a model without an end-of-sequence token: no structured answer could end.
     """
 
@@ -48,7 +51,7 @@ class GrammarCompiler:
             raise InvalidRequest("this model has no end-of-sequence token, with which a structured answer must end")
         size = len(vocabulary.tokens)
         eos_ids = [token_id for token_id in vocabulary.eos_ids if token_id < size]
-        self.vocab_size = size
+        self.encode = vocabulary.encode
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(vocabulary, eos_ids)), n_vocab=size, eos_token=eos_ids)
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
