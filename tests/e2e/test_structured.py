@@ -65,7 +65,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": ["integer", "null"], "minimum": 0, "maximum": 9},
     {"$defs": {"colour": {"enum": ["red", "blue"]}}, **object_of(front={"$ref": "#/$defs/colour"})},
     {"$defs": {"node": NODE}, "type": "object", "properties": {"head": {"const": 1}}, "additionalProperties": False},
-    object_of(**{'ключ "x"': {"type": "boolean"}}),
+    {"type": "object", "properties": {'ключ "x"': {"type": "boolean"}}, "required": ['ключ "x"'], "maxProperties": 1},
     object_of(a={"anyOf": [{"type": "boolean"}, {"type": "null"}]}),
     {"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 0},
 ]

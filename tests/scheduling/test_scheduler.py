@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, Overloaded, WireError
@@ -111,6 +112,15 @@ def test_a_cached_prefix_is_not_computed_again_but_for_the_last_token() -> None:
         (end,) = record.terminal
         assert isinstance(end, Finished)
         assert end.stats.prefix_tokens == start
+        assert record.tokens == expected(record)
+
+
+def test_only_requests_with_the_same_salt_find_each_others_kv() -> None:
+    engine = FakeEngine()
+    for request_id, salt, start in (("a", None, 0), ("b", "x", 0), ("c", "y", 0), ("d", "x", 4), ("e", None, 4)):
+        message = msgspec.structs.replace(generate(request_id, [1, 2, 3, 4, 1, 2, 3, 4], max_tokens=1), cache_salt=salt)
+        record = engine.add(message)
+        assert rows(engine) == [(request_id, start, 8 - start)]
         assert record.tokens == expected(record)
 
 

@@ -13,6 +13,7 @@ from tandem.api.http_errors import Unauthorized, error_response
 from tandem.ids import new_request_id
 
 REQUEST_ID = b"x-request-id"
+GUARDED = ("/v1/", "/tokenize", "/detokenize")
 _ALLOWED = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -20,8 +21,8 @@ class ApiMiddleware:
     """Takes over or makes the request id, and lets in only those with the API key.
 
     A client's X-Request-Id is taken over if it has 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
-    response has it. With API keys, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
-    /tandem/ are open.
+    response has it. With API keys, everything under /v1/ and what works on text needs `Authorization: Bearer
+    KEY`; /health, /metrics, /tandem/ and the like are open.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
@@ -49,7 +50,7 @@ class ApiMiddleware:
     def _check(self, scope: Scope, authorization: bytes) -> None:
         """Name the client. Raises Unauthorized."""
         client: str | None = client_of(scope["client"][0]) if scope.get("client") else ""
-        if self._keys is not None and scope["path"].startswith("/v1/"):
+        if self._keys is not None and scope["path"].startswith(GUARDED):
             scheme, _, key = authorization.partition(b" ")
             client = self._keys.client(key.strip()) if scheme.lower() == b"bearer" else None
             if client is None:

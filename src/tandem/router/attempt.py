@@ -85,6 +85,7 @@ class Attempt:
             prompt_len=len(request.token_ids),
             sampling=request.sampling,
             time_left=max(0.0, self._seconds_left()),
+            cache_salt=request.cache_salt,
             grammar=request.grammar,
         )
         if route.prefill is None:

@@ -191,6 +191,30 @@ def test_a_bias_outside_of_the_vocabulary_fails_its_row() -> None:
     assert good.error is None
 
 
+def test_only_allowed_tokens_are_chosen_greedily_or_not() -> None:
+    logits = torch.tensor([[9.0, 5.0, 1.0, 0.0]])
+    assert sample(logits, [at(temperature=0.0, allowed_token_ids=[2, 3, 99])])[0].token_id == 2
+    assert support([9.0, 5.0, 1.0, 0.0], allowed_token_ids=[2, 3]) == {2, 3}
+    error = sample(logits, [at(allowed_token_ids=[1], stop_ids=[1])])[0].error
+    assert error is not None
+    assert error.code == "no_token_left"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "runs", "banned"),
+    [
+        ([5, 6], [[0]], {0}),
+        ([5, 6, 1, 2], [[1, 2, 0], [2, 1], [5, 6, 1, 2, 3]], {0, 1}),
+        ([1, 2], [[1, 2, 0]], set()),  # it would begin in the prompt
+        ([5, 6, 2], [[1, 2, 0]], set()),
+        ([5, 6, 1, 2, 2], [[1, 2, 0]], set()),
+        ([5, 6], [[99]], set()),
+    ],
+)
+def test_a_banned_run_is_not_completed(tokens: list[int], runs: list[list[int]], banned: set[int]) -> None:
+    assert support([0.0] * 4, history=(tokens, 2), banned_runs=runs) == {0, 1, 2, 3} - banned
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 7), min_size=1, max_size=12),

@@ -1,9 +1,10 @@
 """Chooses tokens from logits.
 
-Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
-penalties; tokens that the request's grammar does not allow are banned; then greedy rows take the largest logit, while
-the others are divided by their temperature, filtered by `min_p`, `top_k` and `top_p`, and drawn from. Reported
-log-probabilities are those of the logits as the model gave them.
+Order, as in vLLM: tokens that are not allowed, stop tokens before `min_tokens` and the last tokens of banned runs are
+ruled out; `logit_bias`; repetition, then frequency and presence penalties; tokens that the request's grammar does not
+allow are ruled out; then greedy rows take the largest logit, while the others are divided by their temperature,
+filtered by `min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the
+model gave them.
 
 A draw inverts the cumulative distribution at one number made from the request's seed and the token's position alone:
 no state, no device's generator. So a request gets the same tokens however it is batched, preempted or resumed.
@@ -96,7 +97,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    plain = at.history is None and not at.stop_ids and not params.logit_bias and at.mask is None
+    plain = at.history is None and not at.stop_ids and not params.rules_out and at.mask is None
     return params.temperature < _GREEDY and plain
 
 
@@ -127,8 +128,16 @@ def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, 
 def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
     """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns an error if that cannot be done."""
     params, vocabulary = at.params, logits.shape[-1]
-    banned = [token for token in at.stop_ids if token < vocabulary]
-    if banned and at.mask is None:
+    if params.allowed_token_ids is not None:
+        allowed = [token for token in params.allowed_token_ids if token < vocabulary]
+        kept = logits[allowed]
+        logits.fill_(-math.inf)
+        logits[allowed] = kept
+    stops = [token for token in at.stop_ids if token < vocabulary]
+    banned = stops.copy() if at.mask is None else []
+    if at.history is not None and params.banned_runs:
+        banned += [token for token in _run_ends(params.banned_runs, *at.history) if token < vocabulary]
+    if banned:
         logits[banned] = -math.inf
     if params.logit_bias:
         unknown = max(params.logit_bias)
@@ -139,22 +148,32 @@ def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
     if at.history is not None:
         _penalise(logits, params, *at.history)
     if isinstance(at.mask, bytes):
-        logits.masked_fill_(~_allowed(at.mask, banned, logits), -math.inf)
+        logits.masked_fill_(~_allowed(at.mask, stops, logits), -math.inf)
     return None
 
 
-def _allowed(mask: bytes, banned: list[int], logits: Tensor) -> Tensor:
-    """Return which tokens [vocabulary] a mask allows, less the banned ones unless it allows nothing else."""
+def _allowed(mask: bytes, stops: list[int], logits: Tensor) -> Tensor:
+    """Return which tokens [vocabulary] a mask allows, less the stop tokens unless it allows nothing else."""
     bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8).to(logits.device)
     spread = (bits.unsqueeze(-1) >> torch.arange(8, device=logits.device)) & 1
     allowed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     count = min(spread.numel(), len(allowed))
     allowed[:count] = spread.flatten()[:count].bool()
-    if banned:
+    if stops:
         others = allowed.clone()
-        others[banned] = False
+        others[stops] = False
         return others if bool(others.any()) else allowed
     return allowed
+
+
+def _run_ends(runs: list[list[int]], tokens: list[int], prompt_len: int) -> list[int]:
+    """Return the tokens that would complete a run; all of it must be output."""
+    output = tokens[max(prompt_len, len(tokens) - max(map(len, runs)) + 1) :]
+    ends = []
+    for *before, last in runs:
+        if len(before) <= len(output) and output[len(output) - len(before) :] == before:
+            ends.append(last)
+    return ends
 
 
 def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_len: int) -> None:
