@@ -175,3 +175,65 @@ def test_what_else_a_request_asks_for_holds_within_the_grammar(mixed: Deployment
 def test_what_is_broken_or_huge_is_refused_by_its_name(fields: dict[str, Any], param: str, mixed: Deployment) -> None:
     reply = mixed.http.send("POST", "/v1/completions", {"prompt": "hello"} | fields)
     assert (reply.status, reply.error["param"]) == (400, param), reply.body.decode()
+
+
+CITY = object_of(city={"enum": ["Rome", "Bern"]}, days={"type": "integer", "minimum": 1, "maximum": 9})
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "Forecast.", "parameters": CITY}},
+    {"type": "function", "function": {"name": "clock"}},
+]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_must_be_made_is_made_and_fits(choice: Any, split: Deployment, mixed: Deployment) -> None:
+    fields = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 400, "parallel_tool_calls": False}
+    for seed in range(3):
+        whole = ask(split, seed=seed, **fields).choice
+        assert whole["finish_reason"] in ("tool_calls", "length")
+        if whole["finish_reason"] == "length":
+            continue
+        [call] = whole["message"]["tool_calls"]
+        assert whole["message"]["content"] is None
+        assert (call["type"], call["function"]["name"]) in [("function", "weather"), ("function", "clock")]
+        if call["function"]["name"] == "weather":
+            jsonschema.validate(json.loads(call["function"]["arguments"]), CITY)
+        assert streamed_calls(mixed, seed=seed, **fields) == ([call["function"]], "tool_calls")
+
+
+def streamed_calls(deployment: Deployment, **fields: Any) -> tuple[list[Any], str | None]:
+    body = {"messages": [{"role": "user", "content": "hello"}], "stream": True} | fields
+    found, reason = [], None
+    for event in Stream(deployment.http.start("POST", "/v1/chat/completions", body)):
+        for choice in event["choices"]:
+            reason = choice["finish_reason"] or reason
+            found += [call["function"] for call in choice["delta"].get("tool_calls", [])]
+            assert not choice["delta"].get("content")
+    return found, reason
+
+
+def test_a_conversation_with_calls_can_go_on(mixed: Deployment) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12:00"},
+    ]
+    assert ask(mixed, messages=messages, tools=TOOLS, tool_choice="none", max_tokens=4).choice["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": TOOLS}, "tools"),  # this model's template shows no way to write a call
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "word"}}}],
+          "tool_choice": "required"}, "tools"),
+    ],
+)  # fmt: skip
+def test_tools_that_cannot_be_are_refused(fields: dict[str, Any], param: str, mixed: Deployment) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}]} | fields
+    reply = mixed.http.send("POST", "/v1/chat/completions", body)
+    assert (reply.status, reply.error["param"]) == (400, param), reply.body.decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from tandem.api.chat_prompt import render_chat
@@ -21,6 +22,7 @@ from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite
 from tandem.api.structured import checked_grammar
+from tandem.api.tools import AnswerCalls, answer_syntax, told_tools, tool_grammar
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
 
@@ -35,7 +37,16 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
     grammar = await checked_grammar(body, model)
-    text = await render_chat(body, model)
+    forced = tool_grammar(body)
+    if forced is not None:
+        if grammar is not None:
+            raise InvalidRequest("a call that must be made leaves no room for response_format", param="tool_choice")
+        await model.grammars.check(forced, "tools")
+        grammar = forced
+    syntax = answer_syntax(body, model)
+    if syntax is not None and syntax.special:
+        body = msgspec.structs.replace(body, skip_special_tokens=False)  # they mark the calls
+    text = await render_chat(body, model, told_tools(body))
     keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
     [token_ids] = await model.encoder.encode(
         [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
@@ -54,15 +65,27 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
     OBJECT = "chat.completion"
     CHUNK_OBJECT = "chat.completion.chunk"
 
+    def __init__(self, request: PreparedRequest, body: ChatBody) -> None:
+        super().__init__(request, body)
+        syntax = answer_syntax(body, request.model)
+        self._answers = [None if syntax is None else AnswerCalls(syntax) for _ in request.sequences]
+
     def choice(self, chunk: TextChunk, first: bool) -> ChatChoice:
-        return ChatChoice(
-            **self.choice_fields(chunk), message=AssistantMessage(chunk.text), logprobs=self._logprobs(chunk.tokens)
-        )
+        text, calls, fields = chunk.text, None, self.choice_fields(chunk)
+        if (answer := self._answers[chunk.index]) is not None:
+            text, calls = answer.read(chunk, indexed=False)
+            fields["finish_reason"] = answer.finish_reason(chunk)
+        message = AssistantMessage(None if calls and not text.strip() else text, tool_calls=calls or UNSET)
+        return ChatChoice(**fields, message=message, logprobs=self._logprobs(chunk.tokens))
 
     def chunk_choice(self, chunk: TextChunk, first: bool) -> ChatChunkChoice:
-        content = chunk.text if chunk.text or first else UNSET
-        delta = ChatDelta(content, "assistant" if first else UNSET)
-        return ChatChunkChoice(**self.choice_fields(chunk), delta=delta, logprobs=self._logprobs(chunk.tokens))
+        text, calls, fields = chunk.text, None, self.choice_fields(chunk)
+        if (answer := self._answers[chunk.index]) is not None:
+            text, calls = answer.read(chunk, indexed=True)
+            fields["finish_reason"] = answer.finish_reason(chunk)
+        content = text if text or (first and not calls) else UNSET
+        delta = ChatDelta(content, "assistant" if first else UNSET, calls or UNSET)
+        return ChatChunkChoice(**fields, delta=delta, logprobs=self._logprobs(chunk.tokens))
 
     def prompt_token_ids(self) -> list[int] | UnsetType:
         return self.request.sequences[0].prompt.token_ids if self.body.return_token_ids else UNSET

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from tandem.api.chat_template import PromptEnd
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import ChatMessage
 from tandem.api.parsing import message_text
 from tandem.api.prompt_encoder import INLINE_CHARS, INLINE_TEXTS
+from tandem.api.tools import told_calls
 from tandem.errors import InvalidRequest
 
 
@@ -26,19 +29,23 @@ class Chat(Protocol):
     def chat_template_kwargs(self) -> dict[str, Any] | None: ...
 
 
-async def render_chat(body: Chat, model: LoadedModel) -> str:
-    """Return the prompt as text. Raises InvalidRequest, Overloaded."""
-    messages = []
+async def render_chat(body: Chat, model: LoadedModel, tools: list[dict[str, Any]] | None = None) -> str:
+    """Return the prompt as text. Raises InvalidRequest, Overloaded.
+
+    Args:
+        tools: of which the model is told.
+    """
+    messages: list[dict[str, Any]] = []
     for index, message in enumerate(body.messages or ()):
-        one = {"role": message.role, "content": message_text(message, index)}
+        one = {"role": message.role, "content": message_text(message, index), **told_calls(message, index)}
         messages.append(one if message.name is None else one | {"name": message.name})
     variables = body.chat_template_kwargs or {}
     end = _end(body)
-    chars = sum(len(one["content"]) for one in messages)
+    chars = sum(len(one["content"]) for one in messages) + len(msgspec.json.encode(tools))
     model.encoder.check_length(chars, "messages")
     if chars <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
-        return model.template.render(messages, variables, end)
-    return await model.pool.run(model.template.render, messages, variables, end)
+        return model.template.render(messages, variables, end, tools)
+    return await model.pool.run(model.template.render, messages, variables, end, tools)
 
 
 def _end(body: Chat) -> PromptEnd:

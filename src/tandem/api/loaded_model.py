@@ -14,7 +14,8 @@ from tandem.api.http_errors import ContextTooLong
 from tandem.api.prompt_encoder import PromptEncoder
 from tandem.api.text_pool import TextPool
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
-from tandem.config import GenerationSource
+from tandem.api.tool_calls import ToolSyntax, syntax_of
+from tandem.config import GenerationSource, ToolCallParser
 from tandem.errors import InvalidRequest, ModelError, RequestError
 
 
@@ -27,6 +28,7 @@ class LoadedModel:
         pool: for other work on text.
         defaults: of requests that say nothing.
         grammars: checks those of structured answers.
+        tool_syntax: how it writes tool calls; None where that is not known.
     """
 
     card: ModelCard
@@ -36,6 +38,7 @@ class LoadedModel:
     pool: TextPool
     defaults: GenerationDefaults
     grammars: GrammarCheck
+    tool_syntax: ToolSyntax | None
 
     def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
         """Return the number of tokens that may follow the prompt.
@@ -84,11 +87,15 @@ class ModelLoader:
 
     Args:
         source: of the defaults of requests; "tandem" for OpenAI's.
+        tool_calls: how the model writes them; "auto" as its chat template shows.
     """
 
-    def __init__(self, backend: Backend, source: GenerationSource = "auto") -> None:
+    def __init__(
+        self, backend: Backend, source: GenerationSource = "auto", tool_calls: ToolCallParser = "auto"
+    ) -> None:
         self._backend = backend
         self._source = source
+        self._tool_calls = tool_calls
         self._lock = asyncio.Lock()
         self._pool = TextPool()
         self._loaded: LoadedModel | None = None
@@ -126,4 +133,5 @@ class ModelLoader:
         grammars: GrammarCheck,
     ) -> LoadedModel:
         encoder = PromptEncoder(tokenizer, self._pool, card.max_model_len)
-        return LoadedModel(card, tokenizer, template, encoder, self._pool, defaults, grammars)
+        syntax = syntax_of(self._tool_calls, template.source)
+        return LoadedModel(card, tokenizer, template, encoder, self._pool, defaults, grammars, syntax)

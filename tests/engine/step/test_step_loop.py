@@ -12,6 +12,7 @@ import pytest
 
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent
+from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.step_loop import StepLoop
 from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
@@ -115,7 +116,12 @@ class Rig:
     """A step loop in a thread of its own. `before`: commands that it finds when it starts."""
 
     def __init__(
-        self, policy: Any = "recompute", depth: int = 1, max_waiting: int = 8, before: Sequence[Command] = ()
+        self,
+        policy: Any = "recompute",
+        depth: int = 1,
+        max_waiting: int = 8,
+        before: Sequence[Command] = (),
+        masks: MaskMaker | None = None,
     ) -> None:
         self.pool = BlockPool(64, BLOCK)
         limits = Limits(max_num_seqs=4, max_batched_tokens=16, max_waiting=max_waiting, max_model_len=64)
@@ -135,7 +141,7 @@ class Rig:
             policy,
             PUBLISHED,
             self.clock,
-            no_grammars(),
+            masks or no_grammars(),
         )
         self.reason: list[str] = []
         self.thread = threading.Thread(target=lambda: self.reason.append(loop.run()))
