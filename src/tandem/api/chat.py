@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from tandem.api.answer_parts import AnswerParts
 from tandem.api.chat_prompt import render_chat
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import (
@@ -22,7 +23,7 @@ from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite
 from tandem.api.structured import checked_grammar
-from tandem.api.tools import AnswerCalls, answer_syntax, told_tools, tool_grammar
+from tandem.api.tools import answer_syntax, told_tools, tool_grammar
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
 
@@ -67,24 +68,27 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
 
     def __init__(self, request: PreparedRequest, body: ChatBody) -> None:
         super().__init__(request, body)
-        syntax = answer_syntax(body, request.model)
-        self._answers = [None if syntax is None else AnswerCalls(syntax) for _ in request.sequences]
+        self._answers = [AnswerParts(body, request.model, one) for one in request.sequences]
 
     def choice(self, chunk: TextChunk, first: bool) -> ChatChoice:
-        text, calls, fields = chunk.text, None, self.choice_fields(chunk)
-        if (answer := self._answers[chunk.index]) is not None:
-            text, calls = answer.read(chunk, indexed=False)
-            fields["finish_reason"] = answer.finish_reason(chunk)
-        message = AssistantMessage(None if calls and not text.strip() else text, tool_calls=calls or UNSET)
+        part = self._answers[chunk.index].read(chunk, indexed=False)
+        fields = self.choice_fields(chunk)
+        fields["finish_reason"] = part.finish_reason
+        content = None if part.calls and not part.content.strip() else part.content
+        message = AssistantMessage(content, reasoning_content=part.reasoning or UNSET, tool_calls=part.calls or UNSET)
         return ChatChoice(**fields, message=message, logprobs=self._logprobs(chunk.tokens))
 
     def chunk_choice(self, chunk: TextChunk, first: bool) -> ChatChunkChoice:
-        text, calls, fields = chunk.text, None, self.choice_fields(chunk)
-        if (answer := self._answers[chunk.index]) is not None:
-            text, calls = answer.read(chunk, indexed=True)
-            fields["finish_reason"] = answer.finish_reason(chunk)
-        content = text if text or (first and not calls) else UNSET
-        delta = ChatDelta(content, "assistant" if first else UNSET, calls or UNSET)
+        part = self._answers[chunk.index].read(chunk, indexed=True)
+        fields = self.choice_fields(chunk)
+        fields["finish_reason"] = part.finish_reason
+        bare = not part.calls and not part.reasoning
+        delta = ChatDelta(
+            part.content if part.content or (first and bare) else UNSET,
+            "assistant" if first else UNSET,
+            part.reasoning or UNSET,
+            part.calls or UNSET,
+        )
         return ChatChunkChoice(**fields, delta=delta, logprobs=self._logprobs(chunk.tokens))
 
     def prompt_token_ids(self) -> list[int] | UnsetType:

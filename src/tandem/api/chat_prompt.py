@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from tandem.api.chat_template import PromptEnd
+from tandem.api.http_errors import UnsupportedField
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import ChatMessage
 from tandem.api.parsing import message_text
@@ -26,6 +27,8 @@ class Chat(Protocol):
     @property
     def continue_final_message(self) -> bool | None: ...
     @property
+    def reasoning_effort(self) -> str | None: ...
+    @property
     def chat_template_kwargs(self) -> dict[str, Any] | None: ...
 
 
@@ -39,13 +42,25 @@ async def render_chat(body: Chat, model: LoadedModel, tools: list[dict[str, Any]
     for index, message in enumerate(body.messages or ()):
         one = {"role": message.role, "content": message_text(message, index), **told_calls(message, index)}
         messages.append(one if message.name is None else one | {"name": message.name})
-    variables = body.chat_template_kwargs or {}
+    variables = effort_variables(body, model) | (body.chat_template_kwargs or {})
     end = _end(body)
     chars = sum(len(one["content"]) for one in messages) + len(msgspec.json.encode(tools))
     model.encoder.check_length(chars, "messages")
     if chars <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
         return model.template.render(messages, variables, end, tools)
     return await model.pool.run(model.template.render, messages, variables, end, tools)
+
+
+def effort_variables(body: Chat, model: LoadedModel) -> dict[str, Any]:
+    """Return what tells the template of `reasoning_effort`. Raises UnsupportedField where it knows no such thing."""
+    if body.reasoning_effort is None:
+        return {}
+    source = model.template.source or ""
+    if "reasoning_effort" in source:
+        return {"reasoning_effort": body.reasoning_effort}
+    if "enable_thinking" in source:
+        return {"enable_thinking": body.reasoning_effort != "none"}
+    raise UnsupportedField("this model's chat template knows no effort; leave it out", param="reasoning_effort")
 
 
 def _end(body: Chat) -> PromptEnd:

@@ -12,10 +12,11 @@ from tandem.api.generation_defaults import OPENAIS, GenerationDefaults, load_def
 from tandem.api.grammars import GrammarCheck
 from tandem.api.http_errors import ContextTooLong
 from tandem.api.prompt_encoder import PromptEncoder
+from tandem.api.reasoning import reasons
 from tandem.api.text_pool import TextPool
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
 from tandem.api.tool_calls import ToolSyntax, syntax_of
-from tandem.config import GenerationSource, ToolCallParser
+from tandem.config import GenerationSource, ReasoningParser, ToolCallParser
 from tandem.errors import InvalidRequest, ModelError, RequestError
 
 
@@ -29,6 +30,7 @@ class LoadedModel:
         defaults: of requests that say nothing.
         grammars: checks those of structured answers.
         tool_syntax: how it writes tool calls; None where that is not known.
+        reasons: its answers may begin with reasoning.
     """
 
     card: ModelCard
@@ -39,6 +41,7 @@ class LoadedModel:
     defaults: GenerationDefaults
     grammars: GrammarCheck
     tool_syntax: ToolSyntax | None
+    reasons: bool
 
     def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
         """Return the number of tokens that may follow the prompt.
@@ -88,14 +91,20 @@ class ModelLoader:
     Args:
         source: of the defaults of requests; "tandem" for OpenAI's.
         tool_calls: how the model writes them; "auto" as its chat template shows.
+        reasoning: whether its answers begin with some.
     """
 
     def __init__(
-        self, backend: Backend, source: GenerationSource = "auto", tool_calls: ToolCallParser = "auto"
+        self,
+        backend: Backend,
+        source: GenerationSource = "auto",
+        tool_calls: ToolCallParser = "auto",
+        reasoning: ReasoningParser = "auto",
     ) -> None:
         self._backend = backend
         self._source = source
         self._tool_calls = tool_calls
+        self._reasoning = reasoning
         self._lock = asyncio.Lock()
         self._pool = TextPool()
         self._loaded: LoadedModel | None = None
@@ -134,4 +143,5 @@ class ModelLoader:
     ) -> LoadedModel:
         encoder = PromptEncoder(tokenizer, self._pool, card.max_model_len)
         syntax = syntax_of(self._tool_calls, template.source)
-        return LoadedModel(card, tokenizer, template, encoder, self._pool, defaults, grammars, syntax)
+        thinks = reasons(self._reasoning, template.source)
+        return LoadedModel(card, tokenizer, template, encoder, self._pool, defaults, grammars, syntax, thinks)

@@ -25,7 +25,7 @@ Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("chat_template", "prompt_logprobs"), ()),
-    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "web_search_options"), ()),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     **dict.fromkeys(("documents", "functions"), ([],)),
     "use_beam_search": (False,),
     **dict.fromkeys(("detokenize", "spaces_between_special_tokens"), (True,)),
@@ -44,7 +44,6 @@ NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning_content": (),
     "refusal": (),
 }
 WHOLE_FIELDS = frozenset(
@@ -192,7 +191,7 @@ def _served_message(read: Any, place: int) -> ChatMessage:
             param=f"messages[{place}].content",
         )
     content = "" if read.content is None else read.content
-    return ChatMessage(read.role, content, read.name, read.tool_calls, read.tool_call_id)
+    return ChatMessage(read.role, content, read.name, read.tool_calls, read.tool_call_id, read.reasoning_content)
 
 
 @cache
@@ -216,7 +215,7 @@ def _decoder(kind: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
 
 def _message_type() -> type[msgspec.Struct]:
     hints = get_type_hints(ChatMessage, include_extras=True)
-    optional = [(name, hints[name], None) for name in ("name", "tool_calls", "tool_call_id")]
+    optional = [(name, hints[name], None) for name in ("name", "tool_calls", "tool_call_id", "reasoning_content")]
     fields = [("role", str, NODEFAULT), ("content", hints["content"] | None, None), *optional]
     return _struct("Message", fields, NOT_SERVED_IN_MESSAGES)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 from typing import Any
 
 from tandem.api.loaded_model import LoadedModel
-from tandem.api.openai import CalledFunction, ChatBody, ChatMessage, Tool, ToolCallOut
-from tandem.api.output_processor import TextChunk
+from tandem.api.openai import ChatBody, ChatMessage, Tool, ToolCallOut
 from tandem.api.structured import of_schema
-from tandem.api.tool_calls import FORCED, ToolCallParser, ToolSyntax
+from tandem.api.tool_calls import FORCED, ToolSyntax
 from tandem.errors import InvalidRequest
 from tandem.wire.grammar import Grammar
 
@@ -102,10 +100,12 @@ def told_tools(body: ChatBody) -> list[dict[str, Any]] | None:
 
 
 def told_calls(message: ChatMessage, place: int) -> dict[str, Any]:
-    """Return what a template is told of a message's calls, with arguments as objects. Raises InvalidRequest."""
+    """Return what a template is told of a message beside its text. Raises InvalidRequest for arguments that are no object."""
     told: dict[str, Any] = {}
     if message.tool_call_id is not None:
         told["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        told["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         told["tool_calls"] = [
             {
@@ -127,33 +127,3 @@ def _object(call: ToolCallOut, place: int) -> dict[str, Any]:
         field = f"messages[{place}].tool_calls"
         raise InvalidRequest(f"{field}: arguments must be a JSON object in a string", param=field)
     return value
-
-
-class AnswerCalls:
-    """The calls of one answer, piece by piece."""
-
-    def __init__(self, syntax: ToolSyntax) -> None:
-        self._parser = ToolCallParser(syntax)
-        self._count = 0
-
-    def read(self, chunk: TextChunk, *, indexed: bool) -> tuple[str, list[ToolCallOut]]:
-        """Return the content of the next chunk and the calls that end in it. `indexed`: as in a stream's events."""
-        parsed = self._parser.push(chunk.text)
-        content, calls = parsed.content, parsed.calls
-        if chunk.finish_reason is not None:
-            rest = self._parser.finish()
-            content, calls = content + rest.content, calls + rest.calls
-        chars = self._parser.syntax.id_chars
-        shown = [
-            ToolCallOut(
-                index=self._count + place if indexed else None,
-                id=secrets.token_hex(chars)[:chars] if chars < 24 else f"call_{secrets.token_hex(12)}",
-                function=CalledFunction(call.name, call.arguments),
-            )
-            for place, call in enumerate(calls)
-        ]
-        self._count += len(shown)
-        return content, shown
-
-    def finish_reason(self, chunk: TextChunk) -> str | None:
-        return "tool_calls" if self._count and chunk.finish_reason == "stop" else chunk.finish_reason

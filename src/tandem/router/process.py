@@ -70,7 +70,9 @@ async def _serve(
         route_timeout=config.time.route_timeout,
         seed=config.run.seed,
     )
-    loader = ModelLoader(backend, config.run.generation_config, config.run.tool_call_parser)
+    loader = ModelLoader(
+        backend, config.run.generation_config, config.run.tool_call_parser, config.run.reasoning_parser
+    )
     http = config.http
     keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None
     warn_if_open(listener, keys)
