@@ -56,8 +56,9 @@ def test_in_a_stream_calls_have_an_index(api: Api) -> None:
     api.backend.script = lambda request: deltas("<think>a</think>b", CALL[:9], CALL[9:], CALL)
     client = api.client()
     message: dict[str, Any] = {"reasoning": "", "content": ""}
-    calls, reasons = [], []
-    stream = client.chat.completions.create(
+    calls: list[Any] = []
+    reasons: list[str | None] = []
+    stream: Any = client.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": "hello"}],
         tools=[TOOL],  # type: ignore[list-item]

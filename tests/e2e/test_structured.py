@@ -115,6 +115,20 @@ def test_stages_and_slices_sample_under_the_grammar_too() -> None:
             jsonschema.validate(json.loads(answer_to(running, schema, seed=seed)), schema)
 
 
+def test_a_preempted_answer_goes_on_under_its_grammar(mixed: Deployment) -> None:
+    schema = object_of(a={"type": "string", "minLength": 60, "maxLength": 70}, b={"type": "boolean"})
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+    def answer(deployment: Deployment, seed: int) -> Any:
+        return ask(deployment, response_format=form, seed=seed)
+
+    with Deployment(MODEL, "--prefill", "0", "--kv-memory", "800KiB") as small, ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda seed: answer(small, seed), range(8)))
+    assert sum(reply.how["recomputations"] for reply in replies) > 0
+    for seed, reply in enumerate(replies):
+        assert reply.choice["message"]["content"] == answer(mixed, seed).choice["message"]["content"]
+
+
 TEXTS = {
     "response_format": ({"type": "json_object"}, r"\{.*"),
     "guided_regex": ("(yes|no), [0-9]{3}", r"(yes|no), [0-9]{3}"),

@@ -100,7 +100,7 @@ def told_tools(body: ChatBody) -> list[dict[str, Any]] | None:
 
 
 def told_calls(message: ChatMessage, place: int) -> dict[str, Any]:
-    """Return what a template is told of a message beside its text. Raises InvalidRequest for arguments that are no object."""
+    """Return what a template is told of a message beside its text. Raises InvalidRequest for bad arguments."""
     told: dict[str, Any] = {}
     if message.tool_call_id is not None:
         told["tool_call_id"] = message.tool_call_id
