@@ -21,7 +21,7 @@ ROWS = (
     {"scheduling", "transfer", "models", "api", "processes"},
     {"child_main", "fork_server"},
     {"config", "console", "reports"},
-    {"config_access", "config_limits"},
+    {"config_access", "config_limits", "grammar"},
     {"flags"},
     {"wire"},
     {

@@ -38,6 +38,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Routing = Literal["kv-aware", "least-load"]
 KvFailure = Literal["recompute", "retry", "fail"]
 GenerationSource = Literal["auto", "tandem"]
+ReasoningParser = Literal["auto", "none", "think"]
+ToolCallParser = Literal["auto", "none", "hermes", "llama3_json", "mistral", "deepseek"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 MAX_TP = 1024
@@ -197,11 +199,17 @@ class RunSection:
     "For requests that bring no seed."
     generation_config: GenerationSource = "auto"
     "Sampling of requests that say nothing: auto as the model's generation_config.json says, tandem as OpenAI's API."
+    tool_call_parser: ToolCallParser = "auto"
+    "How the model writes tool calls: auto as its chat template shows, none for no tools unless a call is required."
+    reasoning_parser: ReasoningParser = "auto"
+    "Whether answers begin with reasoning between <think> and </think>: auto as the chat template shows."
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
         check_choice("kv_failure", self.kv_failure, KvFailure)
         check_choice("generation_config", self.generation_config, GenerationSource)
+        check_choice("tool_call_parser", self.tool_call_parser, ToolCallParser)
+        check_choice("reasoning_parser", self.reasoning_parser, ReasoningParser)
         check_choice("log_level", self.log_level, LogLevel)
 
 

@@ -174,7 +174,7 @@ def test_what_cannot_be_done_is_refused_and_reaches_no_engine(api: Api, fields: 
 
 def test_best_of_may_be_n_and_null_is_nothing(api: Api) -> None:
     assert api.complete(n=2, best_of=2).status == 200
-    assert api.complete(kv_transfer_params=None, stream_options=None, tools=None).status == 200
+    assert api.complete(kv_transfer_params=None, stream_options=None, suffix=None).status == 200
 
 
 def test_the_official_client_reads_a_completion(api: Api) -> None:

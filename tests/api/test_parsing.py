@@ -156,7 +156,7 @@ def test_without_a_seed_requests_differ_and_any_seed_of_openais_is_taken() -> No
 @pytest.mark.parametrize(
     ("message", "word"),
     [
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "tool"),
+        ({"role": "function", "content": "x", "name": "f"}, "function"),
         ({"role": "boss", "content": "x"}, "boss"),
         ({"role": "user"}, "content"),
         ({"role": "user", "content": None}, "content"),

@@ -34,6 +34,7 @@ from tests.simulator.plan import MAX_PROMPT, MAX_TOKENS, EngineSpec, Plan
 from tests.simulator.reads import Fabric, Place, SimTransport
 from tests.simulator.sockets import Socket, Sockets
 from tests.simulator.world import Process, World
+from tests.support.grammars import no_grammars
 
 LAYERS = HEADS = 2
 MAX_WAITING = 6
@@ -156,7 +157,7 @@ class SimPipeline:
             memory.write(row.block_ids, row.start, end, digests)
         if row.sample is None:
             return None
-        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.banned_ids))
+        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.stop_ids))
 
 
 class SimEngine:
@@ -254,7 +255,7 @@ class SimEngine:
         self.pipeline = SimPipeline(self)
         self.step_loop = StepLoop(
             self.scheduler, self.pool, self.pipeline, self.mailbox, self.event_loop, "simulated", plan.kv_failure,  # type: ignore[arg-type]
-            KvTransferParams(), self.event_loop.clock,
+            KvTransferParams(), self.event_loop.clock, no_grammars(),
         )  # fmt: skip
 
     def _transfer_thread(self, rank: int, layouts: list[Any], address: Address) -> TransferThread:

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from tandem.wire.control_messages import Role
+from tandem.wire.grammar import Grammar
 from tandem.wire.messages import EngineStatus, KvTransferParams, Register, TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -38,7 +39,8 @@ class ModelCard(msgspec.Struct, frozen=True):
 class TokenRequest(msgspec.Struct, frozen=True):
     """One sequence to generate (a request with n > 1 is n of these).
 
-    `kv_transfer_params`: sent by a foreign PD proxy; only an engine's own API passes it on.
+    `kv_transfer_params`: sent by a foreign PD proxy; only an engine's own API passes it on. `grammar`: what the
+    output must match.
     """
 
     request_id: str
@@ -46,6 +48,7 @@ class TokenRequest(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     kv_transfer_params: KvTransferParams | None = None
     cache_salt: str | None = None
+    grammar: Grammar | None = None
 
 
 class ServingDetails(msgspec.Struct, frozen=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
+from tandem.api.answer_parts import AnswerParts
 from tandem.api.chat_prompt import render_chat
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import (
@@ -20,6 +22,8 @@ from tandem.api.output_processor import TextChunk, Token
 from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite
+from tandem.api.structured import checked_grammar
+from tandem.api.tools import answer_syntax, told_tools, tool_grammar
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
 
@@ -33,7 +37,17 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     """Raises InvalidRequest."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
-    text = await render_chat(body, model)
+    grammar = await checked_grammar(body, model)
+    forced = tool_grammar(body)
+    if forced is not None:
+        if grammar is not None:
+            raise InvalidRequest("a call that must be made leaves no room for response_format", param="tool_choice")
+        await model.grammars.check(forced, "tools")
+        grammar = forced
+    syntax = answer_syntax(body, model)
+    if syntax is not None and syntax.special:
+        body = msgspec.structs.replace(body, skip_special_tokens=False)  # they mark the calls
+    text = await render_chat(body, model, told_tools(body))
     keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
     [token_ids] = await model.encoder.encode(
         [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
@@ -44,7 +58,7 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), model.defaults.max_tokens, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(body, limit, logprobs, model.card.seed, model.defaults.sampling)
-    return await prepare_request(request_id, body, model, [(prompt, sampling)])
+    return await prepare_request(request_id, body, model, [(prompt, sampling)], grammar)
 
 
 class ChatBuilder(ResponseBuilder[ChatBody]):
@@ -52,15 +66,30 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
     OBJECT = "chat.completion"
     CHUNK_OBJECT = "chat.completion.chunk"
 
+    def __init__(self, request: PreparedRequest, body: ChatBody) -> None:
+        super().__init__(request, body)
+        self._answers = [AnswerParts(body, request.model, one) for one in request.sequences]
+
     def choice(self, chunk: TextChunk, first: bool) -> ChatChoice:
-        return ChatChoice(
-            **self.choice_fields(chunk), message=AssistantMessage(chunk.text), logprobs=self._logprobs(chunk.tokens)
-        )
+        part = self._answers[chunk.index].read(chunk, indexed=False)
+        fields = self.choice_fields(chunk)
+        fields["finish_reason"] = part.finish_reason
+        content = None if part.calls and not part.content.strip() else part.content
+        message = AssistantMessage(content, reasoning_content=part.reasoning or UNSET, tool_calls=part.calls or UNSET)
+        return ChatChoice(**fields, message=message, logprobs=self._logprobs(chunk.tokens))
 
     def chunk_choice(self, chunk: TextChunk, first: bool) -> ChatChunkChoice:
-        content = chunk.text if chunk.text or first else UNSET
-        delta = ChatDelta(content, "assistant" if first else UNSET)
-        return ChatChunkChoice(**self.choice_fields(chunk), delta=delta, logprobs=self._logprobs(chunk.tokens))
+        part = self._answers[chunk.index].read(chunk, indexed=True)
+        fields = self.choice_fields(chunk)
+        fields["finish_reason"] = part.finish_reason
+        bare = not part.calls and not part.reasoning
+        delta = ChatDelta(
+            part.content if part.content or (first and bare) else UNSET,
+            "assistant" if first else UNSET,
+            part.reasoning or UNSET,
+            part.calls or UNSET,
+        )
+        return ChatChunkChoice(**fields, delta=delta, logprobs=self._logprobs(chunk.tokens))
 
     def prompt_token_ids(self) -> list[int] | UnsetType:
         return self.request.sequences[0].prompt.token_ids if self.body.return_token_ids else UNSET

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from tandem.api.chat_template import PromptEnd
+from tandem.api.http_errors import UnsupportedField
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import ChatMessage
 from tandem.api.parsing import message_text
 from tandem.api.prompt_encoder import INLINE_CHARS, INLINE_TEXTS
+from tandem.api.tools import told_calls
 from tandem.errors import InvalidRequest
 
 
@@ -23,22 +27,40 @@ class Chat(Protocol):
     @property
     def continue_final_message(self) -> bool | None: ...
     @property
+    def reasoning_effort(self) -> str | None: ...
+    @property
     def chat_template_kwargs(self) -> dict[str, Any] | None: ...
 
 
-async def render_chat(body: Chat, model: LoadedModel) -> str:
-    """Return the prompt as text. Raises InvalidRequest, Overloaded."""
-    messages = []
+async def render_chat(body: Chat, model: LoadedModel, tools: list[dict[str, Any]] | None = None) -> str:
+    """Return the prompt as text. Raises InvalidRequest, Overloaded.
+
+    Args:
+        tools: of which the model is told.
+    """
+    messages: list[dict[str, Any]] = []
     for index, message in enumerate(body.messages or ()):
-        one = {"role": message.role, "content": message_text(message, index)}
+        one = {"role": message.role, "content": message_text(message, index), **told_calls(message, index)}
         messages.append(one if message.name is None else one | {"name": message.name})
-    variables = body.chat_template_kwargs or {}
+    variables = effort_variables(body, model) | (body.chat_template_kwargs or {})
     end = _end(body)
-    chars = sum(len(one["content"]) for one in messages)
+    chars = sum(len(one["content"]) for one in messages) + len(msgspec.json.encode(tools))
     model.encoder.check_length(chars, "messages")
     if chars <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
-        return model.template.render(messages, variables, end)
-    return await model.pool.run(model.template.render, messages, variables, end)
+        return model.template.render(messages, variables, end, tools)
+    return await model.pool.run(model.template.render, messages, variables, end, tools)
+
+
+def effort_variables(body: Chat, model: LoadedModel) -> dict[str, Any]:
+    """Return what tells the template of `reasoning_effort`. Raises UnsupportedField where it knows no such thing."""
+    if body.reasoning_effort is None:
+        return {}
+    source = model.template.source or ""
+    if "reasoning_effort" in source:
+        return {"reasoning_effort": body.reasoning_effort}
+    if "enable_thinking" in source:
+        return {"enable_thinking": body.reasoning_effort != "none"}
+    raise UnsupportedField("this model's chat template knows no effort; leave it out", param="reasoning_effort")
 
 
 def _end(body: Chat) -> PromptEnd:

@@ -39,6 +39,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | None, special_tokens: dict[str, str], missing: str = "") -> None:
+        self.source = source
         self._special_tokens = special_tokens
         self._missing = missing
         self._template: jinja2.Template | None = None
@@ -51,9 +52,10 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         variables: dict[str, Any],
         end: PromptEnd = PromptEnd.NEW_MESSAGE,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         """Return the prompt, up to where the model goes on. Raises InvalidRequest.
 
@@ -69,7 +71,7 @@ class ChatTemplate:
             last = messages[-1]
             messages = [*messages[:-1], last | {"content": last["content"] + _OPEN_END}]
         begins = end is PromptEnd.NEW_MESSAGE
-        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": begins}
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": begins}
         try:
             text = self._template.render(**values, **self._special_tokens, **variables)
         except Exception as error:  # whatever a model's template runs into with these messages

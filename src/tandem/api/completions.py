@@ -10,6 +10,7 @@ from tandem.api.output_processor import TextChunk, Token
 from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite, with_chosen
+from tandem.api.structured import checked_grammar
 from tandem.errors import InvalidRequest
 from tandem.wire.sampling import SamplingParams
 
@@ -27,10 +28,10 @@ async def prepare_completion(request_id: str, body: CompletionBody, model: Loade
         raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
+    grammar = await checked_grammar(body, model)
     prompts = await _encoded(body, model)
-    return await prepare_request(
-        request_id, body, model, [(prompt, _sampling(body, prompt, model)) for prompt in prompts]
-    )
+    sampled = [(prompt, _sampling(body, prompt, model)) for prompt in prompts]
+    return await prepare_request(request_id, body, model, sampled, grammar)
 
 
 class CompletionBuilder(ResponseBuilder[CompletionBody]):

@@ -9,11 +9,14 @@ from pathlib import Path
 from tandem.api.backend import Backend, ModelCard
 from tandem.api.chat_template import ChatTemplate, load_template
 from tandem.api.generation_defaults import OPENAIS, GenerationDefaults, load_defaults
+from tandem.api.grammars import GrammarCheck
 from tandem.api.http_errors import ContextTooLong
 from tandem.api.prompt_encoder import PromptEncoder
+from tandem.api.reasoning import reasons
 from tandem.api.text_pool import TextPool
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
-from tandem.config import GenerationSource
+from tandem.api.tool_calls import ToolSyntax, syntax_of
+from tandem.config import GenerationSource, ReasoningParser, ToolCallParser
 from tandem.errors import InvalidRequest, ModelError, RequestError
 
 
@@ -25,6 +28,9 @@ class LoadedModel:
         encoder: tokenizes, in bounded work.
         pool: for other work on text.
         defaults: of requests that say nothing.
+        grammars: checks those of structured answers.
+        tool_syntax: how it writes tool calls; None where that is not known.
+        reasons: its answers may begin with reasoning.
     """
 
     card: ModelCard
@@ -33,6 +39,9 @@ class LoadedModel:
     encoder: PromptEncoder
     pool: TextPool
     defaults: GenerationDefaults
+    grammars: GrammarCheck
+    tool_syntax: ToolSyntax | None
+    reasons: bool
 
     def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
         """Return the number of tokens that may follow the prompt.
@@ -81,11 +90,21 @@ class ModelLoader:
 
     Args:
         source: of the defaults of requests; "tandem" for OpenAI's.
+        tool_calls: how the model writes them; "auto" as its chat template shows.
+        reasoning: whether its answers begin with some.
     """
 
-    def __init__(self, backend: Backend, source: GenerationSource = "auto") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        source: GenerationSource = "auto",
+        tool_calls: ToolCallParser = "auto",
+        reasoning: ReasoningParser = "auto",
+    ) -> None:
         self._backend = backend
         self._source = source
+        self._tool_calls = tool_calls
+        self._reasoning = reasoning
         self._lock = asyncio.Lock()
         self._pool = TextPool()
         self._loaded: LoadedModel | None = None
@@ -104,7 +123,7 @@ class ModelLoader:
     async def _load(self, card: ModelCard) -> LoadedModel:
         if self._loaded is not None and self._loaded.card.path == card.path:
             known = self._loaded
-            return self._model(card, known.tokenizer, known.template, known.defaults)
+            return self._model(card, known.tokenizer, known.template, known.defaults, known.grammars)
         folder = Path(card.path)
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, folder)
@@ -112,10 +131,17 @@ class ModelLoader:
             defaults = OPENAIS if self._source == "tandem" else await asyncio.to_thread(load_defaults, folder)
         except (ModelError, OSError, ValueError) as error:  # the path is what an engine says
             raise RequestError(f"the model's text files cannot be used: {error}") from error
-        return self._model(card, tokenizer, template, defaults)
+        return self._model(card, tokenizer, template, defaults, GrammarCheck(tokenizer))
 
     def _model(
-        self, card: ModelCard, tokenizer: Tokenizer, template: ChatTemplate, defaults: GenerationDefaults
+        self,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        defaults: GenerationDefaults,
+        grammars: GrammarCheck,
     ) -> LoadedModel:
         encoder = PromptEncoder(tokenizer, self._pool, card.max_model_len)
-        return LoadedModel(card, tokenizer, template, encoder, self._pool, defaults)
+        syntax = syntax_of(self._tool_calls, template.source)
+        thinks = reasons(self._reasoning, template.source)
+        return LoadedModel(card, tokenizer, template, encoder, self._pool, defaults, grammars, syntax, thinks)

@@ -5,7 +5,7 @@ An optional field that is null means the same as one left out. Ranges of samplin
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -18,6 +18,7 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_PARTS = 1024
+MAX_TOOLS = 128
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 128
 
@@ -68,6 +69,12 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_salt: CacheSalt | None = None
     return_token_ids: bool | None = None
     kv_transfer_params: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | bool | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 Body = TypeVar("Body", bound=GenerateBody)
@@ -80,10 +87,43 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fie
     best_of: N | None = None
 
 
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`strict` may say what it likes: arguments that are forced always fit."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(msgspec.Struct, frozen=True):
+    """`arguments`: JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call, in a conversation as in an answer. `index`: in the events of a stream. `type` is always written."""
+
+    index: int | None = None
+    id: str
+    type: Annotated[str, Meta(pattern="^function$")] = msgspec.field(default_factory=lambda: "function")
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     content: str | Annotated[list[dict[str, Any]], Meta(max_length=MAX_PARTS)]
     name: str | None = None
+    tool_calls: list[ToolCallOut] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
@@ -92,6 +132,10 @@ Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
 class ChatBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     messages: Messages
     max_completion_tokens: int | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     add_generation_prompt: bool | None = None
@@ -109,6 +153,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     return_token_strs: bool | None = None
 
 
@@ -187,9 +232,11 @@ class CompletionChoice(Choice, frozen=True, kw_only=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallOut] | UnsetType = UNSET
 
 
 class ChatChoice(Choice, frozen=True, kw_only=True):
@@ -198,8 +245,10 @@ class ChatChoice(Choice, frozen=True, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     role: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallOut] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Choice, frozen=True, kw_only=True):

@@ -25,18 +25,14 @@ Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("chat_template", "prompt_logprobs"), ()),
-    **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
-    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "web_search_options"), ()),
-    **dict.fromkeys(("documents", "functions", "tools"), ([],)),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
+    **dict.fromkeys(("documents", "functions"), ([],)),
     "use_beam_search": (False,),
     **dict.fromkeys(("detokenize", "spaces_between_special_tokens"), (True,)),
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    # Tools are not served, so the fields that only steer them may say anything that does not ask for a call.
-    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
-    "parallel_tool_calls": (True, False),
+    "function_call": ("none", "auto"),  # OpenAI's old way; `tools` is the new one
 }
 # Fields that ask for nothing of the model, of any value: they are for the provider's books, or hints how to serve.
 WITHOUT_EFFECT = (
@@ -48,10 +44,7 @@ NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 WHOLE_FIELDS = frozenset(
     (
@@ -62,7 +55,7 @@ WHOLE_FIELDS = frozenset(
 MIN_LIST = 65536  # numbers: block ids of a foreign proxy are a list too
 MAX_NEUTRAL = 64  # bytes of a value that asks for nothing
 MAX_SHOWN = 65536  # bytes of a body of which an error shows a part
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 SAMPLING_FIELDS = frozenset(GenerateBody.__struct_fields__) & frozenset(SamplingParams.__struct_fields__)
 _ABSENT = msgspec.Raw(b"null")
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)(?:\[\.\.\.\])?`$")
@@ -186,10 +179,6 @@ def _served(name: str, value: Any) -> Any:
 
 
 def _served_message(read: Any, place: int) -> ChatMessage:
-    if read.role in ("tool", "function"):
-        raise UnsupportedField(
-            f"messages[{place}]: role `{read.role}` is not supported: there are no tools", param="messages"
-        )
     if read.role not in ROLES:
         raise InvalidRequest(
             f"messages[{place}]: role must be one of {', '.join(ROLES)}; it is {clipped(read.role)!r}",
@@ -201,7 +190,8 @@ def _served_message(read: Any, place: int) -> ChatMessage:
             f"messages[{place}].content: this field is missing or null, which only an assistant's may be",
             param=f"messages[{place}].content",
         )
-    return ChatMessage(read.role, "" if read.content is None else read.content, read.name)
+    content = "" if read.content is None else read.content
+    return ChatMessage(read.role, content, read.name, read.tool_calls, read.tool_call_id, read.reasoning_content)
 
 
 @cache
@@ -225,7 +215,8 @@ def _decoder(kind: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
 
 def _message_type() -> type[msgspec.Struct]:
     hints = get_type_hints(ChatMessage, include_extras=True)
-    fields = [("role", str, NODEFAULT), ("content", hints["content"] | None, None), ("name", hints["name"], None)]
+    optional = [(name, hints[name], None) for name in ("name", "tool_calls", "tool_call_id", "reasoning_content")]
+    fields = [("role", str, NODEFAULT), ("content", hints["content"] | None, None), *optional]
     return _struct("Message", fields, NOT_SERVED_IN_MESSAGES)
 
 

@@ -16,6 +16,7 @@ from tandem.api.output_processor import OutputProcessor
 from tandem.api.parsing import kv_transfer_params
 from tandem.api.stop_strings import StopPatterns
 from tandem.errors import InvalidRequest
+from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams
 
 
@@ -61,9 +62,17 @@ class PreparedRequest:
 
 
 async def prepare_request(
-    request_id: str, body: GenerateBody, model: LoadedModel, prompts: list[tuple[Prompt, SamplingParams]]
+    request_id: str,
+    body: GenerateBody,
+    model: LoadedModel,
+    prompts: list[tuple[Prompt, SamplingParams]],
+    grammar: Grammar | None = None,
 ) -> PreparedRequest:
-    """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest."""
+    """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest.
+
+    Args:
+        grammar: what each of the answers must match.
+    """
     copies = body.n or 1
     count = len(prompts) * copies
     _check(body, model, prompts[0][1], count)
@@ -79,7 +88,7 @@ async def prepare_request(
             own_id = f"{request_id}-{index}" if count > 1 else request_id
             seed = (sampling.seed + copy) % 2**63  # each choice has its own
             own = msgspec.structs.replace(sampling, seed=seed, banned_runs=banned)
-            request = TokenRequest(own_id, prompt.token_ids, own, kv, body.cache_salt)
+            request = TokenRequest(own_id, prompt.token_ids, own, kv, body.cache_salt, grammar)
             output = OutputProcessor(
                 new_detokenizer(model.tokenizer, skip_special_tokens=skips), index, stops, own, keeps
             )

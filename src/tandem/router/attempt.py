@@ -87,6 +87,7 @@ class Attempt:
             sampling=request.sampling,
             time_left=max(0.0, self._seconds_left()),
             cache_salt=request.cache_salt,
+            grammar=request.grammar,
         )
         if route.prefill is None:
             return [self._send(generate, requested_kv(request.kv_transfer_params), route.decode)]

@@ -72,7 +72,9 @@ async def _serve(
         seed=config.run.seed,
         kv_aware=kind == "router" and config.routing == "kv-aware",
     )
-    loader = ModelLoader(backend, config.run.generation_config)
+    loader = ModelLoader(
+        backend, config.run.generation_config, config.run.tool_call_parser, config.run.reasoning_parser
+    )
     http = config.http
     keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None
     warn_if_open(listener, keys)

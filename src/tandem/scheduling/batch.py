@@ -9,19 +9,38 @@ from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
 
+class RowError(msgspec.Struct, frozen=True, array_like=True):
+    """What leaves one row without a token; the others do not notice.
+
+    Attributes:
+        code: of a class in tandem.errors. `engine_failed`: not the request is at fault but what was computed for it.
+        message: for people.
+    """
+
+    code: str
+    message: str
+
+
 class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     """Choose a token after the row's last one.
 
     Attributes:
         position: index of the new token in the whole request (prompt and output); keys the random generator.
         output_len: output tokens before it, for `min_tokens`.
+        stop_ids: tokens that may not be chosen before `min_tokens`, unless the grammar leaves nothing else.
         banned_ids: tokens that may not be chosen here.
+        constrained: only tokens that the request's grammar allows may be chosen.
+        mask: which ones those are, one bit a token, lowest bit first, or why it could not be made; set on the rank
+            that samples, as it is made while the model runs.
     """
 
     params: SamplingParams
     position: int
     output_len: int
+    stop_ids: list[int] = []
     banned_ids: list[int] = []
+    constrained: bool = False
+    mask: bytes | RowError | None = None
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -46,24 +65,23 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     rows: list[Row]
 
 
-class RowError(msgspec.Struct, frozen=True, array_like=True):
-    """What leaves one row without a token; the others do not notice.
-
-    Attributes:
-        code: of a class in tandem.errors. `engine_failed`: not the request is at fault but what was computed for it.
-        message: for people.
-    """
-
-    code: str
-    message: str
-
-
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """A chosen token, and its `logprobs` if asked for; or the `error` that left this one row without a token."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: RowError | None = None
+
+
+Mask = bytes | RowError
+"""The tokens that may follow a row, as in `SampleAt.mask`."""
+
+
+class Masks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
+    """The masks of a batch's constrained rows by request, for the rank that samples, where that is not the leader."""
+
+    batch_id: int
+    masks: dict[str, Mask]
 
 
 def row_failed(error: RequestError) -> Sampled:

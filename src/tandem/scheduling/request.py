@@ -9,6 +9,7 @@ from tandem.ids import output_digest
 from tandem.kv.blocks import PrefixChain
 from tandem.scheduling.batch import Row, SampleAt
 from tandem.scheduling.events import FinishReason
+from tandem.wire.grammar import Grammar
 from tandem.wire.messages import Local, Prefill, PullKv, RequestStats
 from tandem.wire.sampling import SamplingParams
 
@@ -44,6 +45,7 @@ class Request:
         digest: of the output so far (`tandem.ids.output_digest`).
         max_len: the request ends when `tokens` is this long.
         stop_tokens: ids that end it.
+        grammar: what its output must match.
         order: place in the order of arrival.
         arrived_at, deadline: seconds.
         kv: how its KV comes and goes; a PullKv request that gives up on its peer becomes Local.
@@ -69,6 +71,7 @@ class Request:
     deadline: float
     chain: PrefixChain
     kv: Local | Prefill | PullKv
+    grammar: Grammar | None = None
     digest: int = 0
     state: RequestState = RequestState.WAITING
     num_computed: int = 0
@@ -109,14 +112,19 @@ class Request:
 
     def _sample_at(self) -> SampleAt:
         params, output_len = self.sampling, self.output_len
-        banned = sorted(self.stop_tokens) if output_len < params.min_tokens else []
-        if params.banned_runs:
-            banned += _run_ends(params.banned_runs, self.tokens, output_len)
-        return SampleAt(params, len(self.tokens), output_len, banned)
+        constrained = self.grammar is not None
+        goes_on = output_len < params.min_tokens or (constrained and params.ignore_eos)
+        stop_ids = sorted(self.stop_tokens) if goes_on else []
+        banned = _run_ends(params.banned_runs, self.tokens, output_len)
+        return SampleAt(params, len(self.tokens), output_len, stop_ids, banned, constrained)
 
     def finish_reason(self) -> FinishReason | None:
-        """Return the reason if the last token, an output token, ends the request."""
-        if self.tokens[-1] in self.stop_tokens and self.output_len > self.sampling.min_tokens:
+        """Return the reason if the last token, an output token, ends the request.
+
+        What a grammar ends is at its end, however many tokens were to come at least: nothing can follow.
+        """
+        may_stop = self.output_len > self.sampling.min_tokens or self.grammar is not None
+        if may_stop and self.tokens[-1] in self.stop_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.max_len else None
 

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from tandem.ids import EngineIdentity
 from tandem.wire.control_messages import EngineControl
+from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams, TokenId
 
 MAX_PROMPT_TOKENS = 4_194_304
@@ -117,6 +118,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
         prompt_len: number of `token_ids` that are the client's prompt.
         time_left: seconds until the request must have ended.
         cache_salt: only requests with the same one find each other's KV in the prefix cache.
+        grammar: what the output must match.
     """
 
     request_id: Name
@@ -126,6 +128,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     time_left: Seconds
     kv: Local | Prefill | PullKv = msgspec.field(default_factory=Local)
     cache_salt: CacheSalt | None = None
+    grammar: Grammar | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -18,6 +18,7 @@ from tandem.errors import EngineFailed, RankLost
 from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.wire.keys import new_key
 from tandem.wire.sockets import Sockets
+from tests.support.grammars import no_grammars
 
 SECONDS = 10
 RESULT = StepResult(7, [Sampled(1)])
@@ -37,7 +38,8 @@ class Bench:
         return made
 
     def pipeline(self, ranks: int) -> LeaderPipeline:
-        return LeaderPipeline(object(), StepEncoder(4), self.listener, ranks)  # type: ignore[arg-type]
+        runner: Any = object()
+        return LeaderPipeline(runner, StepEncoder(4), self.listener, ranks, no_grammars(), 0)
 
 
 @pytest.fixture
@@ -133,14 +135,14 @@ class Broken:
     def __init__(self, gone: Callable[[], None]) -> None:
         self._gone = gone
 
-    def run(self, step: Step) -> None:
+    def run(self, step: Step, masks: object) -> None:
         self._gone()
         raise EngineFailed("connection closed by peer")
 
 
 def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Bench) -> None:
     follower = bench.follower(1)
-    pipeline = LeaderPipeline(Broken(follower.close), StepEncoder(4), bench.listener, 2)  # type: ignore[arg-type]
+    pipeline = LeaderPipeline(Broken(follower.close), StepEncoder(4), bench.listener, 2, no_grammars(), 0)  # type: ignore[arg-type]
     pipeline.wait_for_followers()
     with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         pipeline.submit(Batch(1, []))
@@ -149,7 +151,7 @@ def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Ben
 def test_a_collective_that_fails_for_another_reason_says_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipelines, "CAUSE_SECONDS", 0)
     follower = bench.follower(1)
-    pipeline = LeaderPipeline(Broken(lambda: None), StepEncoder(4), bench.listener, 2)  # type: ignore[arg-type]
+    pipeline = LeaderPipeline(Broken(lambda: None), StepEncoder(4), bench.listener, 2, no_grammars(), 0)  # type: ignore[arg-type]
     pipeline.wait_for_followers()
     assert not follower.closed
     with pytest.raises(EngineFailed, match="connection closed by peer"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 from tandem import __version__
+from tandem.api.grammars import load_compiler
 from tandem.engine.io.event_loop import LeaderEventLoop
 from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.start.engine_map import EngineMap
 from tandem.engine.start.rank import Rank
+from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
@@ -50,7 +54,15 @@ class Leader:
         self.mailbox: Mailbox[Command] = Mailbox()
         size = len(engine.ranks)
         steps = StepEncoder(config.batch.max_num_seqs)
-        self._pipeline = LeaderPipeline(runner, steps, sockets.step, size) if size > 1 else SoloPipeline(runner, steps)
+        self._masks = MaskMaker(
+            functools.partial(load_compiler, Path(rank.placement.model.path), rank.model.eos_token_ids)
+        )
+        sampler = size - config.parallel.tp  # the first rank of the last stage
+        self._pipeline = (
+            LeaderPipeline(runner, steps, sockets.step, size, self._masks, sampler)
+            if size > 1
+            else SoloPipeline(runner, steps, self._masks)
+        )
         if size == 1:
             sockets.step.close(linger=0)  # what strangers sent to it nobody would read
         pool = BlockPool(layout.blocks, layout.block_size)
@@ -78,6 +90,7 @@ class Leader:
             config.run.kv_failure,
             published,
             self._event_loop.clock,
+            self._masks,
         )
 
     def drain(self) -> None:
@@ -113,6 +126,7 @@ class Leader:
         finally:
             self._event_loop.stop(reason, failed=failed)
             self._pipeline.close(reason, failed=failed)
+            self._masks.close()
 
 
 def _scheduler(rank: Rank, pool: BlockPool) -> Scheduler:

@@ -1,10 +1,10 @@
 """Chooses tokens from logits.
 
 Order, as in vLLM: tokens that are not allowed, stop tokens before `min_tokens` and the last tokens of banned runs are
-ruled out; `logit_bias`; repetition, then frequency and presence
-penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
-`min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the model gave
-them.
+ruled out; `logit_bias`; repetition, then frequency and presence penalties; tokens that the request's grammar does not
+allow are ruled out; then greedy rows take the largest logit, while the others are divided by their temperature,
+filtered by `min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the
+model gave them.
 
 A draw inverts the cumulative distribution at one number made from the request's seed and the token's position alone:
 no state, no device's generator. So a request gets the same tokens however it is batched, preempted or resumed.
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from tandem.engine.step.token_counts import TokenCounts
-from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, RequestError
-from tandem.scheduling.batch import SampleAt, Sampled, row_failed
+from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, RequestError, request_error
+from tandem.scheduling.batch import RowError, SampleAt, Sampled, row_failed
 from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -76,6 +76,9 @@ def _sample_together(logits: Tensor, rows: list[SampleAt], counted: Mapping[int,
         for row, peak in enumerate(peaks.tolist())
         if not math.isfinite(peak)
     }
+    for row, at in enumerate(rows):
+        if isinstance(at.mask, RowError):
+            errors.setdefault(row, request_error(at.mask.code, at.mask.message))
     adjusted = [row for row, at in enumerate(rows) if row not in errors and not (_is_greedy(at) and row not in counted)]
     if adjusted:
         tokens, failures = _choose(
@@ -100,7 +103,8 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    return params.temperature < _GREEDY and not at.banned_ids and not params.rules_out
+    plain = not at.stop_ids and not at.banned_ids and not params.rules_out and at.mask is None
+    return params.temperature < _GREEDY and plain
 
 
 def _choose(
@@ -137,7 +141,9 @@ def _adjust(logits: Tensor, at: SampleAt, counts: TokenCounts | None) -> Invalid
         kept = logits[allowed]
         logits.fill_(-math.inf)
         logits[allowed] = kept
+    stops = [token for token in at.stop_ids if token < vocabulary]
     banned = [token for token in at.banned_ids if token < vocabulary]
+    banned += stops if at.mask is None else []
     if banned:
         logits[banned] = -math.inf
     if params.logit_bias:
@@ -148,7 +154,23 @@ def _adjust(logits: Tensor, at: SampleAt, counts: TokenCounts | None) -> Invalid
         logits[list(params.logit_bias)] += logits.new_tensor(list(params.logit_bias.values()))
     if counts is not None:
         _penalise(logits, params, counts)
+    if isinstance(at.mask, bytes):
+        logits.masked_fill_(~_allowed(at.mask, stops, logits), -math.inf)
     return None
+
+
+def _allowed(mask: bytes, stops: list[int], logits: Tensor) -> Tensor:
+    """Return which tokens [vocabulary] a mask allows, less the stop tokens unless it allows nothing else."""
+    bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8).to(logits.device)
+    spread = (bits.unsqueeze(-1) >> torch.arange(8, device=logits.device)) & 1
+    allowed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    count = min(spread.numel(), len(allowed))
+    allowed[:count] = spread.flatten()[:count].bool()
+    if stops:
+        others = allowed.clone()
+        others[stops] = False
+        return others if bool(others.any()) else allowed
+    return allowed
 
 
 def _penalise(logits: Tensor, params: SamplingParams, tokens: TokenCounts) -> None:
