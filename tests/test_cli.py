@@ -46,7 +46,7 @@ def test_flags_of_serve_reach_their_sections(app: App) -> None:
         "model": "folder",
         "config": ClusterConfig(
             prefill_tp=2,
-            model=ModelSection(served_model_name="m"),
+            model=ModelSection(served_model_name=("m",)),
             cache=CacheSection(kv_memory=2**20),
             access=AccessSection(allow_peers=("127.0.0.1", "::1")),
             run=RunSection(log_level="debug"),

@@ -15,6 +15,8 @@ ENGINES = Group("Engines", sort_key=1)
 MODEL = Group("Model and memory", sort_key=2)
 NETWORK = Group("Network and security", sort_key=3)
 RUNNING = Group("Running", sort_key=4)
+MAX_MODEL_NAMES = 32
+MAX_MODEL_NAME = 256
 LIMITS = Group("Limits of the HTTP API", sort_key=5)
 
 
@@ -73,6 +75,14 @@ def check_counts(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ConfigError(f"{_flag(name)} must be at least 1; got {value}")
+
+
+def check_model_names(names: tuple[str, ...]) -> None:
+    if len(names) > MAX_MODEL_NAMES:
+        raise ConfigError(f"--served-model-name takes up to {MAX_MODEL_NAMES} names; got {len(names)}")
+    for name in names:
+        if not 0 < len(name) <= MAX_MODEL_NAME:
+            raise ConfigError(f"--served-model-name has 1 to {MAX_MODEL_NAME} characters; got {len(name)}")
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

@@ -17,7 +17,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     """The model that is served.
 
     Attributes:
-        name: clients call it so.
+        name: answers call it so.
+        aliases: clients may call it so too.
         path: folder with tokenizer.json, tokenizer_config.json, generation_config.json.
         max_model_len: prompt and output together, in tokens.
         seed: for requests that bring none; None draws one for each.
@@ -28,6 +29,10 @@ class ModelCard(msgspec.Struct, frozen=True):
     max_model_len: int
     created: int
     seed: int | None = None
+    aliases: tuple[str, ...] = ()
+
+    def is_called(self, name: str) -> bool:
+        return name == self.name or name in self.aliases
 
 
 class TokenRequest(msgspec.Struct, frozen=True):
@@ -40,6 +45,7 @@ class TokenRequest(msgspec.Struct, frozen=True):
     token_ids: list[int]
     sampling: SamplingParams
     kv_transfer_params: KvTransferParams | None = None
+    cache_salt: str | None = None
 
 
 class ServingDetails(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from tandem.api.http_errors import Forbidden, Unauthorized, error_response
 from tandem.ids import new_request_id
 
 REQUEST_ID = b"x-request-id"
+GUARDED = ("/v1/", "/tokenize", "/detokenize")
 _ALLOWED = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -20,9 +21,9 @@ class ApiMiddleware:
     """Takes over or makes the request id, and lets in only those with the API key.
 
     A client's X-Request-Id is taken over if it has 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
-    response has it. With API keys, everything under /v1/, and every POST under /tandem/, which runs an engine, needs
-    `Authorization: Bearer KEY`; to read /health, /metrics and /tandem/ is open. Without keys, engines are run from this
-    machine alone, and not by a web page that a browser on it shows.
+    response has it. With API keys, everything under /v1/, what works on text, and every POST under /tandem/, which runs
+    an engine, needs `Authorization: Bearer KEY`; to read /health, /metrics and the like is open. Without keys, engines
+    are run from this machine alone, and not by a web page that a browser on it shows.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
@@ -52,7 +53,7 @@ class ApiMiddleware:
         host = scope["client"][0] if scope.get("client") else ""
         client: str | None = client_of(host)
         runs_engine = scope["path"].startswith("/tandem/") and scope["method"] == "POST"
-        if self._keys is not None and (scope["path"].startswith("/v1/") or runs_engine):
+        if self._keys is not None and (scope["path"].startswith(GUARDED) or runs_engine):
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             client = self._keys.client(key.strip()) if scheme.lower() == b"bearer" else None
             if client is None:

@@ -72,7 +72,7 @@ async def _serve(
         seed=config.run.seed,
         kv_aware=kind == "router" and config.routing == "kv-aware",
     )
-    loader = ModelLoader(backend)
+    loader = ModelLoader(backend, config.run.generation_config)
     http = config.http
     keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None
     warn_if_open(listener, keys)

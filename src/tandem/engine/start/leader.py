@@ -152,6 +152,7 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         max_model_len=rank.max_model_len,
         max_waiting=config.batch.max_waiting,
         model_path=rank.placement.model.path,
+        model_aliases=list(rank.placement.model.aliases),
         dtype=agreement.records[0].dtype,
         version=__version__,
         protocol=PROTOCOL,
