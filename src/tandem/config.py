@@ -21,20 +21,23 @@ from tandem.flags import (
     RUNNING,
     check_choice,
     check_counts,
+    check_model_names,
     check_port,
     check_positive,
     parse_address,
     parse_size,
     text_flag,
+    texts_flag,
 )
 from tandem.kv.lease import MAX_TTL, MIN_TTL
+from tandem.wire.control_messages import Role
 from tandem.wire.messages import Address
 
-Role = Literal["prefill", "decode", "mixed"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 Routing = Literal["kv-aware", "least-load"]
 KvFailure = Literal["recompute", "retry", "fail"]
+GenerationSource = Literal["auto", "tandem"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 MAX_TP = 1024
@@ -45,8 +48,8 @@ MAX_BLOCK_SIZE = 1024
 @Parameter(name="*", group=MODEL)
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    served_model_name: str | None = None
-    "What clients call the model; by default the folder's or the hub's name."
+    served_model_name: Annotated[tuple[str, ...], Parameter(negative=(), show_default=list)] = ()
+    "What clients call the model, besides MODEL as typed and its last part; answers have the first name."
     dtype: DType = "auto"
     "auto: as the model says."
     device: Device = "auto"
@@ -57,6 +60,7 @@ class ModelSection:
         check_choice("dtype", self.dtype, DType)
         check_choice("device", self.device, Device)
         check_positive(max_model_len=self.max_model_len)
+        check_model_names(self.served_model_name)
 
 
 @Parameter(name="*", group=MODEL)
@@ -147,8 +151,8 @@ class ParallelSection:
 class NetworkSection:
     connector: str | None = None
     "How KV moves: nixl or tcp; by default nixl where it is installed."
-    router: Annotated[Address | None, text_flag(parse_address, "--router")] = None
-    "HOST:PORT of a router's control port, to register with."
+    router: Annotated[tuple[Address, ...], texts_flag(parse_address, "--router")] = ()
+    "HOST:PORT of a router's control port, to register with; again for each further router."
     host: str | None = None
     "This node's address for other nodes, ranks and engines; by default found from the route to the others."
     api_host: str | None = None
@@ -191,10 +195,13 @@ class RunSection:
     "CPU threads per rank; by default the cores of this machine over the ranks of the engine."
     seed: int | None = None
     "For requests that bring no seed."
+    generation_config: GenerationSource = "auto"
+    "Sampling of requests that say nothing: auto as the model's generation_config.json says, tandem as OpenAI's API."
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
         check_choice("kv_failure", self.kv_failure, KvFailure)
+        check_choice("generation_config", self.generation_config, GenerationSource)
         check_choice("log_level", self.log_level, LogLevel)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import ANY_PROMPT, NoRoute, OneModelPolicy, Prompt, Route, SingleEnginePolicy, choose_route
@@ -42,7 +44,10 @@ def refuse(
 
 
 def chosen(*engines: EngineEntry, exclude: tuple[str, ...] = (), prompt: Prompt = ANY_PROMPT) -> tuple[str | None, str]:
-    route = choose_route(engines, exclude, prompt)
+    return names(choose_route(engines, exclude, prompt))
+
+
+def names(route: Route | NoRoute) -> tuple[str | None, str]:
     assert isinstance(route, Route), route
     return (route.prefill.engine_id if route.prefill else None), route.decode.engine_id
 
@@ -146,7 +151,7 @@ def test_excluded_engines_are_not_chosen() -> None:
 def test_it_says_what_is_missing() -> None:
     assert choose_route([]) == NoRoute("no prefill and no decode engine is ready")
     assert choose_route([engine("p0", "prefill")]) == NoRoute("no decode engine is ready")
-    assert choose_route([engine("d0", "decode")]) == NoRoute("no prefill engine is ready")
+    assert choose_route([engine("d0", "decode")], alone=False) == NoRoute("no prefill engine is ready")
 
 
 def test_it_says_why_no_pair_fits() -> None:
@@ -239,3 +244,27 @@ def test_an_engines_own_api_uses_that_engine_whatever_its_role() -> None:
     policy = SingleEnginePolicy(registry)
     assert policy.choose() == Route(registry.ready()[0], reason="sent to this engine directly")
     assert policy.choose(("incarnation-of-p0",)) == NoRoute("the engine is not ready")
+
+
+def test_where_no_prefill_engine_is_ready_decode_engines_serve_alone() -> None:
+    busy, idle, mixed = engine("d0", "decode", active=3), engine("d1", "decode"), engine("m0", "mixed")
+    alone = Route(idle, reason="no prefill engine is ready", is_makeshift=True)
+    assert choose_route([busy, idle]) == alone
+    assert choose_route([busy, idle], {idle.incarnation}) == replace(alone, decode=busy)
+    assert choose_route([busy, idle, mixed]) == Route(mixed, reason="mixed engine")
+
+
+def test_a_decode_engine_takes_nothing_off_a_prefill_engine_that_is_there() -> None:
+    """One that a request has to avoid may be overloaded."""
+    prefill, decode = engine("p0", "prefill"), engine("d0", "decode")
+    assert choose_route([prefill, decode], {prefill.incarnation}) == NoRoute("no prefill engine is ready")
+
+
+def test_weights_with_a_whole_route_go_before_a_decode_engine_alone() -> None:
+    old = engine("d0", "decode", fingerprint="1")
+    policy = OneModelPolicy(registered(old))
+    assert names(policy.choose()) == (None, "d0")
+    new = [engine("p1", "prefill", fingerprint="2"), engine("d1", "decode", fingerprint="2")]
+    policy = OneModelPolicy(registered(old, *new))
+    assert names(policy.choose()) == ("p1", "d1")
+    assert names(policy.choose((), "1")) == (None, "d0"), "what it has begun it may end"

@@ -29,7 +29,7 @@ from tandem.scheduling.events import (
 )
 from tandem.scheduling.request import RequestState
 from tandem.scheduling.scheduler import Scheduler
-from tandem.wire.messages import Address, Failed, Generate, Local, Prefill, PullKv, TokenLogprobs
+from tandem.wire.messages import Address, Failed, Generate, Local, Prefill, PullKv
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.invariants import check_scheduler
 
@@ -244,8 +244,7 @@ class FakeEngine:
             return None
         if row.request_id in self.broken:
             return row_failed(self.broken[row.request_id])
-        wanted = row.sample.params.logprobs is not None
-        return Sampled(next_token(digest, row.sample.stop_ids), TokenLogprobs(-1.0, []) if wanted else None)
+        return Sampled(next_token(digest, row.sample.banned_ids))
 
     def write(self, allocated: BlocksAllocated, values: list[int]) -> None:
         for place in range(allocated.num_cached_tokens, allocated.num_tokens):
@@ -301,7 +300,6 @@ class FakeEngine:
             match event:
                 case TokenOut():
                     assert record.outputs.setdefault(event.index, event.token_id) == event.token_id
-                    assert (event.logprobs is None) == (record.message.sampling.logprobs is None)
                     record.finish_reason = event.finish_reason
                 case Finished() | Failed():
                     record.terminal.append(event)

@@ -11,7 +11,7 @@ from tandem.ids import output_digest
 from tandem.scheduling.events import TokenOut
 from tandem.wire.messages import Failed, Local, Prefill
 from tandem.wire.sampling import SamplingParams
-from tests.scheduling.fake_engine import VOCABULARY, FakeEngine, digests, generate, pull, reference
+from tests.scheduling.fake_engine import VOCABULARY, FakeEngine, generate, pull, reference
 
 PROMPT = [1, 2, 3, 4, 1, 2, 3, 4]
 
@@ -65,27 +65,6 @@ def test_only_unusable_logits_wipe_the_prefix_cache(error: RequestError, cached:
     assert not isinstance(end, Failed)
     assert end.stats.prefix_tokens == cached
     assert engine.scheduler.totals.requests_failed == 1
-
-
-@pytest.mark.parametrize("ends", [{"max_tokens": 1}, {"max_tokens": 9, "ignore_eos": False}], ids=str)
-@pytest.mark.parametrize("arrived", [True, False])
-def test_a_first_token_that_ends_a_request_brings_its_log_probabilities(arrived: bool, ends: dict[str, Any]) -> None:
-    """The prefill engine's token comes without them, so it is sampled here once more."""
-    engine = FakeEngine()
-    engine.add(generate("r", PROMPT, pull(), logprobs=0, **ends))
-    engine.step()
-    first = 0 if "ignore_eos" in ends else engine.first_output("r")
-    if arrived:
-        engine.write(engine.reads["r"], digests(PROMPT))
-        engine.scheduler.kv_arrived("r", first, engine.now)
-    else:
-        engine.scheduler.kv_failed("r", "the peer was lost", engine.now, reading=False, first_token=first)
-    engine.reads.clear()
-    engine.settle()  # looks at every event
-    engine.run_until_done()
-    told = [event for event in engine.events if isinstance(event, TokenOut)]
-    assert told[0].index == 0
-    assert told[0].logprobs is not None
 
 
 @pytest.mark.parametrize("resumed", [0, 2])

@@ -43,7 +43,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
-        logprobs=st.sampled_from([None, 0]),
         repetition_penalty=st.sampled_from([1.0, 1.1]),
         time_left=st.sampled_from([1e9, 1e9, 20.0]),
     )

@@ -13,7 +13,7 @@ from tandem.config import BatchSection, EngineConfig, TimeSection
 from tandem.engine.io import event_loop
 from tandem.engine.io.leader_sockets import LeaderAddresses, LeaderSockets
 from tandem.engine.step.step_loop import IDLE_SECONDS, StepLoop
-from tandem.engine.step_commands import Command, Drain, Shutdown
+from tandem.engine.step_commands import Command, Shutdown
 from tandem.errors import EngineFailed
 from tandem.ids import EngineIdentity, new_identity
 from tandem.kv.blocks import BlockPool
@@ -156,7 +156,7 @@ class SimPipeline:
             memory.write(row.block_ids, row.start, end, digests)
         if row.sample is None:
             return None
-        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.stop_ids))
+        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.banned_ids))
 
 
 class SimEngine:
@@ -231,12 +231,14 @@ class SimEngine:
             PROTOCOL,
             VOCABULARY,
             STEP_TIMEOUT,
+            drain_timeout=DRAIN_SECONDS,
         )
         SimEventLoopThread.process = self.process
         self.world.current = self.process
         self.event_loop = event_loop.LeaderEventLoop(
             EngineConfig(
                 role=spec.role,
+                drain_timeout=DRAIN_SECONDS,
                 time=TimeSection(lease_ttl=plan.lease_ttl),
                 batch=BatchSection(step_timeout=STEP_TIMEOUT),
             ),
@@ -315,12 +317,7 @@ class SimEngine:
 
     def leave(self) -> None:
         """End in good order, as at SIGTERM."""
-
-        def drain() -> None:
-            self.event_loop.show_draining()
-            self.mailbox.put(Drain(self.process.time() + DRAIN_SECONDS))
-
-        self.process.post(drain)
+        self.process.post(self.event_loop.drain)
 
     def _stop(self, reason: str) -> None:
         thread: Any = self.event_loop._thread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, UnsetType
 
+from tandem.api.chat_prompt import render_chat
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import (
     AssistantMessage,
@@ -16,9 +17,8 @@ from tandem.api.openai import (
     TopLogprob,
 )
 from tandem.api.output_processor import TextChunk, Token
-from tandem.api.parsing import message_text, sampling_params
+from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
-from tandem.api.prompt_encoder import INLINE_CHARS, INLINE_TEXTS
 from tandem.api.response_builder import ResponseBuilder, finite
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
@@ -33,15 +33,18 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     """Raises InvalidRequest."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
-    text = await _render(body, model)
-    [token_ids] = await model.encoder.encode([text], "messages", add_special_tokens=False)
+    text = await render_chat(body, model)
+    keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
+    [token_ids] = await model.encoder.encode(
+        [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
+    )
     prompt = Prompt(token_ids, text)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
-    limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
+    limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), model.defaults.max_tokens, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = sampling_params(body, limit, logprobs, model.card.seed)
-    return prepare_request(request_id, body, model, [(prompt, sampling)])
+    sampling = sampling_params(body, limit, logprobs, model.card.seed, model.defaults.sampling)
+    return await prepare_request(request_id, body, model, [(prompt, sampling)])
 
 
 class ChatBuilder(ResponseBuilder[ChatBody]):
@@ -74,19 +77,6 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
     def _names(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
         tokenizer = self.request.model.tokenizer
         return tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id))
-
-
-async def _render(body: ChatBody, model: LoadedModel) -> str:
-    messages = []
-    for index, message in enumerate(body.messages):
-        one = {"role": message.role, "content": message_text(message, index)}
-        messages.append(one if message.name is None else one | {"name": message.name})
-    variables = body.chat_template_kwargs or {}
-    chars = sum(len(one["content"]) for one in messages)
-    model.encoder.check_length(chars, "messages")
-    if chars <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
-        return model.template.render(messages, variables)
-    return await model.pool.run(model.template.render, messages, variables)
 
 
 def _max_tokens(body: ChatBody) -> int | None:

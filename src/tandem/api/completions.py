@@ -27,8 +27,10 @@ async def prepare_completion(request_id: str, body: CompletionBody, model: Loade
         raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
-    prompts = await _encoded(prompt_list(body.prompt), model)
-    return prepare_request(request_id, body, model, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
+    prompts = await _encoded(body, model)
+    return await prepare_request(
+        request_id, body, model, [(prompt, _sampling(body, prompt, model)) for prompt in prompts]
+    )
 
 
 class CompletionBuilder(ResponseBuilder[CompletionBody]):
@@ -64,7 +66,7 @@ class CompletionBuilder(ResponseBuilder[CompletionBody]):
 
 def _sampling(body: CompletionBody, prompt: Prompt, model: LoadedModel) -> SamplingParams:
     limit = model.output_limit(len(prompt.token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
-    return sampling_params(body, limit, body.logprobs, model.card.seed)
+    return sampling_params(body, limit, body.logprobs, model.card.seed, model.defaults.sampling)
 
 
 def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -82,16 +84,19 @@ def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[in
     return found
 
 
-async def _encoded(prompts: list[str | list[int]], model: LoadedModel) -> list[Prompt]:
+async def _encoded(body: CompletionBody, model: LoadedModel) -> list[Prompt]:
+    prompts = prompt_list(body.prompt)
     if not all(prompts):
         raise InvalidRequest("prompt is empty", param="prompt")
     texts = [one for one in prompts if isinstance(one, str)]
-    encoded = await model.encoder.encode(texts, "prompt", add_special_tokens=True)
-    if not all(encoded):
-        raise InvalidRequest("prompt has no tokens", param="prompt")
-    found = [Prompt(token_ids, text) for token_ids, text in zip(encoded, texts, strict=True)]
+    keep = model.prompt_limit(body.truncate_prompt_tokens, body.max_tokens)
+    specials = body.add_special_tokens is not False
+    encoded = await model.encoder.encode(texts, "prompt", add_special_tokens=specials, keep=keep)
+    found = [Prompt(token_ids, None if keep else text) for token_ids, text in zip(encoded, texts, strict=True)]
     for one in prompts:
         if isinstance(one, list):
             model.check_token_ids(one, "prompt")
-            found.append(Prompt(one))
+            found.append(Prompt(one if keep is None else one[max(0, len(one) - keep) :]))
+    if not all(prompt.token_ids for prompt in found):
+        raise InvalidRequest("prompt has no tokens", param="prompt")
     return found

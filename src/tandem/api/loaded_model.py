@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tandem.api.backend import Backend, ModelCard
 from tandem.api.chat_template import ChatTemplate, load_template
+from tandem.api.generation_defaults import OPENAIS, GenerationDefaults, load_defaults
 from tandem.api.http_errors import ContextTooLong
 from tandem.api.prompt_encoder import PromptEncoder
 from tandem.api.text_pool import TextPool
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
+from tandem.config import GenerationSource
 from tandem.errors import InvalidRequest, ModelError, RequestError
 
 
@@ -22,6 +24,7 @@ class LoadedModel:
     Attributes:
         encoder: tokenizes, in bounded work.
         pool: for other work on text.
+        defaults: of requests that say nothing.
     """
 
     card: ModelCard
@@ -29,6 +32,7 @@ class LoadedModel:
     template: ChatTemplate
     encoder: PromptEncoder
     pool: TextPool
+    defaults: GenerationDefaults
 
     def output_limit(self, prompt_len: int, asked: int | None, default: int | None, field: str) -> int:
         """Return the number of tokens that may follow the prompt.
@@ -50,6 +54,20 @@ class LoadedModel:
             return asked
         return room if default is None else min(default, room)
 
+    def prompt_limit(self, asked: int | None, max_tokens: int | None) -> int | None:
+        """Return how many of a prompt's last tokens are kept; None for all.
+
+        Args:
+            asked: truncate_prompt_tokens; -1 for what leaves room for the output.
+        """
+        longest = self.card.max_model_len
+        if asked is not None and asked > longest:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {asked}, and this model takes {longest} tokens",
+                param="truncate_prompt_tokens",
+            )
+        return max(1, longest - (max_tokens or 1)) if asked == -1 else asked
+
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
         """Raise InvalidRequest for one that the vocabulary does not have."""
         size = self.tokenizer.vocab_size
@@ -59,10 +77,15 @@ class LoadedModel:
 
 
 class ModelLoader:
-    """Loads once, off the event loop, and again if the backend's model changes."""
+    """Loads once, off the event loop, and again if the backend's model changes.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        source: of the defaults of requests; "tandem" for OpenAI's.
+    """
+
+    def __init__(self, backend: Backend, source: GenerationSource = "auto") -> None:
         self._backend = backend
+        self._source = source
         self._lock = asyncio.Lock()
         self._pool = TextPool()
         self._loaded: LoadedModel | None = None
@@ -80,14 +103,19 @@ class ModelLoader:
 
     async def _load(self, card: ModelCard) -> LoadedModel:
         if self._loaded is not None and self._loaded.card.path == card.path:
-            return self._model(card, self._loaded.tokenizer, self._loaded.template)
+            known = self._loaded
+            return self._model(card, known.tokenizer, known.template, known.defaults)
         folder = Path(card.path)
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, folder)
-            return self._model(card, tokenizer, await asyncio.to_thread(load_template, folder))
+            template = await asyncio.to_thread(load_template, folder)
+            defaults = OPENAIS if self._source == "tandem" else await asyncio.to_thread(load_defaults, folder)
         except (ModelError, OSError, ValueError) as error:  # the path is what an engine says
             raise RequestError(f"the model's text files cannot be used: {error}") from error
+        return self._model(card, tokenizer, template, defaults)
 
-    def _model(self, card: ModelCard, tokenizer: Tokenizer, template: ChatTemplate) -> LoadedModel:
+    def _model(
+        self, card: ModelCard, tokenizer: Tokenizer, template: ChatTemplate, defaults: GenerationDefaults
+    ) -> LoadedModel:
         encoder = PromptEncoder(tokenizer, self._pool, card.max_model_len)
-        return LoadedModel(card, tokenizer, template, encoder, self._pool)
+        return LoadedModel(card, tokenizer, template, encoder, self._pool, defaults)

@@ -11,16 +11,19 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from tandem.api.backend import ServingDetails
-from tandem.wire.messages import KvTransferParams
-from tandem.wire.sampling import MAX_LOGPROBS
+from tandem.wire.messages import CacheSalt, KvTransferParams
+from tandem.wire.sampling import MAX_COUNT, MAX_LOGPROBS
 
 MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_PARTS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 128
 
 N = Annotated[int, Meta(ge=1, le=MAX_N)]
 LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 # --- bodies of requests -------------------------------------------------------------------------------------------
@@ -54,8 +57,15 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     logit_bias: dict[int, float] | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_COUNT)] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
+    cache_salt: CacheSalt | None = None
     return_token_ids: bool | None = None
     kv_transfer_params: dict[str, Any] | None = None
 
@@ -76,12 +86,35 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str | None = None
 
 
+Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
+
+
 class ChatBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's /tokenize: `prompt`, or `messages` as a chat makes its prompt of them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    tokens: list[int]
 
 
 # --- bodies of responses ------------------------------------------------------------------------------------------
@@ -125,6 +158,17 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 class ChatLogprobs(msgspec.Struct, frozen=True):
     content: list[TokenLogprob]
     refusal: None = None
+
+
+class TokenizeResponse(msgspec.Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(msgspec.Struct, frozen=True):
+    prompt: str
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,12 +25,17 @@ _DIGEST_BYTES = 32
 
 
 class PrefixChain:
-    """Digests of the full blocks of a token list that may grow; each is computed once, when it is first wanted."""
+    """Digests of the full blocks of a token list that may grow; each is computed once, when it is first wanted.
 
-    __slots__ = ("_block_size", "_digests", "_tokens")
+    Args:
+        salt: chains of different salts have no digest in common; "" is a salt of its own.
+    """
 
-    def __init__(self, tokens: list[int], block_size: int) -> None:
+    __slots__ = ("_block_size", "_digests", "_root", "_tokens")
+
+    def __init__(self, tokens: list[int], block_size: int, salt: str = "") -> None:
         self._tokens = tokens
+        self._root = blake2b(salt.encode(), digest_size=_DIGEST_BYTES).digest() if salt else b""
         self._block_size = block_size
         self._digests: list[bytes] = []
 
@@ -42,7 +47,7 @@ class PrefixChain:
             tokens = array("i", self._tokens[start : start + size])
             if len(tokens) < size:
                 raise IndexError(f"block {len(digests)} is not full: {len(self._tokens)} tokens, blocks of {size}")
-            parent = digests[-1] if digests else b""
+            parent = digests[-1] if digests else self._root
             digests.append(blake2b(parent + tokens.tobytes(), digest_size=_DIGEST_BYTES).digest())
         return digests[index]
 

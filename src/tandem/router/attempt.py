@@ -86,6 +86,7 @@ class Attempt:
             prompt_len=len(request.token_ids),
             sampling=request.sampling,
             time_left=max(0.0, self._seconds_left()),
+            cache_salt=request.cache_salt,
         )
         if route.prefill is None:
             return [self._send(generate, requested_kv(request.kv_transfer_params), route.decode)]

@@ -108,7 +108,9 @@ class EngineConnections:
         """Serve the socket until cancelled."""
         with self._monitor.watching():
             async with asyncio.TaskGroup() as group:
-                group.create_task(receive_with_connections(self.socket, self._codec, self._handle, self.dropped))
+                handled = self._monitor.caught_up
+                receiving = receive_with_connections(self.socket, self._codec, self._handle, handled, self.dropped)
+                group.create_task(receiving)
                 group.create_task(self._watch())
 
     async def changed(self, seconds: float) -> None:
@@ -157,8 +159,12 @@ class EngineConnections:
                 for item in items:
                     self._deliver(sender, item)
             case EngineStatus():
+                known = self.registry.get(sender)
+                role = known.role if known is not None else None
                 engine = self.registry.heartbeat(sender, message, now)
                 self.send(sender, Registered(True, engine.register.connection) if engine else Registered(False))
+                if engine is not None and engine.role != role and self.introduce:
+                    self._introduce_all()  # before the first request that it has the new role for
                 self._note_change()
             case Register():
                 if self._monitor.identify(connection, sender):

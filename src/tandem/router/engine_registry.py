@@ -57,7 +57,7 @@ class EngineEntry:
 
     @property
     def role(self) -> str:
-        return self.register.status.role
+        return self.status.role
 
 
 class EngineRegistry:

@@ -6,10 +6,14 @@ others is requests: those that this frontend has sent and not seen the end of, p
 prompt that is cached there is worth one. Among equals the engine that was chosen least recently goes first. Pairs that
 refused each other are not made again. One whose session was lost is made only where there is nothing else; its
 --kv-failure then decides about the request.
+
+Where no prefill engine is ready, decode engines serve alone. Not where one is ready that a request has to avoid: an
+overloaded one must not pass its load on to the engines that it is there to spare.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,12 +48,14 @@ class Route:
     Attributes:
         prefill: None when `decode` does everything itself, for `reason`.
         prompt_tokens: of the prompt, those that the prefill engine has to compute.
+        is_makeshift: it is not there for that, but nobody else is.
     """
 
     decode: EngineEntry
     prefill: EngineEntry | None = None
     reason: str | None = None
     prompt_tokens: int = 0
+    is_makeshift: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,8 @@ class OneModelPolicy:
     """The policy of a router: pairs and mixed engines of one model, and of one version of its weights.
 
     Answers must not change with the engine that is free. So the weights that are served stay as long as they have a
-    route: engines with new weights under an old name take over when the last of the old ones have left.
+    route: engines with new weights under an old name take over when the last of the old ones have left. Decode engines
+    serve alone only where no weights have a whole route.
     """
 
     def __init__(self, registry: EngineRegistry) -> None:
@@ -121,8 +128,10 @@ class OneModelPolicy:
         of_weights: dict[str, list[EngineEntry]] = {}
         for engine in engines:
             of_weights.setdefault(engine.status.fingerprint, []).append(engine)
-        for fingerprint in sorted(of_weights, key=lambda one: one != self._served_fingerprint):
-            route = choose_route(of_weights[fingerprint], exclude, prompt)
+        order = sorted(of_weights, key=lambda one: one != self._served_fingerprint)
+        none_prefills = not any(one.role == "prefill" for one in engines)
+        for alone, fingerprint in itertools.product((False, True) if none_prefills else (False,), order):
+            route = choose_route(of_weights[fingerprint], exclude, prompt, alone=alone)
             if isinstance(route, Route):
                 if not exclude:  # what one request has to avoid changes nothing for the others
                     self._served_fingerprint = fingerprint
@@ -135,9 +144,12 @@ class OneModelPolicy:
 
 
 def choose_route(
-    engines: Sequence[EngineEntry], exclude: Collection[str] = (), prompt: Prompt = ANY_PROMPT
+    engines: Sequence[EngineEntry], exclude: Collection[str] = (), prompt: Prompt = ANY_PROMPT, *, alone: bool = True
 ) -> Route | NoRoute:
-    """Return the route with the least load among engines that are ready, whatever their weights."""
+    """Return the route with the least load among engines that are ready, whatever their weights.
+
+    `alone`: a decode engine may do it all where there is no prefill engine.
+    """
     usable = sorted((one for one in engines if one.incarnation not in exclude), key=partial(_load, prompt))
     prefills = sorted((one for one in usable if one.role == "prefill"), key=partial(_prompt_tokens, prompt))
     decodes = [one for one in usable if one.role == "decode"]
@@ -151,6 +163,8 @@ def choose_route(
     if prefills and decodes:
         refusals = {_refusal(p, d) for p in prefills for d in decodes}
         return NoRoute("no prefill engine fits a decode engine: " + "; ".join(sorted(refusals)), may_come=False)
+    if alone and decodes and not any(one.role == "prefill" for one in engines):
+        return Route(decodes[0], reason="no prefill engine is ready", is_makeshift=True)
     missing = [role for role, found in (("prefill", prefills), ("decode", decodes)) if not found]
     return NoRoute(f"no {' and no '.join(missing)} engine is ready")
 

@@ -62,11 +62,22 @@ class RequestRouter:
         if engine is None:
             raise Unavailable("no engine has registered yet", retry_after=2)
         register = engine.register
-        return ModelCard(register.status.model, register.model_path, register.max_model_len, self._created, self._seed)
+        return ModelCard(
+            name=register.status.model,
+            path=register.model_path,
+            max_model_len=register.max_model_len,
+            created=self._created,
+            seed=self._seed,
+            aliases=tuple(register.model_aliases),
+        )
 
     def health(self) -> Health:
         route = self._find()  # at every change of an engine; so a route that nobody has used yet is known too
-        return Health(False, route.reason) if isinstance(route, NoRoute) else Health(True, "ready")
+        if isinstance(route, NoRoute):
+            return Health(False, route.reason, whole=False)
+        if route.is_makeshift:
+            return Health(True, f"{route.reason}: decode engines serve alone", whole=False)
+        return Health(True, "ready")
 
     def engines(self) -> list[EngineEntry]:
         return list(self._connections.registry)

@@ -15,13 +15,13 @@ class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         position: index of the new token in the whole request (prompt and output); keys the random generator.
         output_len: output tokens before it, for `min_tokens`.
-        stop_ids: tokens that may not be chosen before `min_tokens`.
+        banned_ids: tokens that may not be chosen here.
     """
 
     params: SamplingParams
     position: int
     output_len: int
-    stop_ids: list[int] = []
+    banned_ids: list[int] = []
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):

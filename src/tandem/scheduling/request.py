@@ -109,23 +109,16 @@ class Request:
 
     def _sample_at(self) -> SampleAt:
         params, output_len = self.sampling, self.output_len
-        stop_ids = sorted(self.stop_tokens) if output_len < params.min_tokens else []
-        return SampleAt(params, len(self.tokens), output_len, stop_ids)
+        banned = sorted(self.stop_tokens) if output_len < params.min_tokens else []
+        if params.banned_runs:
+            banned += _run_ends(params.banned_runs, self.tokens, output_len)
+        return SampleAt(params, len(self.tokens), output_len, banned)
 
     def finish_reason(self) -> FinishReason | None:
         """Return the reason if the last token, an output token, ends the request."""
         if self.tokens[-1] in self.stop_tokens and self.output_len > self.sampling.min_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.max_len else None
-
-    def can_adopt(self, token: int) -> bool:
-        """Return whether to go on from a first token that the prefill engine sampled, and sends to the client itself.
-
-        Where it ends the request, this engine sends it too, as that engine may die before it has; with its
-        log-probabilities, if they are asked for, and only a token's own sampler knows those.
-        """
-        stops = token in self.stop_tokens and self.output_len + 1 > self.sampling.min_tokens
-        return self.sampling.logprobs is None or not (stops or len(self.tokens) + 1 >= self.max_len)
 
     def stats(self, now: float) -> RequestStats:
         """Return the times so far. `transfer_time` runs from admission until all KV had arrived."""
@@ -139,3 +132,12 @@ class Request:
             recomputations=self.recomputations,
             recompute_reason=self.recompute_reason,
         )
+
+
+def _run_ends(runs: list[list[int]], tokens: list[int], output_len: int) -> list[int]:
+    """Return the tokens that would complete a run, all of which is output."""
+    ends = []
+    for *before, last in runs:
+        if len(before) <= output_len and tokens[len(tokens) - len(before) :] == before:
+            ends.append(last)
+    return ends

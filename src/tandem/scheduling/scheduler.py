@@ -136,8 +136,6 @@ class Scheduler:
         if request is None or request.state is not RequestState.WAITING_FOR_KV:
             return
         length = len(request.tokens)
-        if first_token is not None and not request.can_adopt(first_token):
-            first_token = None
         if first_token is None and request.num_cached == length:
             # To compute the last token would write into a block that others share.
             self.kv_failed(request_id, "the peer sent no first token", now, reading=False)
@@ -172,7 +170,7 @@ class Scheduler:
         if reading:
             self.state.quarantine_reads(request)
         recompute(self.state, request, reason)
-        if first_token is not None and request.can_adopt(first_token):
+        if first_token is not None:
             self._adopt_first_token(request, first_token, now)
 
     def read_ended(self, request_id: str) -> None:

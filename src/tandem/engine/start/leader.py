@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from tandem import __version__
@@ -15,7 +14,7 @@ from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
 from tandem.engine.step.step_message import StepEncoder
-from tandem.engine.step_commands import Command, Drain
+from tandem.engine.step_commands import Command
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
@@ -81,13 +80,16 @@ class Leader:
             self._event_loop.clock,
         )
 
-    def drain(self, seconds: float) -> None:
-        """Take no new requests, and end when those that are here have ended and their KV was read, or after `seconds`.
+    def drain(self) -> None:
+        """Take no new requests, and end when those that are here have ended and their KV was read; bounded.
 
         May be called by a signal handler.
         """
-        self._event_loop.show_draining()
-        self.mailbox.put(Drain(time.monotonic() + seconds))
+        self._event_loop.drain()
+
+    @property
+    def drains(self) -> bool:
+        return self._event_loop.draining
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
         """Serve until told to stop; return why.
@@ -150,10 +152,12 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         max_model_len=rank.max_model_len,
         max_waiting=config.batch.max_waiting,
         model_path=rank.placement.model.path,
+        model_aliases=list(rank.placement.model.aliases),
         dtype=agreement.records[0].dtype,
         version=__version__,
         protocol=PROTOCOL,
         vocab_size=rank.model.vocab_size,
         step_timeout=config.batch.step_timeout,
+        drain_timeout=config.drain_timeout,
         http_address=rank.placement.http_address,
     )

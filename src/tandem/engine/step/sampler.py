@@ -1,6 +1,7 @@
 """Chooses tokens from logits.
 
-Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
+Order, as in vLLM: tokens that are not allowed, stop tokens before `min_tokens` and the last tokens of banned runs are
+ruled out; `logit_bias`; repetition, then frequency and presence
 penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
 `min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the model gave
 them.
@@ -99,7 +100,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    return params.temperature < _GREEDY and not at.stop_ids and not params.logit_bias
+    return params.temperature < _GREEDY and not at.banned_ids and not params.rules_out
 
 
 def _choose(
@@ -131,7 +132,12 @@ def _choose(
 def _adjust(logits: Tensor, at: SampleAt, counts: TokenCounts | None) -> InvalidRequest | None:
     """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns an error if that cannot be done."""
     params, vocabulary = at.params, logits.shape[-1]
-    banned = [token for token in at.stop_ids if token < vocabulary]
+    if params.allowed_token_ids is not None:
+        allowed = [token for token in params.allowed_token_ids if token < vocabulary]
+        kept = logits[allowed]
+        logits.fill_(-math.inf)
+        logits[allowed] = kept
+    banned = [token for token in at.banned_ids if token < vocabulary]
     if banned:
         logits[banned] = -math.inf
     if params.logit_bias:
