@@ -15,7 +15,7 @@ ROWS = (
     {"cli", "llm"},
     {"commands"},
     {"doctor", "local_cluster", "client", "config_file", "demo_questions"},
-    {"engine"},
+    {"engine", "vllm"},
     {"router"},
     {"supervisor"},
     {"scheduling", "transfer", "models", "api", "processes"},
