@@ -1,7 +1,8 @@
 """The arena: a worker's own KV blocks, in Tandem's block-major layout, between vLLM's cache and the network.
 
-vLLM's blocks are never shown to another engine: their pages are the kernel's affair, and vLLM frees them without asking.
-Finished tokens are exported into the arena, where leases and reads are Tandem's; what was read is imported from it.
+vLLM's blocks are never shown to another engine: their pages are the kernel's affair, and vLLM frees them without
+asking. Finished tokens are exported into the arena, where leases and reads are Tandem's; what was read is imported
+from it.
 """
 
 from __future__ import annotations
