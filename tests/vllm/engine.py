@@ -155,6 +155,12 @@ class Engine:
         self.side.stop()
 
     @property
+    def port(self) -> int:
+        leader = self.side._leader
+        assert leader is not None
+        return leader.address.port
+
+    @property
     def arena(self) -> ArenaBlocks:
         arena = self.side._arena
         assert arena is not None
