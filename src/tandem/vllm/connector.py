@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from tandem.errors import ConfigError, StartError
 from tandem.model_folder import find_model
@@ -19,6 +21,7 @@ from tandem.vllm.messages import RankHandshake, StepOrders, StepReport
 from tandem.vllm.options import parse_options
 from tandem.vllm.scheduler import NewRequest, Scheduled, SchedulerSide
 from tandem.vllm.self_test import cpu_kernel, find_page_layout
+from tandem.vllm.stats import TandemPromMetrics, TandemStats
 from tandem.vllm.worker import ModelShape, Worker
 from tandem.vllm.world import GroupWorld
 
@@ -26,8 +29,11 @@ from tandem.vllm.world import GroupWorld
 class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM may not be installed
     """Made by vLLM, once in the scheduler's process and once in each worker's."""
 
+    _cache_hit_source = CacheHitSource.P2P
+
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm_does()
         transfer = vllm_config.kv_transfer_config
         options = parse_options(transfer.kv_connector_extra_config)
         self._model = _model_shape(vllm_config, kv_cache_config)
@@ -51,6 +57,21 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def shutdown(self) -> None:
         if self.role is KVConnectorRole.SCHEDULER:
             self._scheduler.stop()
+
+    # --- metrics -------------------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> TandemStats | None:
+        """Return what the scheduler side has counted since the last call; workers count nothing."""
+        counts = self._scheduler.take_counts() if self.role is KVConnectorRole.SCHEDULER else {}
+        return TandemStats(data=dict(counts)) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TandemStats:
+        return TandemStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> TandemPromMetrics:
+        return TandemPromMetrics(*arguments)
 
     # --- worker side ---------------------------------------------------------------------------------------------
 
@@ -150,6 +171,14 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0])
+
+
+def _log_as_vllm_does() -> None:
+    """Let what Tandem logs in this process go where vLLM's own lines go: it sets up its own logger alone."""
+    ours, theirs = logging.getLogger("tandem"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.getEffectiveLevel())
 
 
 def _not_covered_by_the_prompt(request: Any) -> str | None:

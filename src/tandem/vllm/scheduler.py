@@ -65,6 +65,12 @@ class SchedulerSide:
         self._imports: Imports | None = None
         self._arena: ArenaBlocks | None = None
         self._step = 0
+        self._counts: dict[str, float] = {}
+
+    def take_counts(self) -> dict[str, float]:
+        """Return what was counted since the last call."""
+        counts, self._counts = self._counts, {}
+        return counts
 
     def start(self, ranks: Sequence[RankHandshake]) -> None:
         """All workers are ready, by rank. Raises StartError or ConfigError."""
@@ -164,7 +170,9 @@ class SchedulerSide:
             return None
         remote_id = exports.finished(request_id, aborted=aborted)
         if remote_id is None:
+            self._count(exports_refused=int(not aborted))
             return None
+        self._count(exports=1)
         identity, address = self._leader.identity, self._leader.address
         return {
             "do_remote_prefill": True,
@@ -178,6 +186,10 @@ class SchedulerSide:
         }
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _count(self, **counts: float) -> None:
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
 
     @property
     def _started(self) -> tuple[Exports, Imports, ArenaBlocks]:
@@ -201,8 +213,10 @@ class SchedulerSide:
                     exports.ended(remote_id)
                 imports.make_room()
             case PullArrived(request_id=request_id):
+                self._count(handoffs=1, bytes=event.bytes, descriptors=event.descriptors, read_seconds=event.seconds)
                 imports.arrived(request_id)
             case PullFailed(request_id=request_id, reason=reason):
+                self._count(failures=1)
                 imports.failed(request_id, reason)
             case PullQuiet(request_id=request_id):
                 imports.quiet(request_id)
