@@ -51,7 +51,7 @@ def greedy(model: Path, tokens: list[int]) -> list[int]:
 def text_of(model: Path, token_ids: list[int]) -> str:
     from transformers import AutoTokenizer
 
-    return str(AutoTokenizer.from_pretrained(model).decode(token_ids))
+    return str(AutoTokenizer.from_pretrained(model).decode(token_ids, skip_special_tokens=True))
 
 
 @pytest.mark.timeout(900)
