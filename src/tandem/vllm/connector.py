@@ -216,12 +216,22 @@ def _model_shape(vllm_config: Any, kv_cache_config: Any) -> ModelShape:
         raise ConfigError(f"TandemConnector needs KV in the model's dtype; got {vllm_config.cache_config.cache_dtype}")
     if model.hf_overrides:
         raise ConfigError("TandemConnector does not know what --hf-overrides change; put it into the model's folder")
+    folder = find_model(model.model).path
+    if model.revision is not None and folder != str(model.model):
+        raise ConfigError("TandemConnector needs the folder of a model to tell it from its other revisions; give that")
     return ModelShape(
-        path=find_model(model.model).path,
+        path=folder,
         name=str(model.model),
         dtype=dtype,
         num_layers=model.get_total_num_hidden_layers(),
         num_kv_heads=model.get_total_num_kv_heads(),
         block_size=spec.block_size,
         max_model_len=model.max_model_len,
+        variant=_variant(model),
     )
+
+
+def _variant(model: Any) -> str:
+    """Return what decides the KV beside the model's folder: weights that vLLM quantises as it loads them."""
+    in_folder = getattr(model.hf_config, "quantization_config", None) is not None
+    return f"quantization {model.quantization}" if model.quantization is not None and not in_folder else ""

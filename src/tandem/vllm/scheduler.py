@@ -80,8 +80,9 @@ class SchedulerSide:
         share = 1.0 if not self._consumer else 0.5 if self._producer else 0.0
         arena = self._arena = ArenaBlocks(blocks, self._model.block_size, share)
         connector = connector_name(self._options.connector)
+        fingerprint = " ".join(filter(None, (self._fingerprint.result(), self._model.variant)))
         leader = self._leader = Leader(
-            self._options, ranks, self._fingerprint.result(), self._model.dtype, connector, int(blocks * share)
+            self._options, ranks, fingerprint, self._model.dtype, connector, int(blocks * share)
         )
         self._exports = Exports(arena, _Offering(leader))
         self._imports = Imports(arena, _Pulling(leader), recompute=self._recompute)

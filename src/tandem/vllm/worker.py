@@ -41,6 +41,7 @@ class ModelShape:
         path: its folder.
         dtype: of its KV, as Tandem names it.
         num_kv_heads: of the whole model.
+        variant: what decides the KV beside the folder; empty for nothing.
     """
 
     path: str
@@ -50,6 +51,7 @@ class ModelShape:
     num_kv_heads: int
     block_size: int
     max_model_len: int
+    variant: str = ""
 
 
 class _Published(msgspec.Struct, frozen=True):
