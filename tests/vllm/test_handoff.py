@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 from tandem.vllm.pages import AMX, VEC
-from tests.vllm.engine import Engine
+from tandem.vllm.scheduler import NewRequest, Scheduled
+from tests.vllm.engine import Engine, true_kv
 
 PROMPTS = (1, 31, 32, 33, 150)
 
@@ -81,3 +83,44 @@ def test_a_prompt_that_is_here_entirely_is_released() -> None:
         assert params is not None
         assert decode.claim("d", tokens, params, [4, 5], cached=64) == 0
         decode.wait_idle()
+
+
+def arena_block(engine: Engine, place: int) -> Tensor:
+    """Return what the first rank's arena has for the block at this place of its only import."""
+    [one] = engine.side._started[1]._imports.values()
+    arena = engine.ranks[0].worker._arena
+    assert arena is not None
+    return arena.kv[one.arena_blocks[place]]
+
+
+def test_both_engines_at_once_stream_by_chunks() -> None:
+    """The claim comes before the request: what a step has computed is read while the next one runs."""
+    tokens = prompt(150)
+    kv, blocks, theirs = true_kv(tokens), [4, 0, 3, 1, 2], [9, 5, 7, 6, 8]
+    with Engine(VEC, tp=2) as prefill, Engine(VEC) as decode:
+        params = {
+            "do_remote_prefill": True,
+            "transfer_id": "t",
+            "remote_engine_id": "e",
+            "remote_host": "127.0.0.1",
+            "remote_port": prefill.port,
+        }
+        assert decode.claim("d", tokens, params, theirs) == 150
+        prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
+
+        def forward(start: int, stop: int) -> None:
+            for rank in prefill.ranks:
+                rank.compute(kv, blocks, start, stop)
+
+        for start, stop in ((0, 70), (70, 140)):
+            prefill.step([Scheduled("p", stop, blocks)], lambda start=start, stop=stop: forward(start, stop))  # type: ignore[misc]
+            whole = stop // 32  # blocks that are read before the prompt is done
+            decode.wait_for(lambda whole=whole: bool(arena_block(decode, whole - 1).any()))  # type: ignore[misc]
+            assert "d" not in decode.received
+        prefill.step([Scheduled("p", 150, blocks)], lambda: forward(140, 150))
+        assert prefill.side.finished("p", aborted=False) is not None
+        decode.wait_for(lambda: "d" in decode.received)
+        assert not decode.failed
+        assert decode.holds(tokens, theirs)
+        decode.wait_idle()
+        prefill.wait_idle()
