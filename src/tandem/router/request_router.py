@@ -87,7 +87,7 @@ class RequestRouter:
         retries = Retries(self._connections.registry.is_ready)
         failure: RequestError | None = None
         fingerprint: str | None = None
-        keys = prefix_keys(request.token_ids) if self._kv_aware else []
+        keys = prefix_keys(request.token_ids, request.cache_salt) if self._kv_aware else []
         prompt = Prompt(len(request.token_ids), self._prefixes.matches(keys))
         for number in itertools.count():
             begun = fingerprint if merger.tokens else None
@@ -109,7 +109,7 @@ class RequestRouter:
                     async for delta in deltas:
                         yield delta
                 if self._kv_aware:
-                    self._cached(prefix_keys(request.token_ids + merger.tokens), route.decode)
+                    self._cached(prefix_keys(request.token_ids + merger.tokens, request.cache_salt), route.decode)
                 return
             except RETRIED as error:
                 log.warning("request %s: %s", request.request_id, error)
