@@ -1,4 +1,4 @@
-"""The batch that the scheduler hands to the runner, and its result. Both also go over the wire to the other ranks."""
+"""The batch that the scheduler hands to the engine's ranks, and its result."""
 
 from __future__ import annotations
 
@@ -27,26 +27,29 @@ class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         position: index of the new token in the whole request (prompt and output); keys the random generator.
         output_len: output tokens before it, for `min_tokens`.
-        history: all tokens before it and how many of them are prompt, where penalties need them; else None.
-        stop_ids: tokens that may not be chosen before `min_tokens`, unless the grammar leaves nothing else.
+        banned_ids: tokens that may not be chosen here.
         constrained: only tokens that the request's grammar allows may be chosen.
-        mask: which ones those are, one bit a token, lowest bit first, or why it could not be made; set on the rank
+        stop_ids: with a grammar, tokens that may not be chosen here unless it leaves nothing else.
+        mask: what the grammar allows, one bit a token, lowest bit first, or why it could not be made; set on the rank
             that samples, as it is made while the model runs.
     """
 
     params: SamplingParams
     position: int
     output_len: int
-    history: tuple[list[int], int] | None = None
-    stop_ids: list[int] = []
+    banned_ids: list[int] = []
     constrained: bool = False
+    stop_ids: list[int] = []
     mask: bytes | RowError | None = None
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
 
-    `block_ids` is the block table; it covers at least start + len(tokens) positions.
+    Attributes:
+        block_ids: the block table; it covers at least start + len(tokens) positions. The request's own list, not to be
+            changed: it grows in place, and is another object once it holds other blocks.
+        history: all tokens of the request, where penalties need them; the request's own list too.
     """
 
     request_id: str
@@ -54,9 +57,10 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     start: int
     block_ids: list[int]
     sample: SampleAt | None = None
+    history: list[int] | None = None
 
 
-class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
+class Batch(msgspec.Struct, frozen=True, array_like=True):
     batch_id: int
     rows: list[Row]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
-from tandem.engine.step_commands import Command, Drain
+from tandem.engine.step.step_message import StepEncoder
+from tandem.engine.step_commands import Command
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
@@ -56,11 +56,12 @@ class Leader:
         self._masks = MaskMaker(
             functools.partial(load_compiler, Path(rank.placement.model.path), rank.model.eos_token_ids)
         )
+        steps = StepEncoder(config.batch.max_num_seqs)
         sampler = size - config.parallel.tp  # the first rank of the last stage
         self._pipeline = (
-            LeaderPipeline(runner, sockets.step, size, self._masks, sampler)
+            LeaderPipeline(runner, steps, sockets.step, size, self._masks, sampler)
             if size > 1
-            else SoloPipeline(runner, self._masks)
+            else SoloPipeline(runner, steps, self._masks)
         )
         if size == 1:
             sockets.step.close(linger=0)  # what strangers sent to it nobody would read
@@ -92,13 +93,16 @@ class Leader:
             self._masks,
         )
 
-    def drain(self, seconds: float) -> None:
-        """Take no new requests, and end when those that are here have ended and their KV was read, or after `seconds`.
+    def drain(self) -> None:
+        """Take no new requests, and end when those that are here have ended and their KV was read; bounded.
 
         May be called by a signal handler.
         """
-        self._event_loop.show_draining()
-        self.mailbox.put(Drain(time.monotonic() + seconds))
+        self._event_loop.drain()
+
+    @property
+    def drains(self) -> bool:
+        return self._event_loop.draining
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
         """Serve until told to stop; return why.
@@ -168,5 +172,6 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         protocol=PROTOCOL,
         vocab_size=rank.model.vocab_size,
         step_timeout=config.batch.step_timeout,
+        drain_timeout=config.drain_timeout,
         http_address=rank.placement.http_address,
     )

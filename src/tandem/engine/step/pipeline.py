@@ -14,6 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.runner import Runner
+from tandem.engine.step.step_message import Step, StepEncoder
 from tandem.engine.timeouts import CAUSE_SECONDS, FOLLOWERS_SECONDS, HALT_SECONDS
 from tandem.errors import EngineFailed, RankLost
 from tandem.scheduling.batch import Batch, Mask, Masks, StepResult
@@ -60,10 +61,15 @@ class Pipeline(Protocol):
 
 
 class SoloPipeline:
-    """An engine of one rank: no hop to anywhere."""
+    """An engine of one rank: no hop to anywhere.
 
-    def __init__(self, runner: Runner, masks: MaskMaker) -> None:
+    Args:
+        steps: makes steps for the rank.
+    """
+
+    def __init__(self, runner: Runner, steps: StepEncoder, masks: MaskMaker) -> None:
         self._runner = runner
+        self._steps = steps
         self._masks = masks
         self._results: list[StepResult] = []
 
@@ -71,7 +77,7 @@ class SoloPipeline:
         """Return at once: there are none."""
 
     def submit(self, batch: Batch) -> None:
-        result = self._runner.run(batch, functools.partial(self._masks.take, batch.batch_id))
+        result = self._runner.run(self._steps.step(batch), functools.partial(self._masks.take, batch.batch_id))
         if result is not None:
             self._results.append(result)
 
@@ -90,12 +96,22 @@ class LeaderPipeline:
     """The leader's side for an engine of several ranks.
 
     Args:
+        steps: makes steps for all ranks, this one too.
         socket: bound with LEADER_SOCKET; every other rank connects to it with its rank as identity.
         sampler: the rank that samples.
     """
 
-    def __init__(self, runner: Runner, socket: zmq.Socket[bytes], ranks: int, masks: MaskMaker, sampler: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        steps: StepEncoder,
+        socket: zmq.Socket[bytes],
+        ranks: int,
+        masks: MaskMaker,
+        sampler: int,
+    ) -> None:
         self._runner = runner
+        self._steps = steps
         self._masks = masks
         self._sampler = b"%d" % sampler
         self._socket = socket
@@ -157,9 +173,10 @@ class LeaderPipeline:
         return None
 
     def submit(self, batch: Batch) -> None:
-        self._broadcast(self._encoder.encode(batch))
+        step = self._steps.step(batch)
+        self._broadcast(self._encoder.encode(step))
         try:
-            result = self._runner.run(batch, functools.partial(self._masks.take, batch.batch_id))
+            result = self._runner.run(step, functools.partial(self._masks.take, batch.batch_id))
         except EngineFailed:
             # A collective with a rank that has just gone; word of which one may be on its way.
             if self._monitor.poll(int(1000 * CAUSE_SECONDS)):
@@ -206,7 +223,7 @@ def _lost(rank: bytes) -> RankLost:
 
 
 class Follower:
-    """The loop of every rank but the leader's: take a batch, compute, and answer if this rank samples.
+    """The loop of every rank but the leader's: take a step, compute, and answer if this rank samples.
 
     Args:
         socket: DEALER connected to the leader with `follower_socket`.
@@ -216,7 +233,7 @@ class Follower:
         self._runner = runner
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Batch | Masks | Halt)
+        self._decoder = msgspec.msgpack.Decoder(Step | Masks | Halt)
 
     def run(self) -> str:
         """Serve until the leader halts; return why. Raises RankLost when the engine failed, or the leader is lost."""
