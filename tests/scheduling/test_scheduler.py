@@ -196,7 +196,7 @@ def test_stop_tokens_end_a_request_but_not_before_min_tokens() -> None:
     batch = engine.scheduler.schedule(0.0)
     assert batch is not None
     assert batch.rows[0].sample is not None
-    assert batch.rows[0].sample.stop_ids == [EOS, 3]
+    assert batch.rows[0].sample.banned_ids == [EOS, 3]
     engine.scheduler.apply(StepResult(0, [Sampled(EOS)]), 0.0)
     (first,) = engine.scheduler.drain()
     assert isinstance(first, TokenOut)

@@ -33,6 +33,11 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "suffix": ("",),
     "function_call": ("none", "auto"),  # OpenAI's old way; `tools` is the new one
+    # Chats have these.
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
 }
 # Fields that ask for nothing of the model, of any value: they are for the provider's books, or hints how to serve.
 WITHOUT_EFFECT = (
@@ -76,7 +81,7 @@ def parse(body: bytes | bytearray, kind: type[Parsed], max_list: int = MAX_NUMBE
         raise _invalid(str(error), _shown(body)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
-    _check_not_served(read, NOT_SERVED, "")
+    _check_not_served(read, _not_served(kind), "")
     return kind(**{name: _served(name, getattr(read, name)) for name in kind.__struct_fields__})
 
 
@@ -210,7 +215,11 @@ def _decoder(kind: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
         elif field.name in WHOLE_FIELDS:
             hint = _or_float(hint)
         fields.append((field.name, hint, field.default))
-    return msgspec.json.Decoder(_struct(kind.__name__, fields, (*NOT_SERVED, *WITHOUT_EFFECT)))
+    return msgspec.json.Decoder(_struct(kind.__name__, fields, (*_not_served(kind), *WITHOUT_EFFECT)))
+
+
+def _not_served(kind: type[msgspec.Struct]) -> dict[str, tuple[Any, ...]]:
+    return {name: neutral for name, neutral in NOT_SERVED.items() if name not in kind.__struct_fields__}
 
 
 def _message_type() -> type[msgspec.Struct]:

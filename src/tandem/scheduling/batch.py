@@ -27,19 +27,19 @@ class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         position: index of the new token in the whole request (prompt and output); keys the random generator.
         output_len: output tokens before it, for `min_tokens`.
-        stop_ids: tokens that may not be chosen before `min_tokens`, unless the grammar leaves nothing else.
         banned_ids: tokens that may not be chosen here.
         constrained: only tokens that the request's grammar allows may be chosen.
-        mask: which ones those are, one bit a token, lowest bit first, or why it could not be made; set on the rank
+        stop_ids: with a grammar, tokens that may not be chosen here unless it leaves nothing else.
+        mask: what the grammar allows, one bit a token, lowest bit first, or why it could not be made; set on the rank
             that samples, as it is made while the model runs.
     """
 
     params: SamplingParams
     position: int
     output_len: int
-    stop_ids: list[int] = []
     banned_ids: list[int] = []
     constrained: bool = False
+    stop_ids: list[int] = []
     mask: bytes | RowError | None = None
 
 

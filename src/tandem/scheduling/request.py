@@ -114,9 +114,11 @@ class Request:
         params, output_len = self.sampling, self.output_len
         constrained = self.grammar is not None
         goes_on = output_len < params.min_tokens or (constrained and params.ignore_eos)
-        stop_ids = sorted(self.stop_tokens) if goes_on else []
-        banned = _run_ends(params.banned_runs, self.tokens, output_len)
-        return SampleAt(params, len(self.tokens), output_len, stop_ids, banned, constrained)
+        stops = sorted(self.stop_tokens) if goes_on else []
+        banned = [] if constrained else stops
+        if params.banned_runs:
+            banned = banned + _run_ends(params.banned_runs, self.tokens, output_len)
+        return SampleAt(params, len(self.tokens), output_len, banned, constrained, stops if constrained else [])
 
     def finish_reason(self) -> FinishReason | None:
         """Return the reason if the last token, an output token, ends the request.

@@ -122,7 +122,7 @@ class Runner:
             picked = last_tokens if len(wanted) == len(rows) else last_tokens[wanted]
             logits = self._decoder.logits(hidden, picked)
             if logits is not None:
-                requested = _with_masks([row for row in rows if row.sample is not None], masks)
+                requested = _with_masks(rows, masks)
                 counted = {
                     place: counts
                     for place, index in enumerate(wanted)
@@ -137,7 +137,7 @@ class Runner:
 
 
 def _with_masks(rows: list[StepRow], take: TakeMasks) -> list[SampleAt]:
-    """Return the sampling of rows that all have one, with their masks."""
+    """Return the sampling of the rows that have one, with their masks."""
     wanted = [(row.request_id, row.sample) for row in rows if row.sample is not None]
     if not any(at.constrained for _, at in wanted):
         return [at for _, at in wanted]
