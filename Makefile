@@ -4,13 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch>=2.11,<2.14
 
-.PHONY: demo test check lint format chaos clean
+.PHONY: demo test test-vllm check lint format chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tandem demo
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# The connector for vLLM, in an environment of its own: vLLM pins torch and much else.
+VLLM_ENV ?= .venv-vllm
+test-vllm: $(VLLM_ENV)/.installed
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+		$(VLLM_ENV)/bin/python -m pytest -W default tests/vllm tests/vllm_live $(ARGS)
+
+$(VLLM_ENV)/.installed: scripts/make_vllm_env.sh
+	PYTHON=$(PYTHON) scripts/make_vllm_env.sh $(VLLM_ENV)
+	touch $@
 
 # The inner loop: all that starts no processes, in less than two minutes.
 check: lint

@@ -15,13 +15,13 @@ ROWS = (
     {"cli", "llm"},
     {"commands"},
     {"doctor", "local_cluster", "client", "config_file", "demo_questions"},
-    {"engine"},
+    {"engine", "vllm"},
     {"router"},
     {"supervisor"},
     {"scheduling", "transfer", "models", "api", "processes"},
-    {"child_main"},
+    {"child_main", "fork_server"},
     {"config", "console", "reports"},
-    {"config_access", "config_limits"},
+    {"config_access", "config_limits", "grammar"},
     {"flags"},
     {"wire"},
     {
@@ -31,6 +31,7 @@ ROWS = (
         "logs",
         "deadlines",
         "model_folder",
+        "openmp",
         "bounded_writer",
         "restart_policy",
         "runtime_folder",
@@ -39,7 +40,12 @@ ROWS = (
 )
 ROW = {package: row for row, packages in enumerate(ROWS) for package in packages}
 FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py"))}
-ANOTHER_ENGINE_MAY_USE = {"kv": set(), "transfer": {"kv", "wire", "ids", "errors"}}
+ANOTHER_ENGINE_MAY_USE = {
+    "kv": set(),
+    "transfer": {"kv", "wire", "ids", "errors"},
+    "vllm": {"kv", "transfer", "wire", "ids", "errors", "checkpoint", "model_folder", "config_access"},
+}
+IMPORT_VLLM = {"vllm/connector.py", "vllm/stats.py", "vllm/self_test.py", "vllm/__init__.py"}
 
 
 def imported(file: Path) -> set[str]:
@@ -80,3 +86,10 @@ def test_the_pure_packages_know_no_tensors_and_only_one_file_knows_nixl() -> Non
         name for name in outside if name.startswith(("kv/", "checkpoint/", "scheduling/")) and "torch" in outside[name]
     ]
     assert [name for name in outside if "nixl" in outside[name]] == ["transfer/transports/nixl/agent.py"]
+
+
+def test_vllm_is_known_to_its_connector_alone_which_can_be_imported_without_it() -> None:
+    assert {name for name in FILES if any(m.split(".")[0] == "vllm" for m in imported(FILES[name]))} == IMPORT_VLLM
+    assert not [name for name in FILES if not name.startswith("vllm/") and "vllm" in packages(FILES[name])[1]]
+    top = ast.parse(FILES["vllm/__init__.py"].read_text()).body
+    assert not [node for node in top if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vllm")]

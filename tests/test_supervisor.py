@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tandem.errors import StartError
+from tandem.errors import EngineStopped, StartError
 from tandem.processes import Child, ChildProcesses
 from tandem.reports import Following, Report
 from tandem.restart_policy import RestartPolicy
@@ -43,6 +43,7 @@ class Pair:
         self.children: list[Child] = []
         self.dies = False
         self.is_mute = False
+        self.is_closed = False
         self._processes = processes
         self._up: set[str] = set()
 
@@ -63,6 +64,9 @@ class Pair:
         else:
             names = [f"{self.name} rank {number}" for number in range(2)]
             self.children = [self._processes.start(name, child_processes.stay) for name in names]
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def take(self, child: Child, report: Report) -> None:
         if report == Following():
@@ -189,3 +193,24 @@ def test_the_caller_hears_that_it_has_given_up(processes: ChildProcesses) -> Non
 
     assert until(told, SECONDS)
     thread.stop()
+
+
+def test_one_that_has_drained_is_not_started_anew_and_the_last_one_ends_the_command(processes: ChildProcesses) -> None:
+    first, second = pairs(processes)
+    lines: list[str] = []
+    router = processes.start("router", child_processes.stay)
+    door = Pair(processes, "router")
+    door.children = [router]
+    units = [door, first, second]
+    supervisor = Supervisor(processes, units, lines.append, SECONDS, ends_with=[first, second])
+    old, others = first.pids, [*second.pids, *door.pids]
+    first.children.append(processes.start("first rank 2", child_processes.drain, "first has drained"))
+    run_until(processes, supervisor, lines, "first has drained")
+    supervisor.step()
+    assert lines == ["tandem: first has drained; it is not started anew"]
+    assert first.is_closed, "its clients are refused"
+    assert not any(is_alive(pid) for pid in old)
+    assert all(is_alive(pid) for pid in others)
+    second.children.append(processes.start("second rank 2", child_processes.drain, "second has drained"))
+    with pytest.raises(EngineStopped, match="all engines have drained"):
+        supervisor.run()

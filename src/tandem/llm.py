@@ -206,6 +206,8 @@ def cluster_config(flags: Mapping[str, Any]) -> ClusterConfig:
     values = {"log_level": "warning", **flags, "port": 0}
     if isinstance(values.get("kv_memory"), str):
         values["kv_memory"] = parse_size(values["kv_memory"], "--kv-memory")
+    if isinstance(values.get("served_model_name"), str):
+        values["served_model_name"] = (values["served_model_name"],)
     if values.get("cluster_key_file") is not None:
         # Absolute, as child processes start in the directory in which Python was started.
         values["cluster_key_file"] = Path(values["cluster_key_file"]).resolve()
@@ -234,7 +236,10 @@ def _section(section: type[Section], values: Mapping[str, Any]) -> Section:
 def request_fields(params: SamplingParams, stop: StopStrings) -> dict[str, Any]:
     """Return `params` as fields of a request that both APIs have. Raises InvalidRequest."""
     params.check()
-    given = {name: getattr(params, name) for name in params.__struct_fields__ if name != "logprobs"}
+    if params.banned_runs:
+        raise InvalidRequest("banned_runs is for engines; the HTTP API makes it of `bad_words`", param="banned_runs")
+    left_out = ("logprobs", "banned_runs")
+    given = {name: getattr(params, name) for name in params.__struct_fields__ if name not in left_out}
     return given | {"stop": stop, "return_token_ids": True}
 
 

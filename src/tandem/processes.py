@@ -28,13 +28,11 @@ from tandem.errors import EngineStopped, StartError
 from tandem.reports import Ended, ErrorReport, Report
 from tandem.runtime_folder import runtime_folder
 
-PRELOAD = ("tandem.engine.start.rank_process", "tandem.router.process")
+PRELOAD = ("tandem.fork_server", "tandem.engine.start.rank_process", "tandem.router.process")
 TERM_SECONDS = 4.0
 """For children to end by themselves; longer than what an engine takes in good order (engine/timeouts.py)."""
 
 CHILD_DEFAULTS = {
-    # Threads that wait for others give up their core: with spinning ones, two engines on one machine stall each other.
-    "OMP_WAIT_POLICY": "PASSIVE",
     # Every failure of a process group or store becomes a sentence of ours; its C++ stack trace helps nobody.
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }

@@ -15,6 +15,17 @@ def texts(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     return [*map(detokenizer.push, token_ids), detokenizer.finish()]
 
 
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK])
+def test_special_tokens_are_shown_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    special = min(tokenizer.special_ids)
+    token_ids = [*tokenizer.encode("a", add_special_tokens=False), special]
+    detokenizer = new_detokenizer(tokenizer, skip_special_tokens=False)
+    text = "".join([*map(detokenizer.push, token_ids), detokenizer.finish()])
+    assert text == tokenizer.decode(token_ids, skip_special_tokens=False)
+    assert text.endswith(tokenizer.token_text(special))
+    assert "".join(texts(tokenizer, token_ids)) == tokenizer.decode(token_ids) != text
+
+
 def test_each_kind_of_tokenizer_gets_its_detokenizer() -> None:
     assert isinstance(new_detokenizer(BYTES), ByteDetokenizer)
     assert isinstance(new_detokenizer(FALLBACK), WindowDetokenizer)

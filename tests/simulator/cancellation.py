@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 
-from tandem.config import Role
+from tandem.wire.control_messages import Role
 from tests.simulator.model import VOCABULARY
 from tests.simulator.plan import MAX_PROMPT, MAX_TOKENS, EngineSpec, Plan, RequestSpec
 from tests.simulator.reads import ReadProfile

@@ -46,8 +46,21 @@ class Tokenizer:
         # of the encode methods only this one leaves the interpreter to other threads for nearly all of its time
         return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def encode_last(self, text: str, count: int, *, add_special_tokens: bool) -> tuple[list[int], int]:
+        """Return the last `count` token ids of `text`, with special ones around them, and how many `text` has."""
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        room = max(0, count - (self._tokenizer.num_special_tokens_to_add(False) if add_special_tokens else 0))
+        total = len(encoding.ids)
+        encoding.truncate(room, direction="left")
+        found = self._tokenizer.post_process(encoding, add_special_tokens=add_special_tokens)
+        return list(found.ids)[-count:] if count else [], total
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """Return each token as the vocabulary writes it; "" for an id that is no token."""
+        return [self._tokenizer.id_to_token(one) or "" for one in token_ids]
 
     def knows(self, token_id: int) -> bool:
         return self._tokenizer.id_to_token(token_id) is not None

@@ -86,15 +86,20 @@ class Attempt:
             prompt_len=len(request.token_ids),
             sampling=request.sampling,
             time_left=max(0.0, self._seconds_left()),
+            cache_salt=request.cache_salt,
+            grammar=request.grammar,
         )
         if route.prefill is None:
             return [self._send(generate, requested_kv(request.kv_transfer_params), route.decode)]
         source = route.prefill.register
         pull = PullKv(source.identity.engine_id, source.identity.incarnation, source.peer_address, generate.request_id)
-        return [self._send(generate, Prefill(), route.prefill), self._send(generate, pull, route.decode)]
+        prefill = self._send(generate, Prefill(), route.prefill, route.prompt_tokens)
+        return [prefill, self._send(generate, pull, route.decode)]
 
-    def _send(self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry) -> EngineStream:
-        return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue)
+    def _send(
+        self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry, prompt_tokens: int = 0
+    ) -> EngineStream:
+        return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue, prompt_tokens)
 
     async def _receive(self) -> Tokens:
         """Return the next message of either engine. Raises the RequestError that ends the attempt."""

@@ -17,6 +17,7 @@ import zmq.asyncio
 from tandem.engine.timeouts import GOODBYE_SECONDS
 from tandem.errors import InvalidRequest, RequestError
 from tandem.wire.codec import Codec
+from tandem.wire.control_messages import ChangeRole, DrainEngine, EngineControl
 from tandem.wire.messages import (
     Abort,
     Address,
@@ -47,11 +48,16 @@ MAX_QUEUED = 4096
 
 @dataclass(frozen=True, slots=True)
 class FrontendEvents:
-    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise, and has begun nothing."""
+    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise, and has begun nothing.
+
+    `lost`: the frontend has gone, or its connection broke; it may come back.
+    """
 
     generate: Callable[[Generate], None]
     abort: Callable[[str], None]
     introduce: Callable[[Introduce], None]
+    control: Callable[[EngineControl], None]
+    lost: Callable[[], None]
 
 
 class Frontend:
@@ -151,6 +157,7 @@ class Frontend:
         """Abort its requests. A frontend that is there, or comes back, learns of it from the next registration."""
         self._breaks += 1
         self._known = False
+        self._events.lost()
         if self._active:
             log.warning("frontend %s %s: %d of its requests are aborted", self._address, why, len(self._active))
         for request_id in sorted(self._active):  # the same order in every run
@@ -173,6 +180,10 @@ class Frontend:
                 self._events.abort(request_id)
             case Introduce():
                 self._events.introduce(message)
+            case DrainEngine() | ChangeRole():
+                self._events.control(message)
+                if self._known:
+                    self._send(self._register().status)  # it waits for this
 
     def _begin(self, message: Generate) -> None:
         self._active.add(message.request_id)

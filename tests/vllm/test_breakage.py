@@ -1,0 +1,198 @@
+"""What happens to requests and arena blocks when a hand-off does not go as planned."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from tandem.vllm.pages import VEC
+from tandem.vllm.scheduler import NewRequest, Scheduled
+from tests.vllm.engine import Engine
+from tests.vllm.test_handoff import prompt
+
+BLOCKS = [4, 5, 6, 7]
+
+
+def computed_here(engine: Engine, request_id: str) -> bool:
+    """Return whether the side tells vLLM, when asked again, to compute the prompt itself."""
+    return engine.side.matched_tokens(request_id, 0) == 0
+
+
+def test_the_kv_of_another_prompt_is_not_taken() -> None:
+    with Engine(VEC) as prefill, Engine(VEC) as decode:
+        params = prefill.prefill("p", prompt(70), [0, 1, 2], chunk=70)
+        assert params is not None
+        decode.claim("d", prompt(70, seed=1), params, BLOCKS)
+        decode.wait_for(lambda: "d" in decode.received)
+        assert decode.failed == {"d"}
+        assert computed_here(decode, "d")
+        decode.wait_idle()
+
+
+def test_an_engine_that_is_gone_fails_the_request_and_not_the_engine() -> None:
+    tokens = prompt(70)
+    with Engine(VEC) as decode:
+        with Engine(VEC, lease_ttl=1.0) as prefill:
+            params = prefill.prefill("p", tokens, [0, 1, 2], chunk=70)
+            assert params is not None
+        decode.claim("d", tokens, params, BLOCKS)
+        decode.wait_for(lambda: "d" in decode.received)
+        assert decode.failed == {"d"}
+        decode.wait_idle()
+
+
+@pytest.mark.parametrize(("recompute", "wanted"), [(True, 0), (False, 70)])
+def test_params_that_lead_nowhere_follow_the_failure_policy(recompute: bool, wanted: int) -> None:
+    with Engine(VEC, recompute=recompute) as decode:
+        asked = {"do_remote_prefill": True, "remote_host": "10.1.2.3", "remote_engine_id": "x", "remote_port": 1}
+        assert decode.claim("d", prompt(70), asked, BLOCKS) == wanted
+        if wanted:  # vLLM itself fails it once it hears
+            decode.wait_for(lambda: "d" in decode.failed)
+        decode.wait_idle()
+
+
+def test_a_prompt_with_more_than_tokens_is_not_offered() -> None:
+    with Engine(VEC) as engine:
+        engine.side.on_new_request(NewRequest("p", prompt(40), {"do_remote_decode": True}, "a LoRA adapter"))
+        assert not engine.side.is_export("p")
+        assert engine.side.finished("p", aborted=False) is None
+
+
+def test_without_room_in_the_arena_there_is_no_offer_and_the_next_one_succeeds() -> None:
+    with Engine(VEC, arena_blocks=4, lease_ttl=1.0) as prefill, Engine(VEC) as decode:  # exports may hold 2
+        assert prefill.prefill("large", prompt(65), [0, 1, 2], chunk=32) is None
+        assert prefill.prefill("first", prompt(64), [0, 1], chunk=32) is not None
+        assert prefill.prefill("second", prompt(33, seed=1), [0, 1], chunk=32) is None
+        prefill.wait_idle()  # nobody claimed the first; a request that found no room makes it give way after a lease
+        tokens = prompt(64, seed=2)
+        params = prefill.prefill("third", tokens, [0, 1], chunk=64)
+        assert params is not None
+        decode.claim("d", tokens, params, BLOCKS)
+        decode.wait_for(lambda: "d" in decode.received)
+        assert decode.holds(tokens, BLOCKS)
+        prefill.wait_idle()
+
+
+def test_an_import_larger_than_its_share_of_the_arena_fails() -> None:
+    tokens = prompt(65)
+    with Engine(VEC) as prefill, Engine(VEC, arena_blocks=4) as decode:
+        params = prefill.prefill("p", tokens, [0, 1, 2], chunk=65)
+        assert params is not None
+        decode.claim("d", tokens, params, BLOCKS)
+        decode.wait_for(lambda: "d" in decode.received)
+        assert decode.failed == {"d"}
+        decode.wait_idle()
+
+
+def test_imports_wait_for_room_and_all_arrive() -> None:
+    with Engine(VEC, arena_blocks=16) as prefill, Engine(VEC, arena_blocks=4) as decode:
+        prompts = {f"d{number}": prompt(64, seed=number) for number in range(4)}
+        for number, (request_id, tokens) in enumerate(prompts.items()):
+            params = prefill.prefill(f"p{number}", tokens, [0, 1], chunk=64)
+            assert params is not None
+            decode.claim(request_id, tokens, params, [2 * number, 2 * number + 1])
+        decode.wait_for(lambda: decode.received == set(prompts))
+        assert not decode.failed
+        for number, tokens in enumerate(prompts.values()):
+            assert decode.holds(tokens, [2 * number, 2 * number + 1])
+        decode.wait_idle()
+        prefill.wait_idle()
+
+
+def test_a_request_that_ends_while_its_kv_is_awaited_gives_vllm_its_blocks_back() -> None:
+    with Engine(VEC) as prefill, Engine(VEC) as decode:
+        tokens = prompt(70)
+        prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
+        params = {
+            "do_remote_prefill": True,
+            "transfer_id": "t",
+            "remote_engine_id": "e",
+            "remote_host": "127.0.0.1",
+            "remote_port": prefill.port,
+        }
+        decode.claim("d", tokens, params, BLOCKS)
+        decode.step()
+        decode.side.finished("d", aborted=True)
+        decode.wait_for(lambda: "d" in decode.received)
+        assert not decode.failed
+        decode.wait_idle()
+
+
+def test_a_prefill_that_ends_early_fails_its_reader() -> None:
+    with Engine(VEC) as prefill, Engine(VEC) as decode:
+        tokens = prompt(70)
+        prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
+        params = {
+            "do_remote_prefill": True,
+            "transfer_id": "t",
+            "remote_engine_id": "e",
+            "remote_host": "127.0.0.1",
+            "remote_port": prefill.port,
+        }
+        decode.claim("d", tokens, params, BLOCKS)
+        prefill.step([Scheduled("p", 40, [0, 1, 2])])
+        assert prefill.side.finished("p", aborted=True) is None
+        decode.wait_for(lambda: "d" in decode.failed)
+        prefill.wait_idle()
+        decode.wait_idle()
+
+
+def test_a_lease_that_nobody_renews_ends() -> None:
+    with Engine(VEC, lease_ttl=1.0) as prefill:
+        params = prefill.prefill("p", prompt(70), [0, 1, 2], chunk=70)
+        assert params is not None
+        prefill.side.on_new_request(NewRequest("q", prompt(300), {"do_remote_decode": True}))
+        prefill.step([Scheduled("q", 300, list(range(10)))])  # finds no room: what is published gives way
+        prefill.wait_idle()
+
+
+def test_two_engines_that_read_from_each_other_do_not_wait_for_ever() -> None:
+    """Both arenas are full of exports that the other one wants."""
+    with Engine(VEC, arena_blocks=4, engine_id="a") as one, Engine(VEC, arena_blocks=4, engine_id="b") as other:
+        for mine, theirs in ((one, other), (other, one)):
+            tokens = prompt(64)
+            params = mine.prefill("p", tokens, [0, 1], chunk=64)
+            assert params is not None
+            theirs.claim("d", tokens, params, [8, 9])
+        while one.received != {"d"} or other.received != {"d"}:
+            one.step()
+            other.step()
+            time.sleep(0.005)
+        assert not one.failed
+        assert not other.failed
+        assert one.holds(prompt(64), [8, 9])
+        one.wait_idle()
+        other.wait_idle()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_ends_when_no_block_is_lost(seed: int) -> None:
+    """Requests of all lengths come, are read, are given up or fail, in an arena that is too small for them."""
+    chance = random.Random(seed)
+    with Engine(VEC, arena_blocks=8, lease_ttl=1.0) as prefill, Engine(VEC, arena_blocks=6) as decode:
+        open_requests: dict[str, tuple[list[int], list[int]]] = {}
+        for number in range(25):
+            tokens = prompt(chance.choice((1, 31, 32, 33, 64, 90)), seed=number)
+            params: dict[str, Any] | None = prefill.prefill(f"p{number}", tokens, [0, 1, 2], chunk=32)
+            if params is not None and chance.random() < 0.9:
+                blocks = [3 * (number % 8), 3 * (number % 8) + 1, 3 * (number % 8) + 2]
+                decode.wait_for(lambda blocks=blocks: blocks not in [b for _, b in open_requests.values()])  # type: ignore[misc]
+                if decode.claim(f"d{number}", tokens, params, blocks):
+                    open_requests[f"d{number}"] = tokens, blocks
+            if open_requests and chance.random() < 0.2:
+                ended = chance.choice(sorted(open_requests))
+                decode.side.finished(ended, aborted=True)
+                decode.wait_for(lambda ended=ended: ended in decode.received)  # type: ignore[misc]
+                del open_requests[ended]
+            for request_id in sorted(open_requests):
+                if request_id in decode.received:
+                    tokens, blocks = open_requests.pop(request_id)
+                    assert request_id in decode.failed or decode.holds(tokens, blocks)
+            decode.step()
+        decode.wait_for(lambda: set(open_requests) <= decode.received)
+        for request_id, (tokens, blocks) in open_requests.items():
+            assert request_id in decode.failed or decode.holds(tokens, blocks)
+        decode.wait_idle()
