@@ -18,6 +18,7 @@ from tandem.api.api_keys import ApiKeys
 from tandem.api.backend import Backend, EngineOperator, KnownEngine, ModelCard
 from tandem.api.chat import ChatBuilder, count_chats, prepare_chat
 from tandem.api.completions import CompletionBuilder, count_completions, prepare_completion
+from tandem.api.connections import Refusals
 from tandem.api.door import Door
 from tandem.api.endpoint import GenerateEndpoint
 from tandem.api.http_errors import (
@@ -48,6 +49,7 @@ def create_app(
     kind: Kind,
     keys: ApiKeys | None = None,
     limits: LimitsSection | None = None,
+    refusals: Refusals | None = None,
     operator: EngineOperator | None = None,
 ) -> Starlette:
     """Return the application in front of `backend`.
@@ -57,9 +59,11 @@ def create_app(
         kind: "router" has /tandem/engines and refuses kv_transfer_params; "engine" has /tandem/engine.
         keys: clients must bring one of them for /v1/ and to run engines; None for no keys.
         limits: what clients may ask for.
+        refusals: of the server, which its metrics show.
         operator: runs the engines; a router has one.
     """
-    services = Services(backend, loader, Metrics(backend), kind, Door(limits or LimitsSection()), Turnstile())
+    metrics = Metrics(backend, refusals or Refusals())
+    services = Services(backend, loader, metrics, kind, Door(limits or LimitsSection()), Turnstile())
     completions = GenerateEndpoint(
         "completions", services, CompletionBody, count_completions, prepare_completion, CompletionBuilder
     )
