@@ -124,6 +124,23 @@ def test_only_requests_with_the_same_salt_find_each_others_kv() -> None:
         assert record.tokens == expected(record)
 
 
+def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whatever_is_cached() -> None:
+    engine = FakeEngine(max_batched_tokens=4)
+    plain = generate("a", [1, 2, 3, 4, 1, 2, 3, 4, 1], max_tokens=1)
+    engine.add(plain)
+    engine.run_until_done()
+    sampling = msgspec.structs.replace(plain.sampling, prompt_logprobs=2)
+    engine.add(msgspec.structs.replace(plain, request_id="b", sampling=sampling))
+    targets = []
+    for start in (0, 4, 8):
+        batch = engine.step()
+        assert batch is not None
+        [row] = batch.rows
+        assert row.start == start
+        targets.append(row.score.targets if row.score else None)
+    assert targets == [[2, 3, 4, 1], [2, 3, 4, 1], None]
+
+
 def test_nothing_is_found_in_the_cache_before_it_is_computed() -> None:
     engine = FakeEngine(pipeline_depth=2)
     engine.add(generate("a", PROMPT))
@@ -475,6 +492,19 @@ def test_a_first_token_that_is_the_last_one_ends_the_request_at_once() -> None:
     (end,) = record.terminal
     assert isinstance(end, Finished)
     assert (end.finish_reason, record.outputs) == ("length", {0: expected(record)[0]})
+
+
+@pytest.mark.parametrize("wanted", [{"logprobs": 0}, {"prompt_logprobs": 0}])
+def test_a_first_token_that_is_the_last_is_not_sent_again_without_what_belongs_to_it(wanted: dict[str, int]) -> None:
+    engine = FakeEngine()
+    message = generate("r", PROMPT, pull(), max_tokens=1)
+    message = msgspec.structs.replace(message, sampling=msgspec.structs.replace(message.sampling, **wanted))
+    record = engine.add(message)
+    engine.schedule()
+    engine.deliver("r", first_token=True)
+    (end,) = record.terminal
+    assert isinstance(end, Finished)
+    assert end.finish_reason is None
 
 
 def test_pulled_blocks_serve_as_a_prefix_and_only_what_misses_is_pulled() -> None:

@@ -24,7 +24,7 @@ Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("chat_template", "prompt_logprobs"), ()),
+    "chat_template": (),
     **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
     **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "web_search_options"), ()),
     **dict.fromkeys(("documents", "functions", "tools"), ([],)),
@@ -56,7 +56,7 @@ NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
 WHOLE_FIELDS = frozenset(
     (
         *("n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed"),
-        *("logprobs", "top_logprobs", "truncate_prompt_tokens"),
+        *("logprobs", "top_logprobs", "truncate_prompt_tokens", "prompt_logprobs"),
     )
 )
 MIN_LIST = 65536  # numbers: block ids of a foreign proxy are a list too

@@ -19,7 +19,8 @@ from tandem.router.first_token import OutputMerger
 from tandem.router.foreign_proxy import published_params, requested_kv
 from tandem.router.policy import Route
 from tandem.router.serving_details import serving_details
-from tandem.wire.messages import Generate, Local, Prefill, PullKv, RequestStats, Tokens
+from tandem.wire.messages import Generate, Local, Prefill, PromptScores, PullKv, RequestStats, TokenLogprobs, Tokens
+from tandem.wire.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Attempt:
     _stats: dict[str, RequestStats] = field(default_factory=dict)
     _prefill_error: RequestError | None = None
     _resumed: int = 0
+    _left_to_prefill: bool = False
 
     async def run(self) -> AsyncGenerator[TokenDelta, None]:
         """Yield output until the request ends. Raises a RequestError if this route cannot end it."""
@@ -61,15 +63,23 @@ class Attempt:
         try:
             while True:
                 message = await self._receive()
+                if isinstance(message, PromptScores):
+                    self.merger.add_scores(message)
+                    continue
+                first = not self.merger.tokens
                 tokens, logprobs = self.merger.add(message)
+                scores = self._scores() if first and tokens else None
                 if message.finish_reason is not None:
                     last = message
                 if last is not None and len(self.merger.tokens) >= last.index + len(last.token_ids):
                     params = published_params(last.kv_transfer_params, self.route.decode.register.peer_address)
-                    yield TokenDelta(tokens, logprobs, last.finish_reason, last.stop_token_id, self._details(), params)
+                    yield TokenDelta(
+                        tokens, logprobs, last.finish_reason, last.stop_token_id, self._details(), params, scores
+                    )
                     return
                 if tokens or message.stats is not None:
-                    yield TokenDelta(tokens, logprobs, details=self._details() if message.stats is not None else None)
+                    details = self._details() if message.stats is not None else None
+                    yield TokenDelta(tokens, logprobs, details=details, prompt_logprobs=scores)
         finally:
             # A decode engine that is done has let go of the KV on the prefill engine; else that may wait for a reader.
             for stream in streams:
@@ -83,7 +93,7 @@ class Attempt:
             request_id=f"{request.request_id}-{uuid.uuid4().hex[:8]}",
             token_ids=request.token_ids + self.merger.tokens,
             prompt_len=len(request.token_ids),
-            sampling=request.sampling,
+            sampling=self._sampling(),
             time_left=max(0.0, self._seconds_left()),
             cache_salt=request.cache_salt,
         )
@@ -93,20 +103,29 @@ class Attempt:
         pull = PullKv(source.identity.engine_id, source.identity.incarnation, source.peer_address, generate.request_id)
         return [self._send(generate, Prefill(), route.prefill), self._send(generate, pull, route.decode)]
 
+    def _sampling(self) -> SamplingParams:
+        """Return the request's sampling, less the prompt's log-probabilities if the client has them already."""
+        sampling = self.request.sampling
+        return msgspec.structs.replace(sampling, prompt_logprobs=None) if self.merger.tokens else sampling
+
     def _send(self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry) -> EngineStream:
         return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue)
 
-    async def _receive(self) -> Tokens:
+    async def _receive(self) -> Tokens | PromptScores:
         """Return the next message of either engine. Raises the RequestError that ends the attempt."""
         while True:
-            if self._prefill_error is not None and self.merger.has_gap:
+            if self._prefill_error is not None and (self.merger.has_gap or self._left_to_prefill):
                 raise self._prefill_error  # the first token was its to send; the decode engine had it from its KV
             try:
                 async with asyncio.timeout(self._seconds_left() + GRACE_SECONDS):
                     stream, message = await self._queue.get()
             except TimeoutError:
                 raise TimedOut(f"the request did not end in {self.timeout:.0f} s") from None
+            if isinstance(message, PromptScores):
+                return message
             if isinstance(message, Tokens):
+                ended = message.done and message.finish_reason is None
+                self._left_to_prefill |= ended and stream.engine is self.route.decode
                 if message.stats is not None:
                     self._stats[stream.engine.incarnation] = message.stats
                 return message
@@ -121,6 +140,15 @@ class Attempt:
                 raise message
             log.warning("request %s: %s; the decode engine goes on alone", self.request.request_id, message)
             self._prefill_error = message
+
+    def _scores(self) -> list[TokenLogprobs] | None:
+        """Return the prompt's log-probabilities, all of which come before the first token. Raises EngineFailed."""
+        if self.request.sampling.prompt_logprobs is None:
+            return None
+        found, wanted = self.merger.prompt_logprobs, len(self.request.token_ids) - 1
+        if len(found) != wanted:
+            raise EngineFailed(f"of {wanted} log-probabilities of the prompt only {len(found)} came before its answer")
+        return found
 
     def _seconds_left(self) -> float:
         return self.merger.started + self.timeout - time.monotonic()

@@ -26,6 +26,13 @@ class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     stop_ids: list[int] = []
 
 
+class ScoreAt(msgspec.Struct, frozen=True, array_like=True):
+    """Tell how likely the prompt's `targets` were, each after one of the row's tokens, and the `top` most likely."""
+
+    top: int
+    targets: list[int]
+
+
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
 
@@ -37,6 +44,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     start: int
     block_ids: list[int]
     sample: SampleAt | None = None
+    score: ScoreAt | None = None
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
@@ -70,7 +78,11 @@ def row_failed(error: RequestError) -> Sampled:
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
-    """One entry per row of the batch: None where nothing was to be sampled, and all went well."""
+    """One entry per row of the batch: None where nothing was to be sampled, and all went well.
+
+    `scores`: by row, for those that ask for them.
+    """
 
     batch_id: int
     sampled: list[Sampled | None]
+    scores: dict[int, list[TokenLogprobs]] = {}

@@ -283,10 +283,14 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """The log-probability of a chosen token and the `top` most likely ones (id, natural log), most likely first."""
+    """The log-probability of a token and the `top` most likely ones (id, natural log), most likely first.
+
+    `rank`: of a prompt's token, its place among all; 1 is the most likely.
+    """
 
     logprob: float
     top: list[tuple[int, float]]
+    rank: Count = 0
 
 
 class RequestStats(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -330,6 +334,17 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     digest: Count = 0
 
 
+class PromptScores(msgspec.Struct, frozen=True, tag="prompt_scores"):
+    """Log-probabilities of the prompt's tokens from position `start` on; the first token, 0, has none.
+
+    They go on from each other, and come before the first token.
+    """
+
+    request_id: Name
+    start: Annotated[int, Meta(ge=1)]
+    logprobs: list[TokenLogprobs]
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The request ended without an answer; `code` is one of tandem.errors.REQUEST_ERRORS."""
 
@@ -341,10 +356,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     stats: RequestStats | None = None
 
 
+Output = Tokens | PromptScores | Failed
+
+
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """The output of one step for one frontend."""
 
-    items: list[Tokens | Failed]
+    items: list[Output]
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):

@@ -7,9 +7,10 @@ import mmap
 import torch
 from torch import Tensor
 
+from tandem.engine.step.prompt_scorer import score_prompts
 from tandem.engine.step.sampler import sample
 from tandem.engine.world import SoloWorld, TorchWorld
-from tandem.errors import ConfigError, RequestError
+from tandem.errors import ConfigError, EngineFailed, RequestError
 from tandem.kv.checksums import checksum_layout, checksum_offset
 from tandem.kv.layout import KvLayout
 from tandem.models.decoder import Decoder
@@ -83,8 +84,11 @@ class Runner:
         if result is None or not self._samples:
             return None
         sampled = iter(result.sampled)
+        places = [index for index, why in enumerate(problems) if why is None]
         return StepResult(
-            batch.batch_id, [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems]
+            batch.batch_id,
+            [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems],
+            {places[index]: scores for index, scores in result.scores.items()},
         )
 
     def _compute(self, batch: Batch) -> StepResult | None:
@@ -110,7 +114,13 @@ class Runner:
                     sampled[index] = token
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a chunk is announced for others to read: it must be written
-        return StepResult(batch.batch_id, sampled)
+        scores = {}
+        for index, found in score_prompts(self._decoder, batch.rows, hidden, last_tokens).items():
+            if found is None:
+                sampled[index] = row_failed(EngineFailed("the model's logits of the prompt are not numbers"))
+            else:
+                scores[index] = found
+        return StepResult(batch.batch_id, sampled, scores)
 
 
 def _forward_row(row: Row) -> ForwardRow:

@@ -36,6 +36,7 @@ from tandem.scheduling.events import (
     Event,
     Finished,
     PrefillEnded,
+    PromptScored,
     PullEnded,
     ShortOfBlocks,
     TokenOut,
@@ -49,6 +50,7 @@ from tandem.wire.messages import (
     KvTransferParams,
     Local,
     Prefill,
+    PromptScores,
     PullKv,
     RequestStats,
     Tokens,
@@ -244,6 +246,9 @@ class StepLoop:
                     if (waiting := last.pop(request_id, None)) is not None:
                         self._add_token(outputs, waiting, None)
                     last[request_id] = event
+                case PromptScored(request_id=request_id):
+                    if (open_request := self._requests.get(request_id)) is not None:
+                        outputs[open_request.frontend].append(PromptScores(request_id, event.start, event.logprobs))
                 case Finished(request_id=request_id):
                     self._finish(outputs, event, last.pop(request_id, None))
                 case Failed(request_id=request_id):
