@@ -41,7 +41,8 @@ class ApiMiddleware:
 
         scope["tandem.request_id"] = request_id.decode()
         try:
-            self._check(scope, headers.get(b"authorization", b""))
+            own = headers.get(b"x-api-key")  # as Anthropic's clients send it
+            self._check(scope, headers.get(b"authorization", b"" if own is None else b"Bearer " + own))
         except Unauthorized as refusal:
             await error_response(refusal)(scope, receive, send_with_id)
             return
