@@ -27,13 +27,15 @@ from tandem.flags import (
     parse_address,
     parse_size,
     text_flag,
+    texts_flag,
 )
 from tandem.kv.lease import MAX_TTL, MIN_TTL
+from tandem.wire.control_messages import Role
 from tandem.wire.messages import Address
 
-Role = Literal["prefill", "decode", "mixed"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+Routing = Literal["kv-aware", "least-load"]
 KvFailure = Literal["recompute", "retry", "fail"]
 GenerationSource = Literal["auto", "tandem"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -149,8 +151,8 @@ class ParallelSection:
 class NetworkSection:
     connector: str | None = None
     "How KV moves: nixl or tcp; by default nixl where it is installed."
-    router: Annotated[Address | None, text_flag(parse_address, "--router")] = None
-    "HOST:PORT of a router's control port, to register with."
+    router: Annotated[tuple[Address, ...], texts_flag(parse_address, "--router")] = ()
+    "HOST:PORT of a router's control port, to register with; again for each further router."
     host: str | None = None
     "This node's address for other nodes, ranks and engines; by default found from the route to the others."
     api_host: str | None = None
@@ -248,6 +250,8 @@ class RouterConfig:
     "Address of the control port; by default as --host."
     control_port: int = 7000
     "Port where engines register; 0 for any."
+    routing: Routing = "kv-aware"
+    "kv-aware: a request goes where the beginning of its prompt is cached, weighed against load."
     access: AccessSection = ACCESS
     http: HttpSection = HTTP
     limits: LimitsSection = LIMITS
@@ -257,6 +261,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_port(self.port)
         check_port(self.control_port)
+        check_choice("routing", self.routing, Routing)
 
 
 @Parameter(name="*", group=ENGINES)
@@ -286,6 +291,8 @@ class ClusterConfig:
     "Tokens per KV block on decode engines, if not as --block-size."
     connector: str | None = None
     "How KV moves: nixl or tcp; by default nixl where it is installed."
+    routing: Routing = "kv-aware"
+    "kv-aware: a request goes where the beginning of its prompt is cached, weighed against load."
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
     batch: BatchSection = BatchSection()
@@ -306,7 +313,8 @@ class ClusterConfig:
         self.engine_configs()
 
     def router_config(self) -> RouterConfig:
-        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.access, self.http, self.limits, self.time, self.run)
+        shared = self.access, self.http, self.limits, self.time, self.run
+        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.routing, *shared)
 
     def engine_configs(self) -> list[EngineConfig]:
         """Return the config of each engine, prefill engines first."""

@@ -47,6 +47,19 @@ def text_flag(parse: Callable[[str, str], object], flag: str) -> Parameter:
     return Parameter(converter=convert, n_tokens=1, accepts_keys=False, metavar="STR")
 
 
+def texts_flag(parse: Callable[[str, str], object], flag: str) -> Parameter:
+    """As `text_flag`, for a flag that may be given several times; its values may also be parted by commas."""
+
+    def convert(_: object, tokens: Sequence[Token]) -> Any:
+        parts = [part.strip() for token in tokens for part in token.value.split(",")]
+        return tuple(dict.fromkeys(parse(part, flag) for part in parts))
+
+    # An IPv6 address in brackets is no list in JSON.
+    return Parameter(
+        converter=convert, accepts_keys=False, json_list=False, negative=(), metavar="STR", show_default=False
+    )
+
+
 def check_port(port: int) -> None:
     if not 0 <= port < 65536:
         raise ConfigError(f"a port is from 0 (any) to 65535; got {port}")

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
-from tandem.api.backend import EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
+from tandem.api.backend import EngineOperator, EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
 from tandem.api.http_server import Tls, bind, serve
 from tandem.api.loaded_model import ModelLoader
 from tandem.api.tokenizer import Tokenizer
@@ -265,6 +265,7 @@ def running(
     keys: ApiKeys | None = None,
     limits: LimitsSection | None = None,
     tls: Tls | None = None,
+    operator: EngineOperator | None = None,
     source: GenerationSource = "auto",
 ) -> Iterator[Api]:
     """The application in a thread of its own, until the block ends."""
@@ -275,7 +276,8 @@ def running(
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        app = create_app(backend, ModelLoader(backend, source), kind=kind, keys=keys, limits=limits)
+        loader = ModelLoader(backend, source)
+        app = create_app(backend, loader, kind=kind, keys=keys, limits=limits, operator=operator)
         loop.run_until_complete(serve(app, listener, stop, grace=1, limits=limits, tls=tls))
         loop.close()
 

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.api.detokenizer import ByteDetokenizer, WindowDetokenizer, new_detokenizer
@@ -61,6 +61,7 @@ FALLBACK_BYTES = 3
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(_WORDS, max_size=20).map(lambda words: [i for word in words for i in word]))
+@example([FALLBACK_BYTES + byte for byte in "\ufffd\u0800".encode()])  # U+FFFD is a character like any other
 def test_a_byte_fallback_stream_is_the_text_of_all_its_tokens(token_ids: list[int]) -> None:
     assert "".join(texts(FALLBACK, token_ids)) == FALLBACK.decode(token_ids)
 

@@ -41,19 +41,9 @@ GOOD = {
     "a decode engine that computes the prompt": (check(PULL), [tokens(0, 5), end(1, 6)]),
     "resumed": (check(PULL, resumed=2), [end(3, 6)]),
     "log-probabilities": (check(logprobs=1), [end(0, 5, logprobs=[TokenLogprobs(-0.5, [(5, -0.5)])])]),
+    "a first token that is the last, of the prefill engine's choice": (check(PULL, logprobs=1), [end(0, 5)]),
     "none asked for but the own": (check(logprobs=0), [end(0, 5, logprobs=[TokenLogprobs(-math.inf, [])])]),
 }
-
-
-def test_a_decode_engine_may_leave_the_only_token_to_the_prefill_engine_where_log_probabilities_belong_to_it() -> None:
-    check(PULL, logprobs=0).take(tokens(0, done=True))
-    for stream in (check(PULL), check(logprobs=0)):
-        with pytest.raises(EngineFailed, match="without a finish reason"):
-            stream.take(tokens(0, done=True))
-    begun = check(PULL, logprobs=0)
-    begun.take(tokens(1, 5, logprobs=[TokenLogprobs(-1.0, [])]))
-    with pytest.raises(EngineFailed, match="without a finish reason"):
-        begun.take(tokens(0, done=True))
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -213,7 +213,7 @@ def test_stop_tokens_end_a_request_but_not_before_min_tokens() -> None:
     batch = engine.scheduler.schedule(0.0)
     assert batch is not None
     assert batch.rows[0].sample is not None
-    assert batch.rows[0].sample.stop_ids == [EOS, 3]
+    assert batch.rows[0].sample.banned_ids == [EOS, 3]
     engine.scheduler.apply(StepResult(0, [Sampled(EOS)]), 0.0)
     (first,) = engine.scheduler.drain()
     assert isinstance(first, TokenOut)
@@ -236,7 +236,27 @@ def test_history_goes_along_only_where_penalties_need_it() -> None:
     engine.add(generate("penalised", [1, 2, 3], prompt_len=2, presence_penalty=0.5))
     batch = engine.schedule()
     assert batch is not None
-    assert [row.sample and row.sample.history for row in batch.rows] == [None, ([1, 2, 3], 2)]
+    assert [row.history for row in batch.rows] == [None, [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("output", "runs", "banned"),
+    [
+        ([], [[3]], [3]),
+        ([1, 2], [[1, 2, 3], [2, 1], [4, 4, 1, 2, 3]], [3, 1]),  # the last would begin in the prompt
+        ([2], [[4, 2, 3]], []),
+        ([1, 2, 2], [[1, 2, 3]], []),
+    ],
+)
+def test_a_token_that_would_complete_a_banned_run_is_banned(
+    output: list[int], runs: list[list[int]], banned: list[int]
+) -> None:
+    engine = FakeEngine()
+    engine.add(generate("r", [4, 4, *output], prompt_len=2, max_tokens=9, banned_runs=runs))
+    batch = engine.schedule()
+    assert batch is not None
+    assert batch.rows[0].sample is not None
+    assert batch.rows[0].sample.banned_ids == banned
 
 
 def test_a_resumed_request_goes_on_with_its_output() -> None:
@@ -492,19 +512,6 @@ def test_a_first_token_that_is_the_last_one_ends_the_request_at_once() -> None:
     (end,) = record.terminal
     assert isinstance(end, Finished)
     assert (end.finish_reason, record.outputs) == ("length", {0: expected(record)[0]})
-
-
-@pytest.mark.parametrize("wanted", [{"logprobs": 0}, {"prompt_logprobs": 0}])
-def test_a_first_token_that_is_the_last_is_not_sent_again_without_what_belongs_to_it(wanted: dict[str, int]) -> None:
-    engine = FakeEngine()
-    message = generate("r", PROMPT, pull(), max_tokens=1)
-    message = msgspec.structs.replace(message, sampling=msgspec.structs.replace(message.sampling, **wanted))
-    record = engine.add(message)
-    engine.schedule()
-    engine.deliver("r", first_token=True)
-    (end,) = record.terminal
-    assert isinstance(end, Finished)
-    assert end.finish_reason is None
 
 
 def test_pulled_blocks_serve_as_a_prefix_and_only_what_misses_is_pulled() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +25,6 @@ from tandem.config import (
     KvFailure,
     ModelSection,
     NetworkSection,
-    Role,
     RouterConfig,
     RunSection,
     TimeSection,
@@ -33,6 +34,7 @@ from tandem.engine.start.launch import EngineProcesses
 from tandem.local_cluster import RouterProcess, start_engines, start_router, wait_ready
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
+from tandem.wire.control_messages import Role
 from tests.support.reference import greedy
 
 PROMPT = [7, 3, 250, 9, 4] * 9
@@ -91,7 +93,7 @@ def start(
 def start_engine(
     family: ChildProcesses, name: str, each: EngineConfig, model: ModelFolder, router: RouterProcess
 ) -> EngineProcesses:
-    [engine] = start_engines(family, [replace(each, engine_id=name)], model, router.control, None, Console())
+    [engine] = start_engines(family, [replace(each, engine_id=name)], model, [router.control], None, Console())
     return engine
 
 
@@ -184,8 +186,11 @@ def test_lost_kv_is_retried_elsewhere_or_fails_as_configured(
     )
     for name in ("first", "second"):
         until(partial(peer, router, "sink", name), "no handshake")
-    engines["first"].ranks[0].process.kill()
+    first = engines["first"].ranks[0].process
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)  # a broken connection would be noticed before the next request
     answers = [complete(router, [token + shift for token in PROMPT]) for shift in range(3)]
+    first.kill()
     for shift, (status, answer) in enumerate(answers):
         tokens = [token + shift for token in PROMPT]
         if status == 200:

@@ -13,7 +13,7 @@ from tandem.config import BatchSection, EngineConfig, TimeSection
 from tandem.engine.io import event_loop
 from tandem.engine.io.leader_sockets import LeaderAddresses, LeaderSockets
 from tandem.engine.step.step_loop import IDLE_SECONDS, StepLoop
-from tandem.engine.step_commands import Command, Drain, Shutdown
+from tandem.engine.step_commands import Command, Shutdown
 from tandem.errors import EngineFailed
 from tandem.ids import EngineIdentity, new_identity
 from tandem.kv.blocks import BlockPool
@@ -62,6 +62,7 @@ class SimEventLoopThread:
         self._stopping: asyncio.Future[str] = self._process.world.loop.create_future()
         self._last = 0.0
         self.ready = False
+        self.on_ended: Callable[[], None] = lambda: None
 
     def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
         self._process.world.loop.create_task(self._run())
@@ -72,6 +73,8 @@ class SimEventLoopThread:
             self._mailbox.put(Shutdown("the event loop has ended"))
         except EngineFailed as error:
             self._end_process(error)
+        finally:
+            self.on_ended()
 
     def _is_ready(self) -> None:
         self.ready = True
@@ -153,7 +156,7 @@ class SimPipeline:
             memory.write(row.block_ids, row.start, end, digests)
         if row.sample is None:
             return None
-        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.stop_ids))
+        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.banned_ids))
 
 
 class SimEngine:
@@ -228,12 +231,14 @@ class SimEngine:
             PROTOCOL,
             VOCABULARY,
             STEP_TIMEOUT,
+            drain_timeout=DRAIN_SECONDS,
         )
         SimEventLoopThread.process = self.process
         self.world.current = self.process
         self.event_loop = event_loop.LeaderEventLoop(
             EngineConfig(
                 role=spec.role,
+                drain_timeout=DRAIN_SECONDS,
                 time=TimeSection(lease_ttl=plan.lease_ttl),
                 batch=BatchSection(step_timeout=STEP_TIMEOUT),
             ),
@@ -312,16 +317,12 @@ class SimEngine:
 
     def leave(self) -> None:
         """End in good order, as at SIGTERM."""
-
-        def drain() -> None:
-            self.event_loop.show_draining()
-            self.mailbox.put(Drain(self.process.time() + DRAIN_SECONDS))
-
-        self.process.post(drain)
+        self.process.post(self.event_loop.drain)
 
     def _stop(self, reason: str) -> None:
+        thread: Any = self.event_loop._thread
+        thread.on_ended = lambda: self.world.after(0.0, lambda: self.network.kill(self.process))
         self.event_loop.stop(reason, failed=False)
-        self.world.after(0.2, lambda: self.network.kill(self.process))
 
     def _end_process(self, error: EngineFailed) -> None:
         self.world.fail(f"{self.spec.name} ends: {error}")

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from tandem import __version__
 from tandem.api import messages_api, openapi_page, responses_api
 from tandem.api.api_keys import ApiKeys
-from tandem.api.backend import Backend, KnownEngine, ModelCard
+from tandem.api.backend import Backend, EngineOperator, KnownEngine, ModelCard
 from tandem.api.chat import ChatBuilder, count_chats, prepare_chat
 from tandem.api.completions import CompletionBuilder, count_completions, prepare_completion
 from tandem.api.door import Door
@@ -35,6 +35,7 @@ from tandem.api.messages_api import MessagesBody
 from tandem.api.metrics import CONTENT_TYPE, Metrics
 from tandem.api.middleware import ApiMiddleware
 from tandem.api.openai import ChatBody, CompletionBody
+from tandem.api.operator_endpoints import operator_routes
 from tandem.api.request_frame import Kind, Services
 from tandem.api.responses_api import ResponsesBody
 from tandem.api.text_endpoints import DetokenizeEndpoint, TokenizeEndpoint
@@ -51,14 +52,16 @@ def create_app(
     kind: Kind,
     keys: ApiKeys | None = None,
     limits: LimitsSection | None = None,
+    operator: EngineOperator | None = None,
 ) -> Starlette:
     """Return the application in front of `backend`.
 
     Args:
         loader: loads the backend's model.
         kind: "router" has /tandem/engines and refuses kv_transfer_params; "engine" has /tandem/engine.
-        keys: clients must bring one of them for /v1/; None for no keys.
+        keys: clients must bring one of them for /v1/ and to run engines; None for no keys.
         limits: what clients may ask for.
+        operator: runs the engines; a router has one.
     """
     services = Services(backend, loader, Metrics(backend), kind, Door(limits or LimitsSection()), Turnstile())
     completions = GenerateEndpoint(
@@ -89,6 +92,7 @@ def create_app(
             _get("/load", info.load),
             _get("/metrics", info.metrics),
             _get("/tandem/engines", info.engines) if kind == "router" else _get("/tandem/engine", info.engine),
+            *(operator_routes(operator) if operator is not None else []),
         ],
         middleware=[Middleware(ApiMiddleware, keys=keys)],
         exception_handlers={404: _not_found, 405: _method_not_allowed, RequestError: _failed, Exception: _failed},

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgspec
 
+from tandem.wire.control_messages import Role
 from tandem.wire.messages import EngineStatus, KvTransferParams, Register, TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -92,10 +93,14 @@ class TokenDelta(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """`ok` only when a request could be served now; `detail` says what is missing if not."""
+    """`ok` only when a request could be served now; `detail` says what is missing if not.
+
+    `whole`: also as it should be, and not by decode engines alone.
+    """
 
     ok: bool
     detail: str
+    whole: bool = True
 
 
 class EngineState(enum.Enum):
@@ -133,3 +138,17 @@ class Backend(Protocol):
 
     def engines(self) -> Sequence[KnownEngine]:
         """Return every engine known, in the order of registration."""
+
+
+class EngineOperator(Protocol):
+    """Runs the engines behind a router. `engine_id`: as GET /tandem/engines shows it.
+
+    Both return once the engine has said that it does so. They raise NotFound where there is no such engine, and
+    Unavailable where it is lost or does not answer.
+    """
+
+    async def drain(self, engine_id: str) -> KnownEngine:
+        """Have an engine take no new requests, finish those that it has, and end."""
+
+    async def change_role(self, engine_id: str, role: Role) -> KnownEngine:
+        """Use an engine for something else from now on; what it does now it finishes."""

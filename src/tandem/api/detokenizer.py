@@ -72,13 +72,18 @@ class WindowDetokenizer:
             return ""
         self._pending.append(token_id)
         text = self._text()
-        incomplete = text.endswith(REPLACEMENT) and len(self._pending) <= MAX_CHAR_TOKENS
-        if incomplete or len(text) <= len(self._context_text):
+        if self._is_incomplete(text) or len(text) <= len(self._context_text):
             return ""
         return self._show(text)
 
     def finish(self) -> str:
         return self._show(self._text())
+
+    def _is_incomplete(self, text: str) -> bool:
+        """Return whether the tokens to come may still make a character of the U+FFFD at the end."""
+        if not text.endswith(REPLACEMENT) or len(self._pending) > MAX_CHAR_TOKENS:
+            return False
+        return not self._tokenizer.ends_whole(self._pending)  # which also a U+FFFD that the model writes does
 
     def _text(self) -> str:
         return self._decode(self._context + self._pending)

@@ -80,6 +80,27 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def ends_whole(self, token_ids: list[int]) -> bool:
+        """Return whether these tokens are known not to end within a character: byte-fallback tokens tell."""
+        if not self._byte_fallback:
+            return False
+        run = bytearray()
+        for token_id in reversed(token_ids):
+            byte = self._fallback_byte(token_id)
+            if byte is None:
+                break
+            run.append(byte)
+        try:
+            run[::-1].decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    def _fallback_byte(self, token_id: int) -> int | None:
+        token = self._tokenizer.id_to_token(token_id) if self._byte_fallback else None
+        byte = _BYTE_TOKEN.fullmatch(token) if token is not None else None
+        return int(byte[1], 16) if byte else None
+
     def _find_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
@@ -88,8 +109,8 @@ class Tokenizer:
             return token.encode()
         if self.is_byte_level:
             return bytes(_CHAR_BYTES[char] for char in token) if _CHAR_BYTES.keys() >= set(token) else token.encode()
-        byte = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
-        return bytes([int(byte[1], 16)]) if byte else token.replace(_METASPACE, " ").encode()
+        byte = self._fallback_byte(token_id)
+        return token.replace(_METASPACE, " ").encode() if byte is None else bytes([byte])
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

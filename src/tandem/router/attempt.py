@@ -54,7 +54,7 @@ class Attempt:
     _stats: dict[str, RequestStats] = field(default_factory=dict)
     _prefill_error: RequestError | None = None
     _resumed: int = 0
-    _left_to_prefill: bool = False
+    _awaits_first_token: bool = False
 
     async def run(self) -> AsyncGenerator[TokenDelta, None]:
         """Yield output until the request ends. Raises a RequestError if this route cannot end it."""
@@ -101,20 +101,23 @@ class Attempt:
             return [self._send(generate, requested_kv(request.kv_transfer_params), route.decode)]
         source = route.prefill.register
         pull = PullKv(source.identity.engine_id, source.identity.incarnation, source.peer_address, generate.request_id)
-        return [self._send(generate, Prefill(), route.prefill), self._send(generate, pull, route.decode)]
+        prefill = self._send(generate, Prefill(), route.prefill, route.prompt_tokens)
+        return [prefill, self._send(generate, pull, route.decode)]
 
     def _sampling(self) -> SamplingParams:
         """Return the request's sampling, less the prompt's log-probabilities if the client has them already."""
         sampling = self.request.sampling
         return msgspec.structs.replace(sampling, prompt_logprobs=None) if self.merger.tokens else sampling
 
-    def _send(self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry) -> EngineStream:
-        return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue)
+    def _send(
+        self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry, prompt_tokens: int = 0
+    ) -> EngineStream:
+        return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue, prompt_tokens)
 
     async def _receive(self) -> Tokens | PromptScores:
         """Return the next message of either engine. Raises the RequestError that ends the attempt."""
         while True:
-            if self._prefill_error is not None and (self.merger.has_gap or self._left_to_prefill):
+            if self._prefill_error is not None and (self.merger.has_gap or self._awaits_first_token):
                 raise self._prefill_error  # the first token was its to send; the decode engine had it from its KV
             try:
                 async with asyncio.timeout(self._seconds_left() + GRACE_SECONDS):
@@ -124,11 +127,12 @@ class Attempt:
             if isinstance(message, PromptScores):
                 return message
             if isinstance(message, Tokens):
-                ended = message.done and message.finish_reason is None
-                self._left_to_prefill |= ended and stream.engine is self.route.decode
                 if message.stats is not None:
                     self._stats[stream.engine.incarnation] = message.stats
-                return message
+                if not stream.check.is_copy(message):
+                    return message
+                self._awaits_first_token = True
+                continue
             if isinstance(message, Stalled):
                 if not self.other_route():
                     continue  # it may go on after all, and before it ends itself

@@ -63,6 +63,18 @@ class StreamCheck:
             )
         return next((problem for one in message.logprobs if (problem := self._logprobs(one, wanted))), None)
 
+    def is_copy(self, message: Tokens) -> bool:
+        """Return whether a decode engine has ended with the first token, of which it does not know how likely it was.
+
+        The prefill engine chose that token, and sends it too.
+        """
+        pulled_first = isinstance(self.generate.kv, PullKv) and message.index == self._start
+        ended = message.finish_reason is not None and len(message.token_ids) == 1
+        sampling = self.generate.sampling
+        lacks_own = sampling.logprobs is not None and message.logprobs is None
+        lacks_prompts = sampling.prompt_logprobs is not None and self.scored < self.generate.prompt_len
+        return pulled_first and ended and (lacks_own or lacks_prompts)
+
     @property
     def _start(self) -> int:
         """Number of output tokens that came with the request."""
@@ -89,6 +101,8 @@ class StreamCheck:
         wanted = self.generate.sampling.logprobs
         if wanted is None:
             return None if message.logprobs is None else "log-probabilities that nobody asked for"
+        if self.is_copy(message):
+            return None
         came = message.logprobs or []
         if len(came) != len(message.token_ids):
             return f"log-probabilities of {len(came)} tokens with {len(message.token_ids)} tokens"
@@ -120,9 +134,6 @@ class StreamCheck:
 
     def _leaves_rest(self, message: Tokens) -> bool:
         """Return whether the other engine has to send the end of the request."""
-        if isinstance(self.generate.kv, PullKv):
-            # The first token was the last one, and its log-probabilities are the prefill engine's to send.
-            return self.generate.sampling.wants_logprobs and not message.token_ids and self.next is None
         return isinstance(self.generate.kv, Prefill) and (bool(message.token_ids) or self.next is not None)
 
     def _foreign(self, token_ids: list[int]) -> int | None:

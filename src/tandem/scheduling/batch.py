@@ -1,4 +1,4 @@
-"""The batch that the scheduler hands to the runner, and its result. Both also go over the wire to the other ranks."""
+"""The batch that the scheduler hands to the engine's ranks, and its result."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         position: index of the new token in the whole request (prompt and output); keys the random generator.
         output_len: output tokens before it, for `min_tokens`.
-        history: all tokens before it and how many of them are prompt, where penalties need them; else None.
-        stop_ids: tokens that may not be chosen before `min_tokens`.
+        banned_ids: tokens that may not be chosen here.
     """
 
     params: SamplingParams
     position: int
     output_len: int
-    history: tuple[list[int], int] | None = None
-    stop_ids: list[int] = []
+    banned_ids: list[int] = []
 
 
 class ScoreAt(msgspec.Struct, frozen=True, array_like=True):
@@ -36,7 +34,10 @@ class ScoreAt(msgspec.Struct, frozen=True, array_like=True):
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
 
-    `block_ids` is the block table; it covers at least start + len(tokens) positions.
+    Attributes:
+        block_ids: the block table; it covers at least start + len(tokens) positions. The request's own list, not to be
+            changed: it grows in place, and is another object once it holds other blocks.
+        history: all tokens of the request, where penalties need them; the request's own list too.
     """
 
     request_id: str
@@ -44,10 +45,11 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     start: int
     block_ids: list[int]
     sample: SampleAt | None = None
+    history: list[int] | None = None
     score: ScoreAt | None = None
 
 
-class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
+class Batch(msgspec.Struct, frozen=True, array_like=True):
     batch_id: int
     rows: list[Row]
 

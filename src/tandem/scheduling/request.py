@@ -21,6 +21,19 @@ class RequestState(enum.Enum):
     FINISHED = "finished"  # blocks go back as soon as no batch with it is in flight
 
 
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """What was found when a request could not be admitted for lack of blocks.
+
+    Attributes:
+        hits: blocks of its prefix that were cached.
+        spare: other blocks that were available, less those that had become available ever (`BlockPool.freed`).
+    """
+
+    hits: int
+    spare: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request and its progress. Mutable; the scheduler alone changes it.
@@ -41,6 +54,7 @@ class Request:
         num_announced: tokens of a Prefill request that ChunkComputed events have announced.
         num_scored: tokens of the prompt after the first whose log-probabilities are out.
         num_cached: tokens that the prefix cache had when it was admitted last.
+        shortage: why it was not admitted the last time; None if it was, or was not tried yet.
         prefilled: a Prefill request whose whole prompt is computed and whose token is sampled.
         inflight: batches in flight that have a row of it.
     """
@@ -64,6 +78,7 @@ class Request:
     num_announced: int = 0
     num_scored: int = 0
     num_cached: int = 0
+    shortage: Shortage | None = None
     prefilled: bool = False
     inflight: int = 0
     admitted_at: float | None = None
@@ -91,7 +106,9 @@ class Request:
         """Return `count` tokens from `start` as a row of a batch; a token is sampled after the last one known."""
         end = start + count
         sample = self._sample_at() if end == len(self.tokens) else None
-        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample, self._score_at(start, end))
+        history = self.tokens if sample is not None and self.sampling.uses_history else None
+        score = self._score_at(start, end)
+        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample, history, score)
 
     @property
     def needs_scores(self) -> bool:
@@ -105,9 +122,10 @@ class Request:
 
     def _sample_at(self) -> SampleAt:
         params, output_len = self.sampling, self.output_len
-        history = (self.tokens, self.prompt_len) if params.uses_history else None
-        stop_ids = sorted(self.stop_tokens) if output_len < params.min_tokens else []
-        return SampleAt(params, len(self.tokens), output_len, history, stop_ids)
+        banned = sorted(self.stop_tokens) if output_len < params.min_tokens else []
+        if params.banned_runs:
+            banned += _run_ends(params.banned_runs, self.tokens, output_len)
+        return SampleAt(params, len(self.tokens), output_len, banned)
 
     def finish_reason(self) -> FinishReason | None:
         """Return the reason if the last token, an output token, ends the request."""
@@ -127,3 +145,12 @@ class Request:
             recomputations=self.recomputations,
             recompute_reason=self.recompute_reason,
         )
+
+
+def _run_ends(runs: list[list[int]], tokens: list[int], output_len: int) -> list[int]:
+    """Return the tokens that would complete a run, all of which is output."""
+    ends = []
+    for *before, last in runs:
+        if len(before) <= output_len and tokens[len(tokens) - len(before) :] == before:
+            ends.append(last)
+    return ends

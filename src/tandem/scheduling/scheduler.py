@@ -276,21 +276,14 @@ class Scheduler:
         return reason
 
     def _adopt_first_token(self, request: Request, token: int, now: float) -> None:
-        """Append a token that the prefill engine sent to the client.
-
-        If it is the last one, it is sent again, lest its loss leave the client without an end; but not where
-        log-probabilities belong to it, which only the prefill engine has.
-        """
+        """Append a token that the prefill engine sent to the client; it is sent again only if it is the last one."""
         index, before = request.output_len, request.digest
         request.append(token)
         request.first_token_at = now
         request.num_scored = request.prompt_len - 1
         reason = request.finish_reason()
         if reason is not None:
-            if request.sampling.wants_logprobs:
-                reason = None
-            else:
-                self.state.events.append(TokenOut(request.request_id, index, token, None, reason, before))
+            self.state.events.append(TokenOut(request.request_id, index, token, None, reason, before))
             self.state.finish(request, reason, now)
 
     def _announce(self, request: Request, end: int, token: int | None) -> None:

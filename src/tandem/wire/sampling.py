@@ -66,16 +66,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     def uses_history(self) -> bool:
         """Whether choosing a token needs the tokens before it."""
         penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
-        return any(penalties) or bool(self.banned_runs)
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None or self.prompt_logprobs is not None
+        return any(penalties)
 
     @property
     def rules_out(self) -> bool:
-        """Whether it has a say in which tokens may be chosen at all, or how likely each is."""
-        return self.uses_history or bool(self.logit_bias) or self.allowed_token_ids is not None
+        """Whether it has a say in which tokens may be chosen at all, whatever came before."""
+        return bool(self.logit_bias) or self.allowed_token_ids is not None
 
     def check(self) -> None:
         """Raise InvalidRequest for a value out of range (msgspec checks ranges only when it decodes)."""

@@ -87,6 +87,14 @@ def test_an_abort_lets_go_of_kv_that_nobody_has_claimed(rig: Rig) -> None:
     assert [type(command).__name__ for command in rig.mailbox.take()] == ["StartRequest", "AbortRequest", "LeasesEnded"]
 
 
+def test_an_abort_that_the_end_of_the_prefill_crosses_lets_go_of_its_kv_too(rig: Rig) -> None:
+    rig.begin(Prefill())
+    rig.loop._abort("r")
+    rig.loop._listener.chunk("r", 0, [1], 2, True, 7)  # the step loop had said so before it heard of the abort
+    assert not rig.knows
+    assert [type(command).__name__ for command in rig.mailbox.take()] == ["StartRequest", "AbortRequest", "LeasesEnded"]
+
+
 def test_the_status_tells_how_long_the_running_step_has_run(rig: Rig) -> None:
     assert rig.loop._current_registration().status.step_seconds == 0.0
     rig.loop.clock.since = 0.0  # long ago

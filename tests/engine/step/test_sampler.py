@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.step.sampler import sample, uniform
+from tandem.engine.step.token_counts import TokenCounts
 from tandem.scheduling.batch import RowError, SampleAt, Sampled
 from tandem.wire.sampling import SamplingParams
 
@@ -19,11 +20,10 @@ VOCABULARY = 32
 
 def at(
     position: int = 7,
-    history: tuple[list[int], int] | None = None,
-    stop_ids: list[int] | None = None,
+    banned_ids: list[int] | None = None,
     **params: Any,
 ) -> SampleAt:
-    return SampleAt(SamplingParams(**params), position, 0, history, stop_ids or [])
+    return SampleAt(SamplingParams(**params), position, 0, banned_ids or [])
 
 
 def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -75,10 +75,10 @@ def test_the_given_logits_are_not_changed() -> None:
     logits = random_logits(4)
     before = logits.clone()
     everything = at(
-        history=([1, 2, 3], 1), stop_ids=[4], temperature=0.7, min_p=0.01, top_k=9, top_p=0.9, logprobs=3,
+        banned_ids=[4], temperature=0.7, min_p=0.01, top_k=9, top_p=0.9, logprobs=3,
         repetition_penalty=1.2, frequency_penalty=0.5, presence_penalty=0.5, logit_bias={5: 2.0},
     )  # fmt: skip
-    sample(logits, [everything] * 4)
+    sample(logits, [everything] * 4, {row: TokenCounts([1, 2, 3], 1) for row in range(4)})
     sample(logits, [at(temperature=1.0)] * 4)
     assert torch.equal(logits, before)
 
@@ -176,8 +176,8 @@ def test_top_p_holds_where_it_needs_more_tokens_than_the_first_look() -> None:
 
 
 def test_min_tokens_bans_what_would_stop() -> None:
-    assert sample(torch.tensor([[5.0, 1.0, 0.0]]), [at(temperature=0.0, stop_ids=[0])])[0].token_id == 1
-    assert support([5.0, 1.0, 0.0], stop_ids=[0, 99]) == {1, 2}
+    assert sample(torch.tensor([[5.0, 1.0, 0.0]]), [at(temperature=0.0, banned_ids=[0])])[0].token_id == 1
+    assert support([5.0, 1.0, 0.0], banned_ids=[0, 99]) == {1, 2}
 
 
 def test_a_bias_can_force_and_ban() -> None:
@@ -195,24 +195,9 @@ def test_only_allowed_tokens_are_chosen_greedily_or_not() -> None:
     logits = torch.tensor([[9.0, 5.0, 1.0, 0.0]])
     assert sample(logits, [at(temperature=0.0, allowed_token_ids=[2, 3, 99])])[0].token_id == 2
     assert support([9.0, 5.0, 1.0, 0.0], allowed_token_ids=[2, 3]) == {2, 3}
-    error = sample(logits, [at(allowed_token_ids=[1], stop_ids=[1])])[0].error
+    error = sample(logits, [at(allowed_token_ids=[1], banned_ids=[1])])[0].error
     assert error is not None
     assert error.code == "no_token_left"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "runs", "banned"),
-    [
-        ([5, 6], [[0]], {0}),
-        ([5, 6, 1, 2], [[1, 2, 0], [2, 1], [5, 6, 1, 2, 3]], {0, 1}),
-        ([1, 2], [[1, 2, 0]], set()),  # it would begin in the prompt
-        ([5, 6, 2], [[1, 2, 0]], set()),
-        ([5, 6, 1, 2, 2], [[1, 2, 0]], set()),
-        ([5, 6], [[99]], set()),
-    ],
-)
-def test_a_banned_run_is_not_completed(tokens: list[int], runs: list[list[int]], banned: set[int]) -> None:
-    assert support([0.0] * 4, history=(tokens, 2), banned_runs=runs) == {0, 1, 2, 3} - banned
 
 
 @settings(max_examples=100, deadline=None)
@@ -227,6 +212,7 @@ def test_penalties_equal_a_plain_reference(
     tokens: list[int], data: st.DataObject, repetition: float, presence: float, frequency: float
 ) -> None:
     prompt_len = data.draw(st.integers(1, len(tokens)))
+    known = data.draw(st.integers(prompt_len, len(tokens)))
     logits = random_logits(1, seed=len(tokens), vocabulary=8)
     expected = logits[0].tolist()
     for token in range(8):
@@ -235,13 +221,15 @@ def test_penalties_equal_a_plain_reference(
         count = tokens[prompt_len:].count(token)
         expected[token] -= frequency * count + (presence if count else 0.0)
     row = at(
-        history=(tokens, prompt_len),
         temperature=0.0,
         repetition_penalty=repetition,
         presence_penalty=presence,
         frequency_penalty=frequency,
     )
-    chosen = sample(logits, [row])[0].token_id
+    counts = TokenCounts(tokens[:known], prompt_len)
+    sample(logits, [row], {0: counts})  # what was counted is kept
+    counts.extend(tokens[known:])
+    chosen = sample(logits, [row], {0: counts})[0].token_id
     assert expected[chosen] == pytest.approx(max(expected), abs=1e-5)
 
 
@@ -279,7 +267,7 @@ def test_bad_logits_fail_their_row_only(bad: float, temperature: float) -> None:
 def test_a_row_without_any_token_left_fails() -> None:
     nothing = torch.full((1, 3), -math.inf)
     assert sample(nothing, [at()])[0].error is not None
-    (result,) = sample(torch.zeros(1, 3), [at(stop_ids=[0, 1, 2])])
+    (result,) = sample(torch.zeros(1, 3), [at(banned_ids=[0, 1, 2])])
     assert result.error is not None
     assert result.error.code == "no_token_left"
 
@@ -292,8 +280,7 @@ def test_tokens_that_the_model_rules_out_do_not_come() -> None:
 row_strategy = st.builds(
     at,
     position=st.integers(0, 1000),
-    history=st.just(([1, 2, 3, 3], 2)),
-    stop_ids=st.sampled_from([[], [4, 5]]),
+    banned_ids=st.sampled_from([[], [4, 5]]),
     seed=st.integers(0, 5),
     temperature=st.sampled_from([0.0, 0.6, 1.0]),
     top_k=st.sampled_from([0, 1, 5]),
@@ -310,9 +297,10 @@ row_strategy = st.builds(
 @given(rows=st.lists(row_strategy, min_size=1, max_size=6), seed=st.integers(0, 100))
 def test_a_row_alone_gets_what_it_gets_in_company(rows: list[SampleAt], seed: int) -> None:
     logits = random_logits(len(rows), seed=seed)
-    together = sample(logits, rows)
-    for index, (row, other) in enumerate(zip(rows, together, strict=True)):
-        (alone,) = sample(logits[index : index + 1], [row])
+    counted = [TokenCounts([1, 2, 3, 3], 2) if row.params.uses_history else None for row in rows]
+    together = sample(logits, rows, {index: counts for index, counts in enumerate(counted) if counts is not None})
+    for index, (row, other, counts) in enumerate(zip(rows, together, counted, strict=True)):
+        (alone,) = sample(logits[index : index + 1], [row], {} if counts is None else {0: counts})
         assert alone.token_id == other.token_id
         assert (alone.logprobs is None) == (other.logprobs is None)
         if alone.logprobs is not None and other.logprobs is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from tandem import __version__
@@ -14,7 +13,8 @@ from tandem.engine.start.rank import Rank
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
-from tandem.engine.step_commands import Command, Drain
+from tandem.engine.step.step_message import StepEncoder
+from tandem.engine.step_commands import Command
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
@@ -49,7 +49,8 @@ class Leader:
         self._start_timeout = config.time.start_timeout
         self.mailbox: Mailbox[Command] = Mailbox()
         size = len(engine.ranks)
-        self._pipeline = LeaderPipeline(runner, sockets.step, size) if size > 1 else SoloPipeline(runner)
+        steps = StepEncoder(config.batch.max_num_seqs)
+        self._pipeline = LeaderPipeline(runner, steps, sockets.step, size) if size > 1 else SoloPipeline(runner, steps)
         if size == 1:
             sockets.step.close(linger=0)  # what strangers sent to it nobody would read
         pool = BlockPool(layout.blocks, layout.block_size)
@@ -79,13 +80,16 @@ class Leader:
             self._event_loop.clock,
         )
 
-    def drain(self, seconds: float) -> None:
-        """Take no new requests, and end when those that are here have ended and their KV was read, or after `seconds`.
+    def drain(self) -> None:
+        """Take no new requests, and end when those that are here have ended and their KV was read; bounded.
 
         May be called by a signal handler.
         """
-        self._event_loop.show_draining()
-        self.mailbox.put(Drain(time.monotonic() + seconds))
+        self._event_loop.drain()
+
+    @property
+    def drains(self) -> bool:
+        return self._event_loop.draining
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
         """Serve until told to stop; return why.
@@ -154,5 +158,6 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         protocol=PROTOCOL,
         vocab_size=rank.model.vocab_size,
         step_timeout=config.batch.step_timeout,
+        drain_timeout=config.drain_timeout,
         http_address=rank.placement.http_address,
     )

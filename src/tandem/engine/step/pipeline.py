@@ -12,6 +12,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from tandem.engine.step.runner import Runner
+from tandem.engine.step.step_message import Step, StepEncoder
 from tandem.engine.timeouts import CAUSE_SECONDS, FOLLOWERS_SECONDS, HALT_SECONDS
 from tandem.errors import EngineFailed, RankLost
 from tandem.scheduling.batch import Batch, StepResult
@@ -58,17 +59,22 @@ class Pipeline(Protocol):
 
 
 class SoloPipeline:
-    """An engine of one rank: no hop to anywhere."""
+    """An engine of one rank: no hop to anywhere.
 
-    def __init__(self, runner: Runner) -> None:
+    Args:
+        steps: makes steps for the rank.
+    """
+
+    def __init__(self, runner: Runner, steps: StepEncoder) -> None:
         self._runner = runner
+        self._steps = steps
         self._results: list[StepResult] = []
 
     def wait_for_followers(self) -> None:
         """Return at once: there are none."""
 
     def submit(self, batch: Batch) -> None:
-        result = self._runner.run(batch)
+        result = self._runner.run(self._steps.step(batch))
         if result is not None:
             self._results.append(result)
 
@@ -87,11 +93,13 @@ class LeaderPipeline:
     """The leader's side for an engine of several ranks.
 
     Args:
+        steps: makes steps for all ranks, this one too.
         socket: bound with LEADER_SOCKET; every other rank connects to it with its rank as identity.
     """
 
-    def __init__(self, runner: Runner, socket: zmq.Socket[bytes], ranks: int) -> None:
+    def __init__(self, runner: Runner, steps: StepEncoder, socket: zmq.Socket[bytes], ranks: int) -> None:
         self._runner = runner
+        self._steps = steps
         self._socket = socket
         self._followers = [b"%d" % rank for rank in range(1, ranks)]
         self._encoder = msgspec.msgpack.Encoder()
@@ -151,9 +159,10 @@ class LeaderPipeline:
         return None
 
     def submit(self, batch: Batch) -> None:
-        self._broadcast(self._encoder.encode(batch))
+        step = self._steps.step(batch)
+        self._broadcast(self._encoder.encode(step))
         try:
-            result = self._runner.run(batch)
+            result = self._runner.run(step)
         except EngineFailed:
             # A collective with a rank that has just gone; word of which one may be on its way.
             if self._monitor.poll(int(1000 * CAUSE_SECONDS)):
@@ -193,7 +202,7 @@ def _lost(rank: bytes) -> RankLost:
 
 
 class Follower:
-    """The loop of every rank but the leader's: take a batch, compute, and answer if this rank samples.
+    """The loop of every rank but the leader's: take a step, compute, and answer if this rank samples.
 
     Args:
         socket: DEALER connected to the leader with `follower_socket`.
@@ -203,7 +212,7 @@ class Follower:
         self._runner = runner
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Batch | Halt)
+        self._decoder = msgspec.msgpack.Decoder(Step | Halt)
 
     def run(self) -> str:
         """Serve until the leader halts; return why. Raises RankLost when the engine failed, or the leader is lost."""

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tandem.engine.step.step_message import StepRow
 from tandem.models.decoder import Decoder
-from tandem.scheduling.batch import Row
 from tandem.wire.messages import TokenLogprobs
 
 PIECE = 128
@@ -16,7 +16,7 @@ PIECE = 128
 
 
 def score_prompts(
-    decoder: Decoder, rows: list[Row], hidden: Tensor, last_tokens: Tensor
+    decoder: Decoder, rows: list[StepRow], hidden: Tensor, last_tokens: Tensor
 ) -> dict[int, list[TokenLogprobs] | None]:
     """Return for each row that asks for it the log-probabilities of its `targets`, or None if they are no numbers.
 

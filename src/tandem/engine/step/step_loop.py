@@ -172,7 +172,7 @@ class StepLoop:
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
             case Drain(by=by):
-                self._drain_by = by
+                self._drain_by = by if self._drain_by is None else min(by, self._drain_by)
             case Fail(error=error):
                 raise error
             case Shutdown(reason=reason):
