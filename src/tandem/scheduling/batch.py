@@ -43,6 +43,13 @@ class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     mask: bytes | RowError | None = None
 
 
+class ScoreAt(msgspec.Struct, frozen=True, array_like=True):
+    """Tell how likely the prompt's `targets` were, each after one of the row's tokens, and the `top` most likely."""
+
+    top: int
+    targets: list[int]
+
+
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
 
@@ -58,6 +65,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     block_ids: list[int]
     sample: SampleAt | None = None
     history: list[int] | None = None
+    score: ScoreAt | None = None
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
@@ -90,7 +98,11 @@ def row_failed(error: RequestError) -> Sampled:
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
-    """One entry per row of the batch: None where nothing was to be sampled, and all went well."""
+    """One entry per row of the batch: None where nothing was to be sampled, and all went well.
+
+    `scores`: by row, for those that ask for them.
+    """
 
     batch_id: int
     sampled: list[Sampled | None]
+    scores: dict[int, list[TokenLogprobs]] = {}
