@@ -68,6 +68,18 @@ def create_app(
     """
     metrics = Metrics(backend, refusals or Refusals())
     services = Services(backend, loader, metrics, kind, Door(limits or LimitsSection()), Turnstile())
+    return Starlette(
+        routes=[
+            *_routes_with_bodies(services),
+            *_routes_to_read(InfoEndpoints(services), kind),
+            *(operator_routes(operator) if operator is not None else []),
+        ],
+        middleware=[Middleware(ApiMiddleware, keys=keys)],
+        exception_handlers={404: _not_found, 405: _method_not_allowed, RequestError: _failed, Exception: _failed},
+    )
+
+
+def _routes_with_bodies(services: Services) -> list[Route]:
     completions = GenerateEndpoint(
         "completions", services, CompletionBody, count_completions, prepare_completion, CompletionBuilder
     )
@@ -76,31 +88,30 @@ def create_app(
         "responses", services, ResponsesBody, responses_api.to_chat, responses_api.ResponsesAnswer
     )
     messages = TranslatedEndpoint("messages", services, MessagesBody, messages_api.to_chat, messages_api.MessagesAnswer)
-    info = InfoEndpoints(services)
-    return Starlette(
-        routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/responses", responses, methods=["POST"]),
-            Route("/v1/messages", messages, methods=["POST"]),
-            Route("/tokenize", TokenizeEndpoint("tokenize", services), methods=["POST"]),
-            Route("/detokenize", DetokenizeEndpoint("detokenize", services), methods=["POST"]),
-            _get("/v1/models", info.models),
-            _get("/v1/models/{name:path}", info.model),
-            _get("/health", info.health),
-            _get("/ping", info.health),
-            Route("/ping", info.health, methods=["POST"]),
-            _get("/openapi.json", openapi_page.document),
-            _get("/docs", openapi_page.page),
-            _get("/version", info.version),
-            _get("/load", info.load),
-            _get("/metrics", info.metrics),
-            _get("/tandem/engines", info.engines) if kind == "router" else _get("/tandem/engine", info.engine),
-            *(operator_routes(operator) if operator is not None else []),
-        ],
-        middleware=[Middleware(ApiMiddleware, keys=keys)],
-        exception_handlers={404: _not_found, 405: _method_not_allowed, RequestError: _failed, Exception: _failed},
-    )
+    return [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/messages", messages, methods=["POST"]),
+        Route("/tokenize", TokenizeEndpoint("tokenize", services), methods=["POST"]),
+        Route("/detokenize", DetokenizeEndpoint("detokenize", services), methods=["POST"]),
+    ]
+
+
+def _routes_to_read(info: InfoEndpoints, kind: Kind) -> list[Route]:
+    return [
+        _get("/v1/models", info.models),
+        _get("/v1/models/{name:path}", info.model),
+        _get("/health", info.health),
+        _get("/ping", info.health),
+        Route("/ping", info.health, methods=["POST"]),
+        _get("/openapi.json", openapi_page.document),
+        _get("/docs", openapi_page.page),
+        _get("/version", info.version),
+        _get("/load", info.load),
+        _get("/metrics", info.metrics),
+        _get("/tandem/engines", info.engines) if kind == "router" else _get("/tandem/engine", info.engine),
+    ]
 
 
 class InfoEndpoints:

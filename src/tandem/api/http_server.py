@@ -62,6 +62,22 @@ async def serve(
     Requests under way then have `grace` seconds to end; later they are cancelled. Signals are left to the caller.
     Raises ConfigError for TLS files that cannot be used.
     """
+    server = _Server(_config(app, grace, tls), limits or LimitsSection(), refusals or Refusals())
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await asyncio.wait((serving,))
+    finally:
+        server.should_exit = True
+        stopping.cancel()
+        await asyncio.gather(serving, stopping, return_exceptions=True)
+        await _cancel_requests(server)
+    serving.result()
+
+
+def _config(app: ASGIApp, grace: float, tls: Tls | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http="httptools",
@@ -80,19 +96,7 @@ async def serve(
         config.load()
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(f"--tls-cert and --tls-key cannot be used: {error}") from error
-    server = _Server(config, limits or LimitsSection(), refusals or Refusals())
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    stopping = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        server.should_exit = True
-        await asyncio.wait((serving,))
-    finally:
-        server.should_exit = True
-        stopping.cancel()
-        await asyncio.gather(serving, stopping, return_exceptions=True)
-        await _cancel_requests(server)
-    serving.result()
+    return config
 
 
 class _Server(uvicorn.Server):

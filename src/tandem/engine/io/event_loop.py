@@ -87,22 +87,19 @@ class LeaderEventLoop:
         self._max_published = int(config.cache.max_published_kv * descriptor.ranks[0].layout.blocks)
         self.clock = StepClock()
         self._step_watch = StepWatch(self.clock, config.batch.step_timeout)
-        self._registration = registration
-        self._status = registration.status
+        self._registration, self._status = registration, registration.status
         self._mailbox = mailbox
         self._role: str = config.role
         self._drain_timeout = config.drain_timeout
-        self.draining = False
-        self._failed = False
+        self.draining = self._failed = False
         self._introductions = Introductions()
         self._thread = EventLoopThread(self._serve, mailbox, end_process)
         self._transfer_socket = sockets.transfer
         self._transfer_threads = TransferThreads(sockets.transfer, len(descriptor.ranks))
-        layouts = [rank.layout for rank in descriptor.ranks]
         self._dialer = PeerDialer(
             descriptor.identity,
             envelope,
-            layouts,
+            [rank.layout for rank in descriptor.ranks],
             self._transfer_threads,
             sockets.event_loop,
             _pull_events(mailbox),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tandem import __version__
 from tandem.api.grammars import load_compiler
+from tandem.config import EngineConfig
 from tandem.engine.io.event_loop import LeaderEventLoop
 from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.mailbox import Mailbox
@@ -56,15 +57,7 @@ class Leader:
         self._masks = MaskMaker(
             functools.partial(load_compiler, Path(rank.placement.model.path), rank.model.eos_token_ids)
         )
-        steps = StepEncoder(config.batch.max_num_seqs)
-        sampler = size - config.parallel.tp  # the first rank of the last stage
-        self._pipeline = (
-            LeaderPipeline(runner, steps, sockets.step, size, self._masks, sampler)
-            if size > 1
-            else SoloPipeline(runner, steps, self._masks)
-        )
-        if size == 1:
-            sockets.step.close(linger=0)  # what strangers sent to it nobody would read
+        self._pipeline = self._make_pipeline(runner, config, sockets, size)
         pool = BlockPool(layout.blocks, layout.block_size)
         scheduler = _scheduler(rank, pool)
         self._status = _initial_status(rank, agreement, engine, scheduler)
@@ -92,6 +85,16 @@ class Leader:
             self._event_loop.clock,
             self._masks,
         )
+
+    def _make_pipeline(
+        self, runner: Runner, config: EngineConfig, sockets: LeaderSockets, size: int
+    ) -> LeaderPipeline | SoloPipeline:
+        steps = StepEncoder(config.batch.max_num_seqs)
+        if size == 1:
+            sockets.step.close(linger=0)  # what strangers sent to it nobody would read
+            return SoloPipeline(runner, steps, self._masks)
+        sampler = size - config.parallel.tp  # the first rank of the last stage
+        return LeaderPipeline(runner, steps, sockets.step, size, self._masks, sampler)
 
     def drain(self) -> None:
         """Take no new requests, and end when those that are here have ended and their KV was read; bounded.

@@ -281,8 +281,7 @@ class StepLoop:
         self._post(outputs, kv_events)
 
     def _post(self, outputs: Outputs, kv_events: list[KvEvent]) -> None:
-        # KV first: a decode engine should hear that a chunk is there before anybody hears of the token.
-        if kv_events:
+        if kv_events:  # first: a decode engine should hear that a chunk is there before anybody hears of the token
             self._outbox.post_kv(kv_events)
         if outputs:
             self._outbox.post_outputs(outputs)
@@ -295,8 +294,7 @@ class StepLoop:
         stats = finished
         if request.first_out_at is None:
             request.first_out_at = time.monotonic()
-            scheduled = self._scheduler.get(event.request_id)
-            if stats is None and scheduled is not None:
+            if stats is None and (scheduled := self._scheduler.get(event.request_id)) is not None:
                 stats = request.with_transfer(scheduled.stats(request.first_out_at), self._pool, self._transport)
         params = self._transfer_params(event.request_id) if finished is not None and request.publish else None
         outputs[request.frontend].append(
@@ -322,9 +320,8 @@ class StepLoop:
         if token is not None:
             self._add_token(outputs, token, stats)
         else:
-            outputs[request.frontend].append(
-                Tokens(event.request_id, 0, [], finish_reason=event.finish_reason, done=True, stats=stats)
-            )
+            end = Tokens(event.request_id, 0, [], finish_reason=event.finish_reason, done=True, stats=stats)
+            outputs[request.frontend].append(end)
         self._forget(event.request_id)
         log.debug("request %s finished: %s", event.request_id, event.finish_reason)
 
