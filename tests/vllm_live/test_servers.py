@@ -79,6 +79,17 @@ def test_a_prefix_that_the_decode_side_has_is_not_read_again(pair: tuple[Server,
     assert read == (len(longer) - 128) * 4 * 2 * 2 * 32 * 4  # layers, K and V, heads, dim, bytes
 
 
+def test_a_proxy_that_knows_nothing_of_tandem_serves_a_chat(pair: tuple[Server, Server], servers: Servers) -> None:
+    prefill, decode = pair
+    proxy = servers.proxy("proxy", prefill, decode)
+    proxy.wait_ready()
+    before = decode.metric("vllm:tandem_handoffs_total")
+    said = [{"role": "user", "content": "What is a tandem?"}]
+    answer = proxy.chat(said)["choices"][0]["message"]["content"]
+    assert answer == prefill.chat(said)["choices"][0]["message"]["content"]
+    assert decode.metric("vllm:tandem_handoffs_total") == before + 1
+
+
 def test_many_at_once(pair: tuple[Server, Server], model: Path) -> None:
     prefill, decode = pair
     prompts = [prompt(40 + 13 * number, seed=10 + number) for number in range(12)]
