@@ -10,8 +10,8 @@ import pytest
 
 from tandem.vllm.pages import VEC
 from tandem.vllm.scheduler import NewRequest, Scheduled
-from tests.vllm.engine import Engine
-from tests.vllm.test_handoff import prompt
+from tests.vllm.engine import Engine, true_kv
+from tests.vllm.test_handoff import arena_block, prompt
 
 BLOCKS = [4, 5, 6, 7]
 
@@ -147,6 +147,28 @@ def test_a_lease_that_nobody_renews_ends() -> None:
         prefill.side.on_new_request(NewRequest("q", prompt(300), {"do_remote_decode": True}))
         prefill.step([Scheduled("q", 300, list(range(10)))])  # finds no room: what is published gives way
         prefill.wait_idle()
+
+
+def test_a_reader_that_falls_silent_keeps_the_blocks_for_one_lease() -> None:
+    tokens = prompt(70)
+    with Engine(VEC, lease_ttl=1.0) as prefill:
+        prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
+        with Engine(VEC) as decode:
+            params = {
+                "do_remote_prefill": True,
+                "transfer_id": "t",
+                "remote_engine_id": "e",
+                "remote_host": "127.0.0.1",
+                "remote_port": prefill.port,
+            }
+            decode.claim("d", tokens, params, BLOCKS)
+            kv = true_kv(tokens)
+            prefill.step([Scheduled("p", 40, [0, 1, 2])], lambda: prefill.ranks[0].compute(kv, [0, 1, 2], 0, 40))
+            decode.wait_for(lambda: bool(arena_block(decode, 0).any()))
+        prefill.step([Scheduled("p", 70, [0, 1, 2])])
+        assert prefill.side.finished("p", aborted=False) is not None
+        prefill.wait_idle()
+        assert prefill.side.take_counts()["leases_ended"] == 1
 
 
 def test_two_engines_that_read_from_each_other_do_not_wait_for_ever() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -10,9 +11,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 START_SECONDS = 400.0
 MODEL = "m"
@@ -67,6 +71,19 @@ class Server:
         """Return the sum of all samples of a metric."""
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stop all its processes meanwhile."""
+        own = psutil.Process(self.process.pid)
+        everything = [own, *own.children(recursive=True)]
+        for process in everything:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in everything:
+                process.resume()
 
     def stop(self) -> None:
         self.process.terminate()

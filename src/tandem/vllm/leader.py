@@ -43,9 +43,14 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class OffersEnded:
-    """The arena blocks of these exported requests may be used again."""
+    """The arena blocks of these exported requests may be used again.
+
+    Attributes:
+        expired: readers so far that had claimed KV here and then fell silent.
+    """
 
     request_ids: list[str]
+    expired: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ class Leader:
             descriptor,
             options.lease_ttl,
             max_published,
-            on_ended=lambda request_ids: put(OffersEnded(request_ids)),
+            on_ended=lambda request_ids: put(OffersEnded(request_ids, self.listener.expired)),
             on_corrupt=lambda request_ids: None,  # nothing of the arena is ever found again
         )
         self._thread = threading.Thread(target=self._run, name="tandem-leader", daemon=True)

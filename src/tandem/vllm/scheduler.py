@@ -66,6 +66,7 @@ class SchedulerSide:
         self._arena: ArenaBlocks | None = None
         self._step = 0
         self._counts: dict[str, float] = {}
+        self._expired = 0
 
     def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call."""
@@ -209,7 +210,9 @@ class SchedulerSide:
     def _handle(self, event: LeaderEvent) -> None:
         exports, imports, _ = self._started
         match event:
-            case OffersEnded(request_ids=request_ids):
+            case OffersEnded(request_ids=request_ids, expired=expired):
+                self._count(leases_ended=expired - self._expired)
+                self._expired = expired
                 for remote_id in request_ids:
                     exports.ended(remote_id)
                 imports.make_room()
