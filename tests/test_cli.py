@@ -46,7 +46,7 @@ def test_flags_of_serve_reach_their_sections(app: App) -> None:
         "model": "folder",
         "config": ClusterConfig(
             prefill_tp=2,
-            model=ModelSection(served_model_name="m"),
+            model=ModelSection(served_model_name=("m",)),
             cache=CacheSection(kv_memory=2**20),
             access=AccessSection(allow_peers=("127.0.0.1", "::1")),
             run=RunSection(log_level="debug"),
@@ -59,8 +59,34 @@ def test_flags_of_an_engine_reach_their_sections(app: App) -> None:
     assert arguments(app, "engine", "folder", *flags)["config"] == EngineConfig(
         role="decode",
         parallel=ParallelSection(tp=2, nnodes=2, master=Address("node-0", 7001)),
-        network=NetworkSection(router=Address("::1", 7000)),
+        network=NetworkSection(router=(Address("::1", 7000),)),
     )
+
+
+@pytest.mark.parametrize(
+    "words", [["--router", "node-0:7000", "--router", "[::1]:7001"], ["--router=node-0:7000,[::1]:7001"]]
+)
+def test_an_engine_may_have_several_routers(app: App, words: list[str]) -> None:
+    routers = (Address("node-0", 7000), Address("::1", 7001))
+    assert arguments(app, "engine", "folder", *words)["config"].network.router == routers
+
+
+@pytest.mark.parametrize(
+    ("text", "routers"),
+    [
+        ('"node-0:7000"', (Address("node-0", 7000),)),
+        ('["node-0:7000", "[::1]:7001", "node-0:7000"]', (Address("node-0", 7000), Address("::1", 7001))),
+    ],
+)
+def test_routers_stand_in_a_file_and_in_the_environment(
+    app: App, text: str, routers: tuple[Address, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tandem.toml"
+    file.write_text(f"[engine]\nrouter = {text}\n")
+    app.config = [*app.config, Toml(file)]
+    assert arguments(app, "engine", "folder")["config"].network.router == routers
+    monkeypatch.setenv("TANDEM_ROUTER", "a:1,b:2")
+    assert arguments(app, "engine", "folder")["config"].network.router == (Address("a", 1), Address("b", 2))
 
 
 def test_flags_of_a_router_reach_their_sections(app: App) -> None:
@@ -115,6 +141,7 @@ def test_keys_of_a_file_are_flags_and_flags_go_before_it(app: App, tmp_path: Pat
         (["serve", "m", "--prefill-tp", "0"], "--prefill-tp must be at least 1; got 0"),
         (["engine", "m", "--master", "node-0"], "--master must be HOST:PORT"),
         (["engine", "m", "--router", "node-0:0"], "--router must be HOST:PORT"),
+        (["engine", "m", "--router", "node-0:1,"], "--router must be HOST:PORT .*; got ''"),
         (["bench", "--warmup", "-1"], "--warmup must be 0 or more"),
         (["doctor", "--nnodes", "0"], "--nnodes must be at least 1; got 0"),
         (["doctor", "--master", "node-0"], "--master must be HOST:PORT"),

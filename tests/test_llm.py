@@ -39,6 +39,7 @@ UNUSUAL = SamplingParams(
     logit_bias={5: -1.5},
     stop_token_ids=[4],
     ignore_eos=True,
+    allowed_token_ids=[5, 6],
 )
 
 
@@ -50,7 +51,7 @@ def test_every_sampling_field_reaches_the_completions_api() -> None:
     unset = [
         name for name in SamplingParams.__struct_fields__ if getattr(UNUSUAL, name) == getattr(SamplingParams(), name)
     ]
-    assert not unset
+    assert unset == ["banned_runs"]
     body = parse(sent({"prompt": "a", **request_fields(UNUSUAL, ["x"]), "logprobs": UNUSUAL.logprobs}), CompletionBody)
     assert body.max_tokens is not None
     assert sampling_params(body, body.max_tokens, body.logprobs) == UNUSUAL
@@ -70,6 +71,8 @@ def test_every_sampling_field_reaches_the_chat_api(params: SamplingParams) -> No
 def test_params_out_of_range_are_refused_before_they_are_sent() -> None:
     with pytest.raises(InvalidRequest, match="top_p"):
         request_fields(SamplingParams(top_p=2.0), None)
+    with pytest.raises(InvalidRequest, match="bad_words"):
+        request_fields(SamplingParams(banned_runs=[[1]]), None)
 
 
 def test_one_params_for_all_prompts_gives_each_its_own_seed() -> None:

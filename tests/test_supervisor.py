@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from tandem.errors import StartError
+from tandem.errors import EngineStopped, StartError
 from tandem.processes import Child, ChildProcesses
 from tandem.reports import Following, Report
 from tandem.restart_policy import RestartPolicy
-from tandem.supervisor import Supervisor
+from tandem.supervisor import Supervisor, SupervisorThread
 from tests.support import child_targets as child_processes
-from tests.support.processes import is_alive
+from tests.support.processes import is_alive, until
 
 SECONDS = 30.0
 
@@ -42,6 +43,7 @@ class Pair:
         self.children: list[Child] = []
         self.dies = False
         self.is_mute = False
+        self.is_closed = False
         self._processes = processes
         self._up: set[str] = set()
 
@@ -62,6 +64,9 @@ class Pair:
         else:
             names = [f"{self.name} rank {number}" for number in range(2)]
             self.children = [self._processes.start(name, child_processes.stay) for name in names]
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def take(self, child: Child, report: Report) -> None:
         if report == Following():
@@ -154,4 +159,58 @@ def test_what_cannot_be_started_counts_as_dead(processes: ChildProcesses, monkey
 
     monkeypatch.setattr(first, "start", no_room)
     with pytest.raises(StartError, match=r"first cannot be started: .* Resource temporarily unavailable"):
+        supervisor.run()
+
+
+def test_beside_the_caller_it_starts_anew_until_it_is_stopped(processes: ChildProcesses) -> None:
+    first, second = pairs(processes)
+    before = first.pids
+    said: queue.Queue[str] = queue.Queue()
+    thread = SupervisorThread(Supervisor(processes, [first, second], said.put, SECONDS), processes)
+    os.kill(before[0], signal.SIGKILL)
+    while said.get(timeout=SECONDS) != "tandem: first is back":
+        pass
+    thread.check()
+    thread.stop()
+    os.kill(second.pids[0], signal.SIGKILL)
+    processes.stop()
+    assert said.empty(), "nobody takes an end that was asked for for a death"
+
+
+def test_the_caller_hears_that_it_has_given_up(processes: ChildProcesses) -> None:
+    first, second = pairs(processes)
+    first.dies = True
+    supervisor = Supervisor(processes, [first, second], print, SECONDS, lambda: RestartPolicy(most=1))
+    thread = SupervisorThread(supervisor, processes)
+    os.kill(first.pids[0], signal.SIGKILL)
+
+    def told() -> bool:
+        try:
+            thread.check()
+        except StartError as error:
+            return "first has died 2 times" in str(error)
+        return False
+
+    assert until(told, SECONDS)
+    thread.stop()
+
+
+def test_one_that_has_drained_is_not_started_anew_and_the_last_one_ends_the_command(processes: ChildProcesses) -> None:
+    first, second = pairs(processes)
+    lines: list[str] = []
+    router = processes.start("router", child_processes.stay)
+    door = Pair(processes, "router")
+    door.children = [router]
+    units = [door, first, second]
+    supervisor = Supervisor(processes, units, lines.append, SECONDS, ends_with=[first, second])
+    old, others = first.pids, [*second.pids, *door.pids]
+    first.children.append(processes.start("first rank 2", child_processes.drain, "first has drained"))
+    run_until(processes, supervisor, lines, "first has drained")
+    supervisor.step()
+    assert lines == ["tandem: first has drained; it is not started anew"]
+    assert first.is_closed, "its clients are refused"
+    assert not any(is_alive(pid) for pid in old)
+    assert all(is_alive(pid) for pid in others)
+    second.children.append(processes.start("second rank 2", child_processes.drain, "second has drained"))
+    with pytest.raises(EngineStopped, match="all engines have drained"):
         supervisor.run()

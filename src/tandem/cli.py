@@ -16,8 +16,10 @@ from tandem.commands.workload import Workload
 from tandem.config import ClusterConfig, EngineConfig, LogLevel, RouterConfig
 from tandem.config_file import check_tables, take_config
 from tandem.errors import TandemError
+from tandem.wire.control_messages import Role
 
 STDOUT = 1
+ROUTER_URL = "http://127.0.0.1:8000"
 
 app = App(
     name="tandem",
@@ -81,6 +83,44 @@ def router(*, config: RouterConfig | None = None) -> int:
     from tandem.commands.router import run_router
 
     return run_router(config or RouterConfig())
+
+
+@app.command
+def drain(engine: str, *, url: str = ROUTER_URL, api_key: str | None = None) -> int:
+    """Have an engine finish what it has, and end; new requests go to others. Returns once it is gone.
+
+    Parameters
+    ----------
+    engine
+        Its id, as /tandem/engines and `tandem doctor --url` show it.
+    url
+        Of a router that uses it.
+    api_key
+        As clients of the router send it.
+    """
+    from tandem.commands.operate import run_drain
+
+    return run_drain(engine, url, api_key)
+
+
+@app.command
+def role(engine: str, role: Role, *, url: str = ROUTER_URL, api_key: str | None = None) -> int:
+    """Use an engine as a prefill, decode or mixed engine from now on, until it restarts; it finishes what it has.
+
+    Parameters
+    ----------
+    engine
+        Its id, as /tandem/engines and `tandem doctor --url` show it.
+    role
+        What routers use it for.
+    url
+        Of a router that uses it.
+    api_key
+        As clients of the router send it.
+    """
+    from tandem.commands.operate import run_role
+
+    return run_role(engine, role, url, api_key)
 
 
 @app.command

@@ -163,6 +163,11 @@ class Client:
         async with self._send("POST", path, body) as response:
             return msgspec.json.decode(await response.read(), type=Response)
 
+    async def operate(self, path: str) -> Any:
+        """Have a router do to an engine what `path` says; return the decoded JSON of its answer."""
+        async with self._send("POST", path, None, accepted=(200, 202)) as response:
+            return msgspec.json.decode(await response.read())
+
     async def model(self) -> str:
         """Return the name of the first model that is served."""
         return str((await self.get("/v1/models"))["data"][0]["id"])

@@ -21,19 +21,25 @@ from tandem.flags import (
     RUNNING,
     check_choice,
     check_counts,
+    check_model_names,
     check_port,
     check_positive,
     parse_address,
     parse_size,
     text_flag,
+    texts_flag,
 )
 from tandem.kv.lease import MAX_TTL, MIN_TTL
+from tandem.wire.control_messages import Role
 from tandem.wire.messages import Address
 
-Role = Literal["prefill", "decode", "mixed"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+Routing = Literal["kv-aware", "least-load"]
 KvFailure = Literal["recompute", "retry", "fail"]
+GenerationSource = Literal["auto", "tandem"]
+ReasoningParser = Literal["auto", "none", "think"]
+ToolCallParser = Literal["auto", "none", "hermes", "llama3_json", "mistral", "deepseek"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 MAX_TP = 1024
@@ -44,8 +50,8 @@ MAX_BLOCK_SIZE = 1024
 @Parameter(name="*", group=MODEL)
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    served_model_name: str | None = None
-    "What clients call the model; by default the folder's or the hub's name."
+    served_model_name: Annotated[tuple[str, ...], Parameter(negative=(), show_default=list)] = ()
+    "What clients call the model, besides MODEL as typed and its last part; answers have the first name."
     dtype: DType = "auto"
     "auto: as the model says."
     device: Device = "auto"
@@ -56,6 +62,7 @@ class ModelSection:
         check_choice("dtype", self.dtype, DType)
         check_choice("device", self.device, Device)
         check_positive(max_model_len=self.max_model_len)
+        check_model_names(self.served_model_name)
 
 
 @Parameter(name="*", group=MODEL)
@@ -146,8 +153,8 @@ class ParallelSection:
 class NetworkSection:
     connector: str | None = None
     "How KV moves: nixl or tcp; by default nixl where it is installed."
-    router: Annotated[Address | None, text_flag(parse_address, "--router")] = None
-    "HOST:PORT of a router's control port, to register with."
+    router: Annotated[tuple[Address, ...], texts_flag(parse_address, "--router")] = ()
+    "HOST:PORT of a router's control port, to register with; again for each further router."
     host: str | None = None
     "This node's address for other nodes, ranks and engines; by default found from the route to the others."
     api_host: str | None = None
@@ -190,10 +197,19 @@ class RunSection:
     "CPU threads per rank; by default the cores of this machine over the ranks of the engine."
     seed: int | None = None
     "For requests that bring no seed."
+    generation_config: GenerationSource = "auto"
+    "Sampling of requests that say nothing: auto as the model's generation_config.json says, tandem as OpenAI's API."
+    tool_call_parser: ToolCallParser = "auto"
+    "How the model writes tool calls: auto as its chat template shows, none for no tools unless a call is required."
+    reasoning_parser: ReasoningParser = "auto"
+    "Whether answers begin with reasoning between <think> and </think>: auto as the chat template shows."
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
         check_choice("kv_failure", self.kv_failure, KvFailure)
+        check_choice("generation_config", self.generation_config, GenerationSource)
+        check_choice("tool_call_parser", self.tool_call_parser, ToolCallParser)
+        check_choice("reasoning_parser", self.reasoning_parser, ReasoningParser)
         check_choice("log_level", self.log_level, LogLevel)
 
 
@@ -242,6 +258,8 @@ class RouterConfig:
     "Address of the control port; by default as --host."
     control_port: int = 7000
     "Port where engines register; 0 for any."
+    routing: Routing = "kv-aware"
+    "kv-aware: a request goes where the beginning of its prompt is cached, weighed against load."
     access: AccessSection = ACCESS
     http: HttpSection = HTTP
     limits: LimitsSection = LIMITS
@@ -251,6 +269,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_port(self.port)
         check_port(self.control_port)
+        check_choice("routing", self.routing, Routing)
 
 
 @Parameter(name="*", group=ENGINES)
@@ -280,6 +299,8 @@ class ClusterConfig:
     "Tokens per KV block on decode engines, if not as --block-size."
     connector: str | None = None
     "How KV moves: nixl or tcp; by default nixl where it is installed."
+    routing: Routing = "kv-aware"
+    "kv-aware: a request goes where the beginning of its prompt is cached, weighed against load."
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()
     batch: BatchSection = BatchSection()
@@ -300,7 +321,8 @@ class ClusterConfig:
         self.engine_configs()
 
     def router_config(self) -> RouterConfig:
-        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.access, self.http, self.limits, self.time, self.run)
+        shared = self.access, self.http, self.limits, self.time, self.run
+        return RouterConfig(self.host, self.port, LOOPBACK, 0, self.routing, *shared)
 
     def engine_configs(self) -> list[EngineConfig]:
         """Return the config of each engine, prefill engines first."""

@@ -4,7 +4,7 @@ TandemError
 ├── ConfigError          a flag, environment variable, file or combination of them that cannot work
 ├── ModelError           a model folder that cannot be served
 ├── StartError           ranks that do not come together, or disagree, when an engine starts
-├── EngineStopped        an engine of several nodes was stopped in good order, on another node
+├── EngineStopped        an engine ended in good order: it has drained, or was stopped on another node
 ├── WireError            a message that its channel does not carry
 ├── TransferError        KV that could not be moved
 │   ├── PeerRefused      the two engines cannot share KV: says which field and both values
@@ -47,7 +47,7 @@ class StartError(TandemError):
 
 
 class EngineStopped(TandemError):
-    """An engine of several nodes was stopped in good order, on another node."""
+    """An engine ended in good order, though not by its owner: it has drained, or was stopped on another node."""
 
 
 class WireError(TandemError):

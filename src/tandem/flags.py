@@ -15,6 +15,8 @@ ENGINES = Group("Engines", sort_key=1)
 MODEL = Group("Model and memory", sort_key=2)
 NETWORK = Group("Network and security", sort_key=3)
 RUNNING = Group("Running", sort_key=4)
+MAX_MODEL_NAMES = 32
+MAX_MODEL_NAME = 256
 LIMITS = Group("Limits of the HTTP API", sort_key=5)
 
 
@@ -45,6 +47,19 @@ def text_flag(parse: Callable[[str, str], object], flag: str) -> Parameter:
     return Parameter(converter=convert, n_tokens=1, accepts_keys=False, metavar="STR")
 
 
+def texts_flag(parse: Callable[[str, str], object], flag: str) -> Parameter:
+    """As `text_flag`, for a flag that may be given several times; its values may also be parted by commas."""
+
+    def convert(_: object, tokens: Sequence[Token]) -> Any:
+        parts = [part.strip() for token in tokens for part in token.value.split(",")]
+        return tuple(dict.fromkeys(parse(part, flag) for part in parts))
+
+    # An IPv6 address in brackets is no list in JSON.
+    return Parameter(
+        converter=convert, accepts_keys=False, json_list=False, negative=(), metavar="STR", show_default=False
+    )
+
+
 def check_port(port: int) -> None:
     if not 0 <= port < 65536:
         raise ConfigError(f"a port is from 0 (any) to 65535; got {port}")
@@ -60,6 +75,14 @@ def check_counts(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ConfigError(f"{_flag(name)} must be at least 1; got {value}")
+
+
+def check_model_names(names: tuple[str, ...]) -> None:
+    if len(names) > MAX_MODEL_NAMES:
+        raise ConfigError(f"--served-model-name takes up to {MAX_MODEL_NAMES} names; got {len(names)}")
+    for name in names:
+        if not 0 < len(name) <= MAX_MODEL_NAME:
+            raise ConfigError(f"--served-model-name has 1 to {MAX_MODEL_NAME} characters; got {len(name)}")
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

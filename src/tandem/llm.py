@@ -24,9 +24,10 @@ from tandem.config import ClusterConfig
 from tandem.console import Console
 from tandem.errors import ConfigError, InvalidRequest, RequestError
 from tandem.flags import parse_size
-from tandem.local_cluster import start_cluster
+from tandem.local_cluster import LocalCluster, start_cluster
 from tandem.model_folder import find_model
 from tandem.processes import ChildProcesses
+from tandem.supervisor import Supervisor, SupervisorThread, Unit
 from tandem.wire.sampling import SamplingParams
 
 Prompt = str | list[int]
@@ -61,7 +62,8 @@ class Completion:
 class LLM:
     """A model on engines of this machine; use as a context manager, or call `close()`.
 
-    May be used from any thread, in notebooks, and in scripts without `if __name__ == "__main__"`.
+    May be used from any thread, in notebooks, and in scripts without `if __name__ == "__main__"`. An engine or router
+    that dies is started anew; requests that it had go on, but those of a router, which fail.
 
     Args:
         model: a local folder in Hugging Face format, or a name on the hub.
@@ -74,19 +76,19 @@ class LLM:
     def __init__(self, model: str | Path, **flags: Any) -> None:
         config = cluster_config(flags)
         console = Console()
-        self._children = ChildProcesses(echo=console.echo)
-        self._children.warm()
+        self._running = running = _Running(ChildProcesses(echo=console.echo))
+        running.children.warm()
         # multiprocessing waits at exit for children that still run; what is registered later comes before that.
-        atexit.register(self._children.stop)
-        self._finalizer = weakref.finalize(self, _stop, self._children)
+        atexit.register(running.stop)
+        self._finalizer = weakref.finalize(self, running.stop)
         try:
             folder = find_model(str(model), config.model.served_model_name)
             with console:
-                cluster = start_cluster(self._children, config, folder, console)
+                cluster = start_cluster(running.children, config, folder, console)
+            running.supervise(cluster, console, config.time.start_timeout)
         except BaseException:
             self.close()
             raise
-        cluster.close_listeners()
         self.url = f"http://{cluster.router.http}"
         self._api_key = config.http.api_key
         most = min(config.batch.max_waiting, config.limits.max_requests, config.limits.max_client_connections)
@@ -119,7 +121,7 @@ class LLM:
                 prompts may get different completions.
             stop: stop strings.
 
-        Raises RequestError for the first prompt that fails, TandemError if an engine has died.
+        Raises RequestError for the first prompt that fails, StartError if what died could not be started anew.
         """
         given = prompt_list(prompts)
         bodies = [
@@ -151,7 +153,7 @@ class LLM:
         try:
             responses = blocking(self._post_all(path, bodies))
         except RequestError:
-            self._children.check()  # an engine that died says better why
+            self._running.check()
             raise
         return [_completion(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
@@ -167,6 +169,35 @@ class LLM:
             return await asyncio.gather(*(post(index, body) for index, body in enumerate(bodies)))
 
 
+class _Running:
+    """The processes of an LLM, which must not hold on to it. All are gone after `stop`."""
+
+    def __init__(self, children: ChildProcesses) -> None:
+        self.children = children
+        self._cluster: LocalCluster | None = None
+        self._supervisor: SupervisorThread | None = None
+
+    def supervise(self, cluster: LocalCluster, console: Console, start_seconds: float) -> None:
+        """Start anew what dies of a cluster that is up."""
+        units: list[Unit] = [cluster.router, *cluster.engines]
+        supervisor = Supervisor(self.children, units, console.echo, start_seconds)
+        self._cluster, self._supervisor = cluster, SupervisorThread(supervisor, self.children)
+
+    def check(self) -> None:
+        """Raise StartError if something died so often that it is not started anew any more."""
+        if self._supervisor is not None:
+            self._supervisor.check()
+
+    def stop(self) -> None:
+        """End everything. Idempotent."""
+        atexit.unregister(self.stop)
+        if self._supervisor is not None:
+            self._supervisor.stop()
+        self.children.stop()
+        if self._cluster is not None:
+            self._cluster.close_listeners()
+
+
 def cluster_config(flags: Mapping[str, Any]) -> ClusterConfig:
     """Make a config on free ports of flags by name. Raises ConfigError for one that is not known or cannot work."""
     known = _flag_names(ClusterConfig) - {"host", "port", "api_key_file", "tls_cert", "tls_key"}
@@ -175,6 +206,8 @@ def cluster_config(flags: Mapping[str, Any]) -> ClusterConfig:
     values = {"log_level": "warning", **flags, "port": 0}
     if isinstance(values.get("kv_memory"), str):
         values["kv_memory"] = parse_size(values["kv_memory"], "--kv-memory")
+    if isinstance(values.get("served_model_name"), str):
+        values["served_model_name"] = (values["served_model_name"],)
     if values.get("cluster_key_file") is not None:
         # Absolute, as child processes start in the directory in which Python was started.
         values["cluster_key_file"] = Path(values["cluster_key_file"]).resolve()
@@ -203,7 +236,10 @@ def _section(section: type[Section], values: Mapping[str, Any]) -> Section:
 def request_fields(params: SamplingParams, stop: StopStrings) -> dict[str, Any]:
     """Return `params` as fields of a request that both APIs have. Raises InvalidRequest."""
     params.check()
-    given = {name: getattr(params, name) for name in params.__struct_fields__ if name != "logprobs"}
+    if params.banned_runs:
+        raise InvalidRequest("banned_runs is for engines; the HTTP API makes it of `bad_words`", param="banned_runs")
+    left_out = ("logprobs", "banned_runs")
+    given = {name: getattr(params, name) for name in params.__struct_fields__ if name not in left_out}
     return given | {"stop": stop, "return_token_ids": True}
 
 
@@ -265,8 +301,3 @@ def _completion(prompt: Prompt | Messages, response: Response) -> Completion:
         choice.logprobs,
         response.tandem,
     )
-
-
-def _stop(children: ChildProcesses) -> None:
-    atexit.unregister(children.stop)
-    children.stop()

@@ -76,7 +76,7 @@ class LocalCluster:
     engines: list[EngineProcesses]
 
     def close_listeners(self) -> None:
-        """Let clients be refused by what has died: nobody is going to start it anew."""
+        """Let clients be refused: nothing that has died is going to be started anew."""
         self.router.close()
         for engine in self.engines:
             engine.close()
@@ -93,7 +93,7 @@ def start_cluster(
     key = load_key(config.access.cluster_key_file) or new_key()
     seconds = config.time.start_timeout
     router = start_router(processes, config.router_config(), key)
-    engines = start_engines(processes, config.engine_configs(), model, router.control, key, console)
+    engines = start_engines(processes, config.engine_configs(), model, [router.control], key, console)
     wait_ready(processes, engines, seconds)
     wait_healthy(processes, router, seconds)
     return LocalCluster(router, engines)
@@ -117,12 +117,12 @@ def start_engines(
     processes: ChildProcesses,
     configs: Sequence[EngineConfig],
     model: ModelFolder,
-    router: Address | None,
+    routers: Sequence[Address],
     key: ClusterKey | None,
     console: Console,
 ) -> list[EngineProcesses]:
     """Start these engines' processes on this node; `wait_ready` sees them through."""
-    engines = [EngineProcesses(processes, config, model, router, key, console) for config in configs]
+    engines = [EngineProcesses(processes, config, model, routers, key, console) for config in configs]
     for engine in engines:
         engine.start()
     return engines
@@ -145,9 +145,9 @@ def wait_ready(processes: ChildProcesses, engines: Sequence[EngineProcesses], se
 
 
 def wait_healthy(processes: ChildProcesses, router: RouterProcess, seconds: float) -> None:
-    """Wait until the router has a route for a request. Raises StartError."""
+    """Wait until the router has a whole route for a request. Raises StartError."""
     deadline = time.monotonic() + seconds
     while (received := processes.next_report([router.child], deadline - time.monotonic())) is not None:
-        if received[1] == Health(ok=True):
+        if received[1] == Health(ok=True, whole=True):
             return
     raise StartError(f"the router found no path from prefill to decode within {seconds:.0f} s")

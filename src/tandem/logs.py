@@ -5,8 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 STDERR = 2
+MOST_LINES = 20
+MOST_INFO_LINES = 500
+STRETCH_SECONDS = 10.0
+"""So many lines of one kind are written in so long, from warnings on and below: a flood of whatever clients or engines
+send is no flood of lines."""
 
 
 def set_up(process: str, level: str) -> None:
@@ -34,22 +42,29 @@ class DescriptorHandler(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
+        self._warnings = LogBound(MOST_LINES, STRETCH_SECONDS)
+        self._infos = LogBound(MOST_INFO_LINES, STRETCH_SECONDS)
         self._dropped = 0
         self._broken = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, and before it how many were dropped since the last one that was written."""
+        """Write a record, unless there are too many of its kind, and before it how many others were left out."""
+        now = time.monotonic()
+        if left_out := self._warnings.ended(now) + self._infos.ended(now):
+            self._write(self._notice(record, f"{left_out} log lines left out: there were too many of their kind"))
+        bound = self._warnings if record.levelno >= logging.WARNING else self._infos
+        if not bound.admit((record.name, record.msg), now):
+            return
         try:
             line = self.format(record)
         except Exception:
             self.handleError(record)
             return
         if self._dropped:
-            line = f"{self._notice(record)}\n{line}"
+            line = f"{self._notice(record, f'{self._dropped} log lines dropped: they are read too slowly')}\n{line}"
         self._dropped = 0 if self._write(line) else self._dropped + 1
 
-    def _notice(self, record: logging.LogRecord) -> str:
-        text = f"{self._dropped} log lines dropped: they are read too slowly"
+    def _notice(self, record: logging.LogRecord, text: str) -> str:
         return self.format(logging.LogRecord(record.name, logging.WARNING, record.pathname, 0, text, None, None))
 
     def _write(self, line: str) -> bool:
@@ -65,6 +80,43 @@ class DescriptorHandler(logging.Handler):
             return True
         self._broken = written < len(data)
         return True
+
+
+@dataclass(slots=True)
+class _Window:
+    """Since `begun`: lines that were admitted, and those that were left out."""
+
+    begun: float
+    admitted: int = 0
+    left_out: int = 0
+
+
+class LogBound:
+    """Admits so many lines of each kind in each stretch of time, and counts the others. Pure; time is passed in.
+
+    Args:
+        most: lines of a kind.
+        seconds: from the first of them; then the next stretch begins.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most = most
+        self._seconds = seconds
+        self._windows: dict[Hashable, _Window] = {}
+
+    def admit(self, kind: Hashable, now: float) -> bool:
+        """Return whether a line of this kind may be logged now."""
+        window = self._windows.setdefault(kind, _Window(now))
+        if window.admitted < self._most:
+            window.admitted += 1
+            return True
+        window.left_out += 1
+        return False
+
+    def ended(self, now: float) -> int:
+        """Return how many lines were left out in stretches that are over, and have not been told yet."""
+        over = [kind for kind, window in self._windows.items() if now - window.begun >= self._seconds]
+        return sum(self._windows.pop(kind).left_out for kind in over)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

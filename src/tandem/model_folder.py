@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,26 +13,40 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model in Hugging Face format on this machine. `name`: what clients call it."""
+    """A model in Hugging Face format on this machine.
+
+    Attributes:
+        name: what it is called in answers.
+        aliases: what else clients may call it.
+    """
 
     path: str
     name: str
+    aliases: tuple[str, ...] = ()
 
 
-def find_model(model: str, served_name: str | None = None) -> ModelFolder:
+def find_model(model: str, served_names: Sequence[str] = ()) -> ModelFolder:
     """Return the folder of `model`, fetched from the hub if it is not a folder. Raises ConfigError.
 
+    Clients may call it as `model` was typed, by its path, and by the last part of either.
+
     Args:
-        served_name: what clients call the model, if not by its folder's or the hub's name.
+        served_names: what clients may call the model too, its name first, if not the folder's or the hub's name.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"{model} has no config.json; a folder in Hugging Face format was expected")
-        return ModelFolder(str(path.resolve()), served_name or path.resolve().name)
+        found = path.resolve()
+        return _named(str(found), [*served_names, found.name, model, str(found)])
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"{model} is neither a folder nor a name on the hub such as Qwen/Qwen3-0.6B")
-    return ModelFolder(_fetch(model), served_name or model)
+    return _named(_fetch(model), [*served_names, model, model.rpartition("/")[2]])
+
+
+def _named(path: str, names: list[str]) -> ModelFolder:
+    name, *aliases = dict.fromkeys(names)
+    return ModelFolder(path, name, tuple(aliases))
 
 
 def _fetch(name: str) -> str:

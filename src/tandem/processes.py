@@ -28,13 +28,11 @@ from tandem.errors import EngineStopped, StartError
 from tandem.reports import Ended, ErrorReport, Report
 from tandem.runtime_folder import runtime_folder
 
-PRELOAD = ("tandem.engine.start.rank_process", "tandem.router.process")
+PRELOAD = ("tandem.fork_server", "tandem.engine.start.rank_process", "tandem.router.process")
 TERM_SECONDS = 4.0
 """For children to end by themselves; longer than what an engine takes in good order (engine/timeouts.py)."""
 
 CHILD_DEFAULTS = {
-    # Threads that wait for others give up their core: with spinning ones, two engines on one machine stall each other.
-    "OMP_WAIT_POLICY": "PASSIVE",
     # Every failure of a process group or store becomes a sentence of ours; its C++ stack trace helps nobody.
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
@@ -136,6 +134,7 @@ class ChildProcesses:
         self._folder = runtime_folder()
         self.children: list[Child] = []
         self.ending = False
+        self._ended, self._end = self._context.Pipe(duplex=False)
 
     def __enter__(self) -> ChildProcesses:
         return self
@@ -204,8 +203,8 @@ class ChildProcesses:
             self.wait(left)
 
     def wait(self, seconds: float | None) -> None:
-        """Wait until a child reports or ends, or the time is over."""
-        connection.wait([child.pipe for child in self.children if not child.pipe.closed], seconds)
+        """Wait until a child reports or ends, the time is over, or another thread has called `end`."""
+        connection.wait([self._ended, *(child.pipe for child in self.children if not child.pipe.closed)], seconds)
         for child in self.children:
             child.receive()
 
@@ -221,6 +220,11 @@ class ChildProcesses:
         if ended and not _errors(self.children):
             raise EngineStopped(ended[0])
         raise StartError(why_ended(self.children))
+
+    def end(self) -> None:
+        """Let no thread wait here any more, nor take what ends from now on for a death. Idempotent."""
+        self.ending = True
+        self._end.close()
 
     def stop(self, seconds: float = TERM_SECONDS) -> None:
         """Terminate all, and kill those that are still there after `seconds`. Idempotent."""

@@ -38,15 +38,23 @@ class ControlPort(msgspec.Struct, frozen=True, tag="control_port"):
 
 
 class Health(msgspec.Struct, frozen=True, tag="health"):
-    """A router or an engine's API: whether it can serve a request, each time that this or an engine changes."""
+    """A router or an engine's API: whether it can serve a request, each time that this or an engine changes.
+
+    `whole`: also as it should, and not by decode engines alone.
+    """
 
     ok: bool
+    whole: bool
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """The process ends in good order, and not because its owner asked for it."""
 
     reason: str
+
+
+class Drained(Ended, frozen=True, tag="drained"):
+    """Rank 0: the engine ends as somebody wanted it to; it is not to be started anew."""
 
 
 class ErrorReport(msgspec.Struct, frozen=True, tag="error"):
@@ -61,7 +69,7 @@ class ErrorReport(msgspec.Struct, frozen=True, tag="error"):
     is_root_cause: bool
 
 
-Report = Loading | Ready | Following | ControlPort | Health | Ended | ErrorReport
+Report = Loading | Ready | Following | ControlPort | Health | Ended | Drained | ErrorReport
 Reporter = Callable[[Report], None]
 
 

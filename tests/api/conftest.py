@@ -18,10 +18,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
-from tandem.api.backend import EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
+from tandem.api.backend import EngineOperator, EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
 from tandem.api.http_server import Tls, bind, serve
 from tandem.api.loaded_model import ModelLoader
 from tandem.api.tokenizer import Tokenizer
+from tandem.config import GenerationSource
 from tandem.config_limits import LimitsSection
 from tandem.ids import EngineIdentity
 from tandem.wire.messages import EngineStatus, Register, RequestCounts
@@ -170,7 +171,7 @@ class FakeBackend:
     async def model(self) -> ModelCard:
         if self.no_model is not None:
             raise self.no_model
-        return ModelCard(MODEL, str(self.folder), MODEL_LEN, 1)
+        return ModelCard(MODEL, str(self.folder), MODEL_LEN, 1, aliases=("./models/tiny", "org/tiny"))
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
@@ -264,6 +265,8 @@ def running(
     keys: ApiKeys | None = None,
     limits: LimitsSection | None = None,
     tls: Tls | None = None,
+    operator: EngineOperator | None = None,
+    source: GenerationSource = "auto",
 ) -> Iterator[Api]:
     """The application in a thread of its own, until the block ends."""
     listener = bind("127.0.0.1", 0)
@@ -273,7 +276,8 @@ def running(
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        app = create_app(backend, ModelLoader(backend), kind=kind, keys=keys, limits=limits)
+        loader = ModelLoader(backend, source)
+        app = create_app(backend, loader, kind=kind, keys=keys, limits=limits, operator=operator)
         loop.run_until_complete(serve(app, listener, stop, grace=1, limits=limits, tls=tls))
         loop.close()
 

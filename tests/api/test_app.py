@@ -23,6 +23,13 @@ def test_the_model_is_listed(api: Api) -> None:
     assert api.get("/v1/models/org/other").error["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize("name", [MODEL, "./models/tiny", "org/tiny", None])
+def test_a_model_may_be_called_by_any_of_its_names(api: Api, name: str | None) -> None:
+    for reply in (api.complete(model=name), api.chat(model=name)):
+        assert (reply.status, reply.json["model"]) == (200, MODEL)
+    assert name is None or api.get(f"/v1/models/{name}").json["id"] == MODEL
+
+
 def test_health_is_the_backends(api: Api) -> None:
     assert api.get("/health").status == 200
     api.backend.found = Health(False, "no decode engine has registered")
@@ -189,7 +196,7 @@ def test_metrics_count_requests_tokens_and_what_engines_tell(folder: Path) -> No
         'tandem_engine_kv_bytes_total{engine_id="d0",role="decode"}': 0,
     }
     assert {name: sample(text, name) for name in expected} == expected
-    assert all(line.startswith(("#", "tandem_")) for line in text.splitlines())
+    assert all(line.startswith(("#", "tandem_", "vllm:")) for line in text.splitlines())
 
 
 def test_the_application_imports_neither_torch_nor_transformers() -> None:

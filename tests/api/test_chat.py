@@ -65,8 +65,6 @@ def test_both_names_of_max_tokens_are_known(api: Api, fields: dict[str, int]) ->
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 999}]}, "messages"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tandem.api.chat_template import ChatTemplate, load_template
+from tandem.api.chat_template import ChatTemplate, PromptEnd, load_template
 from tandem.errors import InvalidRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -92,3 +92,32 @@ def test_a_model_that_cannot_chat_says_why(tmp_path: Path, config: dict[str, Any
     write(tmp_path, "tokenizer_config.json", config)
     with pytest.raises(InvalidRequest, match=why):
         load_template(tmp_path).render(HELLO, {})
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+STRIPPING = CHAT.replace("m.content", "m.content | trim")
+GOES_ON = [*HELLO, {"role": "assistant", "content": " so it "}]
+
+
+@pytest.mark.parametrize(
+    ("source", "end", "expected"),
+    [
+        (CHAT, PromptEnd.NEW_MESSAGE, "<user>hello</><assistant> so it </><assistant>"),
+        (CHAT, PromptEnd.AFTER_LAST_MESSAGE, "<user>hello</><assistant> so it </>"),
+        (CHAT, PromptEnd.IN_LAST_MESSAGE, "<user>hello</><assistant> so it "),
+        (STRIPPING, PromptEnd.IN_LAST_MESSAGE, "<user>hello</><assistant>so it"),
+    ],
+)
+def test_the_model_goes_on_in_a_new_message_after_the_last_one_or_in_it(
+    source: str, end: PromptEnd, expected: str
+) -> None:
+    assert ChatTemplate(source, {}).render(GOES_ON, {}, end) == expected
+
+
+def test_a_last_message_that_the_template_does_not_show_cannot_be_continued() -> None:
+    with pytest.raises(InvalidRequest, match="does not show") as caught:
+        ChatTemplate("{{ messages[0].content }}", {}).render(GOES_ON, {}, PromptEnd.IN_LAST_MESSAGE)
+    assert caught.value.param == "continue_final_message"

@@ -4,7 +4,7 @@ import pytest
 
 from tandem.api.backend import TokenDelta
 from tandem.wire.messages import TokenLogprobs
-from tests.api.conftest import EOS, MODEL, MODEL_LEN, Api, deltas, details, ids
+from tests.api.conftest import END, EOS, MODEL, MODEL_LEN, START, Api, deltas, details, ids
 
 
 def test_a_completion_has_openais_shape_and_tells_how_it_was_made(api: Api) -> None:
@@ -174,7 +174,7 @@ def test_what_cannot_be_done_is_refused_and_reaches_no_engine(api: Api, fields: 
 
 def test_best_of_may_be_n_and_null_is_nothing(api: Api) -> None:
     assert api.complete(n=2, best_of=2).status == 200
-    assert api.complete(kv_transfer_params=None, stream_options=None, tools=None).status == 200
+    assert api.complete(kv_transfer_params=None, stream_options=None, suffix=None).status == 200
 
 
 def test_the_official_client_reads_a_completion(api: Api) -> None:
@@ -185,3 +185,82 @@ def test_the_official_client_reads_a_completion(api: Api) -> None:
     assert found.usage.prompt_tokens_details.cached_tokens == 3
     assert found.model_extra is not None
     assert found.model_extra["tandem"]["disaggregated"] is True
+
+
+def test_special_tokens_are_text_where_a_client_wants_them(api: Api) -> None:
+    api.backend.script = lambda request: deltas("hello", f"{START}x")
+    assert api.complete().json["choices"][0]["text"] == "hellox"
+    for stream in (False, True):
+        reply = api.complete(skip_special_tokens=False, stream=stream)
+        choices = [event["choices"][0] for event in (reply.events[:-1] if stream else [reply.json])]
+        assert "".join(choice["text"] for choice in choices) == f"hello{START}x"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_stopped_an_answer_is_in_it_where_a_client_wants_that(api: Api, stream: bool) -> None:
+    def text(**fields: Any) -> str:
+        reply = api.complete(include_stop_str_in_output=True, stream=stream, **fields)
+        choices = [event["choices"][0] for event in (reply.events[:-1] if stream else [reply.json])]
+        return "".join(choice["text"] for choice in choices)
+
+    assert text(stop=[" wo"]) == "hello wo"
+    assert text(skip_special_tokens=False) == f"hello world{EOS}"
+    assert text() == "hello world"
+
+
+def test_bad_words_are_banned_at_the_start_and_after_a_space(api: Api) -> None:
+    assert api.complete(bad_words=["hello", " the"]).status == 200
+    assert api.backend.requests[0].sampling.banned_runs == [
+        *([ids("hello"), ids(" hello")] if len(ids("hello")) == len(ids(" hello")) else [ids("hello")]),
+        *([ids("the"), ids(" the")] if len(ids("the")) == len(ids(" the")) else [ids("the")]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"bad_words": [""]}, "bad_words[0]"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"bad_words": ["x"] * 129}, "bad_words"),
+        ({"bad_words": ["x" * 129]}, "bad_words[0]"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [1] * 16385}, "allowed_token_ids"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": MODEL_LEN + 1}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 0}, "prompt"),
+    ],
+)
+def test_a_restriction_that_cannot_be_is_refused(api: Api, fields: dict[str, Any], param: str) -> None:
+    reply = api.complete(**fields)
+    assert (reply.status, reply.error["param"]) == (400, param)
+    assert not api.backend.requests
+
+
+def test_restrictions_are_taken_up_to_their_ends(api: Api) -> None:
+    assert api.complete(bad_words=["x" * 128] * 128, allowed_token_ids=[1] * 16384).status == 200
+    assert api.complete(allowed_token_ids=[0], truncate_prompt_tokens=MODEL_LEN - 5, max_tokens=5).status == 200
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_only_the_last_tokens_of_a_prompt_are_kept(api: Api, size: int) -> None:
+    text = "the quick brown fox jumps over the lazy dog " * 20_000
+    for prompt in (text, ids(text[-5000:])):
+        assert api.complete(prompt=prompt, truncate_prompt_tokens=size).status == 200
+        assert api.backend.requests[-1].token_ids == ids(text[-5000:])[-size:]
+    assert api.complete(prompt="fox", truncate_prompt_tokens=size).status == 200
+    assert api.backend.requests[-1].token_ids == ids("fox")[-size:]
+
+
+def test_a_prompt_can_be_cut_to_what_leaves_room(api: Api) -> None:
+    api.complete(prompt=[1] * 1000, truncate_prompt_tokens=-1, max_tokens=56)
+    api.complete(prompt=[1] * 1000, truncate_prompt_tokens=-1.0)
+    assert [len(request.token_ids) for request in api.backend.requests] == [200, MODEL_LEN - 1]
+    assert [request.sampling.max_tokens for request in api.backend.requests] == [56, 1]
+
+
+def test_a_chat_is_cut_as_its_prompt_is(api: Api) -> None:
+    api.chat(truncate_prompt_tokens=3)
+    whole = ids(f"{START}user\nhello{END}\n{START}assistant\n")
+    assert api.backend.requests[0].token_ids == whole[-3:]

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.api.detokenizer import ByteDetokenizer, WindowDetokenizer, new_detokenizer
@@ -13,6 +13,17 @@ FALLBACK = Tokenizer(byte_fallback())
 def texts(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     detokenizer = new_detokenizer(tokenizer)
     return [*map(detokenizer.push, token_ids), detokenizer.finish()]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK])
+def test_special_tokens_are_shown_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    special = min(tokenizer.special_ids)
+    token_ids = [*tokenizer.encode("a", add_special_tokens=False), special]
+    detokenizer = new_detokenizer(tokenizer, skip_special_tokens=False)
+    text = "".join([*map(detokenizer.push, token_ids), detokenizer.finish()])
+    assert text == tokenizer.decode(token_ids, skip_special_tokens=False)
+    assert text.endswith(tokenizer.token_text(special))
+    assert "".join(texts(tokenizer, token_ids)) == tokenizer.decode(token_ids) != text
 
 
 def test_each_kind_of_tokenizer_gets_its_detokenizer() -> None:
@@ -50,6 +61,7 @@ FALLBACK_BYTES = 3
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(_WORDS, max_size=20).map(lambda words: [i for word in words for i in word]))
+@example([FALLBACK_BYTES + byte for byte in "\ufffd\u0800".encode()])  # U+FFFD is a character like any other
 def test_a_byte_fallback_stream_is_the_text_of_all_its_tokens(token_ids: list[int]) -> None:
     assert "".join(texts(FALLBACK, token_ids)) == FALLBACK.decode(token_ids)
 

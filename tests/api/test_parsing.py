@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from tandem.api.openai import ChatBody, CompletionBody
-from tandem.api.parsing import NOT_SERVED, kv_transfer_params, parse, sampling_params
+from tandem.api.parsing import NOT_SERVED, WITHOUT_EFFECT, kv_transfer_params, parse, sampling_params
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import KvTransferParams
 
@@ -42,7 +42,25 @@ def test_a_field_that_is_not_served_is_refused_by_name_unless_it_asks_for_nothin
 
 @pytest.mark.parametrize("value", [1, "false", 0, True])
 def test_only_the_very_value_that_asks_for_nothing_is_taken(value: Any) -> None:
-    assert refusal(store=value).param == "store"
+    assert refusal(use_beam_search=value).param == "use_beam_search"
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+@pytest.mark.parametrize("value", [None, True, 7, "high", {"a": "b"}, {str(i): "x" * 500 for i in range(16)}, [{}]])
+def test_a_field_that_asks_nothing_of_the_model_is_taken_with_any_value(name: str, value: Any) -> None:
+    assert completion(**{name: value}) == completion()
+    assert chat(**{name: value}) == chat()
+
+
+def test_fields_are_served_refused_or_without_effect_and_only_one_of_these() -> None:
+    names = [*CompletionBody.__struct_fields__, *NOT_SERVED, *WITHOUT_EFFECT]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("wrong", ["", "x" * 257, 7, ["a"]])
+def test_a_cache_salt_is_a_short_text(wrong: Any) -> None:
+    assert refusal(cache_salt=wrong).param == "cache_salt"
+    assert completion(cache_salt="x" * 256).cache_salt == "x" * 256
 
 
 @pytest.mark.parametrize(
@@ -138,7 +156,7 @@ def test_without_a_seed_requests_differ_and_any_seed_of_openais_is_taken() -> No
 @pytest.mark.parametrize(
     ("message", "word"),
     [
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "tool"),
+        ({"role": "function", "content": "x", "name": "f"}, "function"),
         ({"role": "boss", "content": "x"}, "boss"),
         ({"role": "user"}, "content"),
         ({"role": "user", "content": None}, "content"),

@@ -89,3 +89,19 @@ def test_work_that_waits_has_a_limit_and_what_is_cancelled_is_never_done() -> No
         return done
 
     assert asyncio.run(run()) == ["after"]
+
+
+def test_of_a_text_whose_end_has_too_few_tokens_no_more_is_looked_at(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_encoder, "MAX_TAIL_CHARS", 1000)
+    encoder = PromptEncoder(tokenizer, TextPool(), 10_000)
+
+    def last(text: str, keep: int) -> list[int]:
+        [found] = asyncio.run(encoder.encode([text], "prompt", add_special_tokens=False, keep=keep))
+        return found
+
+    assert last("a" * 5000, 900) == ids("a" * 900)
+    with pytest.raises(ContextTooLong, match="the last 1000 have fewer tokens than the 990"):
+        last("a" * 5000, 990)
+    assert last("a" * 1000, 990) == ids("a" * 990)

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
 from tandem.errors import ModelError
-from tests.api.conftest import EOS, byte_fallback, byte_level, ids, token_id
+from tests.api.conftest import EOS, START, byte_fallback, byte_level, ids, token_id
 
 FALLBACK = Tokenizer(byte_fallback())
 
@@ -70,3 +71,16 @@ def test_a_model_without_tokenizer_json_needs_transformers(tmp_path: Path, monke
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModelError, match="Install transformers"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
+def test_the_last_tokens_of_a_text_keep_what_begins_it(count: int) -> None:
+    made = byte_level()
+    start = token_id(made, START)
+    made.post_processor = processors.TemplateProcessing(f"{START} $A", None, [(START, start)])
+    found = Tokenizer(made)
+    text = "xyzzy"
+    plain = found.encode(text, add_special_tokens=False)
+    assert found.encode_last(text, count, add_special_tokens=False) == (plain[max(0, len(plain) - count) :], len(plain))
+    expected = [start, *plain[max(0, len(plain) - count + 1) :]] if count else []
+    assert found.encode_last(text, count, add_special_tokens=True) == (expected, len(plain))

@@ -16,8 +16,8 @@ import traceback
 from pathlib import Path
 
 from tests.chaos import report
-from tests.chaos.cluster import Cluster, Settings
-from tests.chaos.faults import deck, fault_of
+from tests.chaos.cluster import ENGINES, Cluster, Settings
+from tests.chaos.faults import deck, fault_of, pipeline_of
 from tests.chaos.load import Book, questions
 from tests.chaos.processes import can_cut
 from tests.chaos.rounds import Round, RoundRunner
@@ -33,6 +33,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--connector", choices=["nixl", "tcp", "both"], default="nixl", help="both: half of them each")
     parser.add_argument("--key", action="store_true", help="with a cluster key")
+    parser.add_argument(
+        "--pipeline",
+        choices=["none", *(name for name, shape in ENGINES.items() if shape.ranks > 1)],
+        help="this engine has pipeline stages; by default the seed says which one, if any",
+    )
     parser.add_argument("--only", type=int, metavar="ROUND", help="this round alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all records")
     parser.add_argument("--folder", type=Path, help="for the logs; by default one that is kept only after a failure")
@@ -83,7 +88,15 @@ class Harness:
         book = Book(questions(options.seed, options.questions))
         started = time.monotonic()
         model = FAMILIES["qwen3"].write(work / "model")
-        settings = Settings(model, work, connector, key=options.key, log_level=options.log_level)
+        pipeline = options.pipeline or pipeline_of(options.seed, connector) or "none"
+        settings = Settings(
+            model,
+            work,
+            connector,
+            key=options.key,
+            pipeline=pipeline if pipeline in ENGINES else None,
+            log_level=options.log_level,
+        )
         self._cluster = Cluster(settings)
         async with self._cluster as cluster:
             if (missing := await cluster.wait_whole(START_SECONDS)) is not None:
@@ -91,8 +104,8 @@ class Harness:
             whole = time.monotonic()
             await book.fill(cluster.http, cluster.url, settings.request_timeout)
             say(
-                f"{connector}: whole after {whole - started:.1f} s, {len(book.questions)} right answers after "
-                f"{time.monotonic() - whole:.1f} s more"
+                f"{connector}, pipeline {pipeline}: whole after {whole - started:.1f} s, {len(book.questions)} right "
+                f"answers after {time.monotonic() - whole:.1f} s more"
             )
             self.problems += [f"{connector}: {problem}" for problem in book.problems]
             if options.transformers and not self.rounds:
@@ -140,6 +153,8 @@ def replay(options: argparse.Namespace) -> str:
     valued = [
         f"--{name.replace('_', '-')} {getattr(options, name)}" for name in ("clients", "questions", "longest_pause")
     ]
+    if options.pipeline is not None:
+        valued.append(f"--pipeline {options.pipeline}")
     flags = [f"--{name}" for name in ("key", "quick") if getattr(options, name)]
     return " ".join(["python -m tests.chaos --seed", str(options.seed), *valued, *flags])
 

@@ -26,10 +26,10 @@ POLL = aiohttp.ClientTimeout(total=3.0)
 
 @dataclass(frozen=True)
 class EngineShape:
-    """An engine of the cluster."""
+    """An engine of the cluster. `ranks`: tensor parallel, or a pipeline where the settings say so."""
 
     role: str
-    tp: int
+    ranks: int
 
 
 ENGINES = {
@@ -42,12 +42,19 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a cluster is started with. `kv_memory`: bytes of an engine, over its ranks. `work`: for logs and files."""
+    """What a cluster is started with.
+
+    Attributes:
+        work: for logs and files.
+        kv_memory: bytes of an engine, over its ranks.
+        pipeline: the engine whose ranks are the stages of a pipeline (pp), if there is one.
+    """
 
     model: Path
     work: Path
     connector: str
     key: bool = False
+    pipeline: str | None = None
     lease_ttl: float = 2.0
     request_timeout: float = 60.0
     kv_memory: int = 1408 << 10
@@ -234,7 +241,7 @@ class Cluster:
             return f"the router does not call {name} ready"
         session = self.commands[name].pid
         pids = [rank["pid"] for rank in engine["ranks"]]
-        if session is None or len(pids) != ENGINES[name].tp:
+        if session is None or len(pids) != ENGINES[name].ranks:
             return f"{name} has no ranks"
         gone = [pid for pid in pids if not is_alive(pid) or is_stopped(pid) or not in_session(pid, session)]
         return f"{name} has lost ranks" if gone else None
@@ -294,13 +301,14 @@ class Cluster:
         shape, settings = ENGINES[name], self.settings
         own = flags(
             role=shape.role,
-            tp=shape.tp,
+            tp=1 if name == settings.pipeline else shape.ranks,
+            pp=shape.ranks if name == settings.pipeline else 1,
             engine_id=name,
             connector=settings.connector,
             router=f"127.0.0.1:{control}",
             host="127.0.0.1",
             port=self.ports[name],
-            kv_memory=settings.kv_memory // shape.tp,
+            kv_memory=settings.kv_memory // shape.ranks,
             dtype="float32",
             max_model_len=640,
             max_num_seqs=16,

@@ -104,6 +104,13 @@ def deck(seed: int, quick: bool, cuts: bool) -> list[tuple[str, str]]:
     return pairs
 
 
+def pipeline_of(seed: int, connector: str) -> str | None:
+    """Return which engine has pipeline stages in a run; None: all ranks are tensor parallel."""
+    several = [name for name, shape in ENGINES.items() if shape.ranks > 1]
+    choices = [None, *several]
+    return choices[(seed + (connector == "tcp")) % len(choices)]
+
+
 def fault_of(seed: int, number: int, pairs: list[tuple[str, str]], longest_pause: float) -> Fault:
     """Return the fault of a round."""
     rng = random.Random(f"{seed}/{number}/fault")
@@ -153,7 +160,7 @@ async def _victims(cluster: Cluster, fault: Fault) -> dict[str, int | None]:
         return {"router": await cluster.api_process("router")}
     names = [name for name, shape in ENGINES.items() if shape.role in fault.target] or list(ENGINES)
     if fault.target.endswith("rank"):
-        names = [name for name in names if ENGINES[name].tp > 1]
+        names = [name for name in names if ENGINES[name].ranks > 1]
     if fault.target.startswith("both"):
         return {name: await _rank(cluster, name, 0) for name in names}
     name = names[int(fault.pick * len(names))]

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.faults import Moment, deck, fault_of
+from tests.chaos.faults import Moment, deck, fault_of, pipeline_of
 from tests.chaos.load import Answer, Book, Choice, Question, difference, questions
 from tests.chaos.support import clean_environment, is_alive
 
+SEED = 1
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = ("--rounds", "20", "--connector", "both", "--quick", "--longest-pause", "3", "--questions", "60")
 
 
 @pytest.mark.timeout(900)
 def test_every_answer_is_right_or_a_typed_error_whatever_dies(tmp_path: Path) -> None:
-    command = harness(*ROUNDS, "--seed", "1", "--transformers", "2", "--folder", tmp_path, "--json", tmp_path / "all")
+    command = harness(
+        *ROUNDS, "--seed", str(SEED), "--transformers", "2", "--folder", tmp_path, "--json", tmp_path / "all"
+    )
     ended = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=850)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rounds = json.loads((tmp_path / "all").read_text())["rounds"]
@@ -80,6 +83,14 @@ def test_every_kind_of_fault_is_in_a_long_run() -> None:
     pairs = set(deck(1, quick=False, cuts=True))
     assert {("kill", "decode rank"), ("terminate", "router"), ("stop", "fork server"), ("cut", "within engine")} < pairs
     assert {kind for kind, _ in deck(1, quick=False, cuts=False)} == {"kill", "terminate", "stop"}
+
+
+def test_some_runs_have_a_pipeline_and_which_follows_from_the_seed() -> None:
+    runs = [(seed, connector) for seed in range(20) for connector in ("nixl", "tcp")]
+    chosen = [pipeline_of(*run) for run in runs]
+    assert chosen == [pipeline_of(*run) for run in runs]
+    assert set(chosen) == {None, "prefill-1", "decode-1"}
+    assert {pipeline_of(SEED, "nixl"), pipeline_of(SEED, "tcp")} - {None}, "the rounds of this test have one"
 
 
 def test_moments_come_before_and_amid_answers() -> None:

@@ -123,5 +123,6 @@ def test_there_is_a_path_over_a_ready_pair_or_a_mixed_engine() -> None:
 
 def test_without_a_path_it_is_said_what_is_missing() -> None:
     assert "no engine has registered" in (why_unserved([], []) or "")
+    assert why_unserved([DECODE], []) is None, "it serves alone"
     assert why_unserved([PREFILL], []) == "no decode engine is ready, and no mixed one"
     assert "refused or lost" in (why_unserved([PREFILL, DECODE], [pair("refused", "x")]) or "")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,10 @@ import pytest
 from tandem import LLM, SamplingParams
 from tandem.commands.demo import MODEL
 from tandem.demo_questions import questions
-from tandem.errors import ConfigError, InvalidRequest
+from tandem.errors import ConfigError, InvalidRequest, RequestError
 from tandem.llm import Completion
 from tests.support.deployment import clean_environment, run_tandem
+from tests.support.processes import until
 
 GREEDY_TO_THE_END = SamplingParams(max_tokens=64, temperature=0)
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -102,6 +106,51 @@ def test_the_benchmark_fails_if_a_request_does(llm: LLM) -> None:
 def test_a_model_that_is_not_there_is_a_readable_error() -> None:
     with pytest.raises(ConfigError, match="neither a folder"):
         LLM("/no/such/folder")
+
+
+def kill(llm: LLM, name: str) -> None:
+    """Kill a process of this name; returns once it is gone."""
+    [child] = [child for child in llm._running.children.children if child.name == name]
+    child.send_signal(signal.SIGKILL)
+    child.process.join(20.0)
+
+
+def test_engines_that_die_are_started_anew_and_answers_are_right_meanwhile(llm: LLM) -> None:
+    right = [one.token_ids for one in llm.generate(["Hello", "World"], GREEDY)]
+    for name in ("decode-0 rank 0", "prefill-0 rank 0", "decode-0 rank 0"):
+        kill(llm, name)
+        assert [one.token_ids for one in llm.generate(["Hello", "World"], GREEDY)] == right
+
+
+def test_a_request_whose_engine_dies_goes_on_in_its_next_life(llm: LLM) -> None:
+    long = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+    [right] = llm.generate("Hello", long)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(llm.generate, "Hello", long)
+        url = f"{llm.url}/tandem/engines"
+
+        def decodes() -> bool:
+            with urllib.request.urlopen(url) as reply:
+                engines = json.load(reply)["engines"]
+            return any(one["role"] == "decode" and one["requests"]["running"] for one in engines)
+
+        assert until(decodes, 20.0)
+        kill(llm, "decode-0 rank 0")
+        [answer] = asked.result()
+    assert answer.token_ids == right.token_ids
+
+
+def test_after_the_router_has_died_calls_work_again(llm: LLM) -> None:
+    right = [one.token_ids for one in llm.generate("Hello", GREEDY)]
+    kill(llm, "router")
+
+    def works() -> bool:
+        try:
+            return [one.token_ids for one in llm.generate("Hello", GREEDY)] == right
+        except RequestError:
+            return False
+
+    assert until(works, 60.0)
 
 
 SCRIPT = """

@@ -109,6 +109,10 @@ class MonitoredSocket(FakeSocket):
         if connection is not None:
             self._tell(zmq.Event.DISCONNECTED, connection)
 
+    def get(self, option: int) -> int:
+        assert option == zmq.EVENTS
+        return 0 if self._received.empty() else int(zmq.POLLIN)
+
     async def recv_multipart(self, copy: bool = False) -> Any:
         frames = await super().recv_multipart()
         connection = self._came_by.popleft()

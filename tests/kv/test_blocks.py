@@ -154,6 +154,13 @@ def test_a_chain_goes_on_with_tokens_that_come_later() -> None:
     assert chain.digest(0) == first
 
 
+def test_chains_of_other_salts_have_nothing_in_common() -> None:
+    tokens = list(range(2 * SIZE))
+    chains = [PrefixChain(tokens, SIZE, salt) for salt in ("", "a", "b")]
+    assert len({chain.digest(index) for chain in chains for index in range(2)}) == 6
+    assert PrefixChain(tokens, SIZE, "a").digest(1) == chains[1].digest(1)
+
+
 def test_a_pool_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="0 blocks"):
         BlockPool(0, SIZE)

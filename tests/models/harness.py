@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tandem.models.block_table import BlockTable
 from tandem.models.collectives import Collectives, SoloCollectives
 from tandem.models.decoder import Decoder
 from tandem.models.forward_batch import ForwardBatch, ForwardRow, build_forward_batch
@@ -85,7 +86,8 @@ class Engine:
 
     def step(self, rows: Rows, last_only: bool = True) -> Tensor:
         """float32 [R, vocab] of the last tokens in the order of `rows`, or [N, vocab] of all, one row only."""
-        batch = build_forward_batch([ForwardRow(*row) for row in rows], "cpu", self.block_size)
+        given = [ForwardRow(new, start, BlockTable(blocks)) for new, start, blocks in rows]
+        batch = build_forward_batch(given, "cpu", self.block_size)
         tokens = batch.last_tokens if last_only else torch.arange(batch.num_tokens)
         hidden: Tensor | None = None
         for ranks in self.stages:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tandem.kv.layout import Span
+from tandem.models.block_table import BlockTable
 from tandem.models.forward_batch import ForwardRow, build_forward_batch
 from tandem.models.kv_cache import PagedKvCache
 from tests.models.conftest import Folder, ReferenceGreedy, ReferenceLogits
@@ -168,7 +169,7 @@ def test_pipeline_stages_of_uneven_size_give_what_one_gives(folder: Folder, tp: 
 
 def test_a_stage_refuses_the_memory_of_other_layers_heads_or_another_dtype(folder: Folder) -> None:
     decoder, cache = Engine(folder("llama"), dtype=torch.float16).stages[0][0]
-    batch = build_forward_batch([ForwardRow([1], 0, [0])], "cpu", BLOCK_SIZE)
+    batch = build_forward_batch([ForwardRow([1], 0, BlockTable([0]))], "cpu", BLOCK_SIZE)
     shard = cache.layout.shard
     others = [
         PagedKvCache(cache.kv.bfloat16(), cache.layout),

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.models.block_table import BlockTable
 from tandem.models.forward_batch import (
     GROUP_SAVES,
     DecodeGroup,
@@ -24,7 +25,7 @@ def rows(draw: st.DrawFn) -> list[ForwardRow]:
         start = draw(st.integers(0, 30))
         tokens = draw(st.lists(st.integers(0, 99), min_size=1, max_size=draw(st.sampled_from([1, 9]))))
         count = -(-(start + len(tokens)) // BLOCK_SIZE) + draw(st.integers(0, 2))
-        made.append(ForwardRow(tokens, start, range(next_block, next_block + count)))
+        made.append(ForwardRow(tokens, start, BlockTable(range(next_block, next_block + count))))
         next_block += count
     return made
 
@@ -34,7 +35,7 @@ def rows(draw: st.DrawFn) -> list[ForwardRow]:
 def test_every_new_token_has_its_position_and_slot_and_every_row_its_last_token(given_rows: list[ForwardRow]) -> None:
     batch = build_forward_batch(given_rows, "cpu", BLOCK_SIZE)
     expected = sorted(
-        (blocks[p // BLOCK_SIZE], p % BLOCK_SIZE, p, token)
+        (blocks.ids[p // BLOCK_SIZE], p % BLOCK_SIZE, p, token)
         for tokens, start, blocks in given_rows
         for p, token in enumerate(tokens, start)
     )
@@ -43,7 +44,7 @@ def test_every_new_token_has_its_position_and_slot_and_every_row_its_last_token(
     for (tokens, start, blocks), last in zip(given_rows, batch.last_tokens.tolist(), strict=True):
         end = start + len(tokens) - 1
         assert [int(c[last]) for c in columns] == [
-            blocks[end // BLOCK_SIZE],
+            blocks.ids[end // BLOCK_SIZE],
             end % BLOCK_SIZE,
             end,
             tokens[-1],
@@ -76,7 +77,7 @@ def test_rows_of_very_different_length_are_not_padded_to_the_longest() -> None:
     assert group_by_length([GROUP_SAVES // 2, 1]) == [range(2)]
 
 
-@pytest.mark.parametrize("row", [ForwardRow([], 3, [0]), ForwardRow([1, 2], 3, [0])])
+@pytest.mark.parametrize("row", [ForwardRow([], 3, BlockTable([0])), ForwardRow([1, 2], 3, BlockTable([0]))])
 def test_a_row_without_tokens_or_with_too_few_blocks_is_refused(row: ForwardRow) -> None:
     with pytest.raises(ValueError, match="a row needs tokens and a block for each"):
         build_forward_batch([row], "cpu", BLOCK_SIZE)

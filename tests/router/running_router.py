@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,10 +19,12 @@ from tandem.errors import RequestError
 from tandem.ids import EngineIdentity, output_digest
 from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections
+from tandem.router.engine_operator import EngineOperator
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import OneModelPolicy
 from tandem.router.request_router import RequestRouter
 from tandem.wire.codec import Codec
+from tandem.wire.control_messages import ChangeRole, DrainEngine
 from tandem.wire.messages import (
     Abort,
     Failed,
@@ -53,13 +56,15 @@ async def within(awaitable: Awaitable[T]) -> T:
 
 
 class ScriptedEngine:
-    """One incarnation of an engine. `heard` has what came, less the answers to heartbeats."""
+    """One incarnation of an engine. `heard` has what came of requests, `told` what the engine itself is to do."""
 
     def __init__(self, engine_id: str, role: str, sockets: Sockets[zmq.asyncio.Socket], port: int) -> None:
         self.identity = EngineIdentity(engine_id, uuid.uuid4().hex)
         self.role = role
         self.heard: asyncio.Queue[Generate | Abort] = asyncio.Queue()
+        self.told: asyncio.Queue[DrainEngine | ChangeRole] = asyncio.Queue()
         self.introduced: list[str] = []
+        self.heard_introduction = asyncio.Event()
         self.registered = asyncio.Event()
         self.not_known = asyncio.Event()
         self._codec: Codec[ToEngine] = Codec(ToEngine)
@@ -83,6 +88,12 @@ class ScriptedEngine:
         self.send(msgspec.structs.replace(register, connection=connection))
         await within(self.registered.wait())
         return self
+
+    async def is_introduced_to(self, other: ScriptedEngine) -> None:
+        """Return once it has heard of the other one."""
+        while other.identity.incarnation not in self.introduced:
+            self.heard_introduction.clear()
+            await within(self.heard_introduction.wait())
 
     async def request(self) -> Generate:
         """Return the next request, past the aborts of those before."""
@@ -127,6 +138,12 @@ class ScriptedEngine:
         self._socket.disconnect(self._url)
         self._socket.connect(self._url)
 
+    async def end(self) -> None:
+        """It ends in good order: what it has sent arrives."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._socket.close(linger=int(PATIENCE * 1000))
+
     async def close(self) -> None:
         """It is killed."""
         self._task.cancel()
@@ -142,6 +159,9 @@ class ScriptedEngine:
                     self.not_known.set()
                 case Introduce(peers=peers):
                     self.introduced = [peer.identity.incarnation for peer in peers]
+                    self.heard_introduction.set()
+                case DrainEngine() | ChangeRole() as order:
+                    self.told.put_nowait(order)
                 case Generate() | Abort() as message:
                     self.heard.put_nowait(message)
 
@@ -206,6 +226,7 @@ class RunningRouter:
         self.backend = RequestRouter(
             self.connections, OneModelPolicy(registry), request_timeout=timeout, route_timeout=route_timeout
         )
+        self.operator = EngineOperator(self.connections)
         self.engines: list[ScriptedEngine] = []
 
     def entry(self, engine_id: str) -> EngineEntry | None:
@@ -224,8 +245,9 @@ class RunningRouter:
     async def pair(self) -> tuple[ScriptedEngine, ScriptedEngine]:
         return await self.engine("prefill-0", "prefill"), await self.engine("decode-0", "decode")
 
-    def ask(self, max_tokens: int = 8, seed: int = 1) -> PendingAnswer:
-        request = TokenRequest(f"request-{uuid.uuid4().hex[:6]}", PROMPT, SamplingParams(max_tokens, seed=seed))
+    def ask(self, max_tokens: int = 8, seed: int = 1, logprobs: int | None = None) -> PendingAnswer:
+        sampling = SamplingParams(max_tokens, seed=seed, logprobs=logprobs)
+        request = TokenRequest(f"request-{uuid.uuid4().hex[:6]}", PROMPT, sampling)
         deltas: asyncio.Queue[TokenDelta] = asyncio.Queue()
 
         async def run() -> None:
@@ -233,6 +255,12 @@ class RunningRouter:
                 deltas.put_nowait(delta)
 
         return PendingAnswer(asyncio.create_task(run()), deltas)
+
+    def miss_the_end_of_a_connection(self) -> None:
+        """Stand still until one has ended: what has come by it meanwhile, and its end, are there to be found."""
+        events = int(self.connections._monitor._monitor.get(zmq.FD))
+        readable, _, _ = select.select([events], [], [], PATIENCE)
+        assert readable
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Wait until a change of an engine makes it true."""

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from tandem.api.backend import EngineState
+from tandem.api.backend import EngineState, Health
 from tandem.errors import EngineFailed, EngineLost, Unavailable
-from tandem.router.engine_registry import EngineRegistry
-from tandem.wire.messages import Abort
-from tests.router.running_router import PROMPT, RunningRouter, ScriptedEngine, running_router
-from tests.support.registrations import STEP_TIMEOUT, VOCABULARY
+from tandem.ids import EngineIdentity
+from tandem.router.engine_registry import MAX_ENGINES, EngineRegistry
+from tandem.wire.messages import Abort, Local, TokenLogprobs
+from tests.router.running_router import PROMPT, RunningRouter, ScriptedEngine, assert_one_hand_off, running_router
+from tests.support.registrations import STEP_TIMEOUT, VOCABULARY, make_register
 
 pytestmark = pytest.mark.anyio
 
@@ -54,6 +55,53 @@ async def test_two_texts_are_never_mixed_whatever_comes_first(order: tuple[int, 
     assert await answer.whole() == output + left
 
 
+LOGPROB = TokenLogprobs(-0.5, [])
+
+
+@pytest.mark.parametrize("copy_comes", ["first", "last"])
+async def test_a_first_token_that_is_the_last_comes_with_its_log_probability(
+    copy_comes: str, router: RunningRouter
+) -> None:
+    """The decode engine had it with the KV, and does not know how likely it was."""
+    prefill, decode = await router.pair()
+    answer = router.ask(max_tokens=1, logprobs=0)
+    there, here = await prefill.request(), await decode.request()
+
+    async def copy() -> None:
+        decode.send_tokens(here, 0, 10, finish="length")
+        await decode.register()  # answered once all before it has been read
+
+    if copy_comes == "first":
+        await copy()
+    prefill.send_tokens(there, 0, 10, finish="length", logprobs=[LOGPROB])
+    if copy_comes == "last":
+        await copy()
+    assert await answer.whole() == [10]
+    assert answer.last is not None
+    assert answer.last.logprobs == [LOGPROB]
+
+
+@pytest.mark.parametrize("lost", ["before", "after"])
+async def test_a_first_token_whose_engine_is_lost_is_made_again_if_nobody_knows_how_likely_it_was(
+    lost: str, router: RunningRouter
+) -> None:
+    prefill, decode = await router.pair()
+    other = await router.engine("prefill-1", "prefill")
+    answer = router.ask(max_tokens=1, logprobs=0)
+    here = await decode.request()
+    first, second = (prefill, other) if not prefill.heard.empty() else (other, prefill)
+    if lost == "before":
+        first.leave(failed=True)
+        await router.until(lambda: router.entry(first.identity.engine_id) is None)
+    decode.send_tokens(here, 0, 10, finish="length")
+    await decode.register()
+    if lost == "after":
+        first.leave(failed=True)
+    there = await second.request()
+    second.send_tokens(there, 0, 10, finish="length", logprobs=[LOGPROB])
+    assert await answer.whole() == [10]
+
+
 # --- engines that are lost ---------------------------------------------------------------------------------------
 
 
@@ -71,6 +119,22 @@ async def test_an_engine_whose_connection_breaks_is_replaced_at_once(router: Run
     entry = router.entry("mixed-0")
     assert entry is not None
     assert (entry.state, entry.reason) == (EngineState.LOST, "its connection broke")
+
+
+async def test_what_an_engine_that_leaves_has_said_last_is_heard_before_its_end(router: RunningRouter) -> None:
+    """The end of its connection comes another way, and sooner when the router is busy."""
+    mixed, other = await router.engine("mixed-0", "mixed"), await router.engine("mixed-1", "mixed", draining=True)
+    answer = router.ask(max_tokens=300)
+    request = await mixed.request()
+    for index in range(300):  # more than are received at one go
+        mixed.send_tokens(request, index, 10 + index, finish="length" if index == 299 else None)
+    mixed.leave()
+    await mixed.end()
+    router.miss_the_end_of_a_connection()
+    other.beat()
+    assert await answer.whole() == list(range(10, 310))
+    assert answer.details.recomputations == 0
+    assert other.heard.empty()
 
 
 async def test_after_a_break_an_engine_is_not_used_until_it_registers_again(router: RunningRouter) -> None:
@@ -168,6 +232,47 @@ async def test_a_request_does_not_wait_beyond_its_own_deadline() -> None:
         mixed.leave()
         await router.until(lambda: router.entry("mixed-0") is None)
         assert isinstance(await router.ask().error(), Unavailable)
+
+
+# --- no prefill engine -------------------------------------------------------------------------------------------
+
+
+async def test_when_the_last_prefill_engine_is_gone_the_decode_engine_serves_alone_and_says_why(
+    router: RunningRouter,
+) -> None:
+    prefill, decode = await router.pair()
+    assert router.backend.health() == Health(True, "ready")
+    begun = router.ask(max_tokens=2)
+    await prefill.request()
+    here = await decode.request()
+    prefill.leave()
+    await router.until(lambda: router.entry("prefill-0") is None)
+    health = Health(True, "no prefill engine is ready: decode engines serve alone", whole=False)
+    assert router.backend.health() == health
+    answer = router.ask(max_tokens=2)
+    request = await decode.request()
+    assert isinstance(request.kv, Local)
+    decode.send_tokens(request, 0, 10, 11, finish="length", done=True)
+    assert await answer.whole() == [10, 11]
+    assert (answer.details.prefill_engine, answer.details.decode_engine) == ("decode-0", "decode-0")
+    assert (answer.details.disaggregated, answer.details.reason) == (False, "no prefill engine is ready")
+    decode.send_tokens(here, 0, 10, 11, finish="length")
+    assert await begun.whole() == [10, 11]
+    other = await router.engine("prefill-1", "prefill")
+    assert router.backend.health() == Health(True, "ready")
+    again = router.ask()
+    assert_one_hand_off(await other.request(), await decode.request())
+    await again.leave()
+
+
+@pytest.mark.parametrize("change", [{"draining": True}, {"step_seconds": STEP_TIMEOUT}], ids=["drains", "hangs"])
+async def test_a_prefill_engine_that_takes_nothing_is_none(change: dict[str, Any], router: RunningRouter) -> None:
+    prefill, decode = await router.pair()
+    prefill.beat(**change)
+    await router.until(lambda: not router.backend.health().whole)
+    answer = router.ask()
+    assert isinstance((await decode.request()).kv, Local)
+    await answer.leave()
 
 
 # --- engines that hang -------------------------------------------------------------------------------------------
@@ -282,3 +387,17 @@ async def test_an_answer_of_one_token_is_told_the_same_whichever_engine_is_quick
     assert await answer.whole() == [10]
     assert (answer.details.disaggregated, answer.details.reason) == (False, "it ended with the first token")
     assert answer.details.transport is None
+
+
+async def test_of_engines_that_were_refused_so_many_are_remembered_and_each_new_one_is_told_of(
+    router: RunningRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    await router.engine("mixed-0", "mixed")
+    namesake = router.entry("mixed-0")
+    assert namesake is not None
+    for number in range(MAX_ENGINES + 5):
+        register = make_register(EngineIdentity("mixed-0", f"life-{number}"), "mixed")
+        for _ in range(2):
+            router.connections._refuse(b"sender", register, namesake)
+    assert len(router.connections._refused) == MAX_ENGINES
+    assert sum("two engines are called mixed-0" in line.message for line in caplog.records) == MAX_ENGINES + 5

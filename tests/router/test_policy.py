@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
-from tandem.router.policy import NoRoute, OneModelPolicy, Route, SingleEnginePolicy, choose_route
+from tandem.router.policy import ANY_PROMPT, NoRoute, OneModelPolicy, Prompt, Route, SingleEnginePolicy, choose_route
 from tandem.wire.messages import PeerInfo, RequestCounts
 from tests.support.registrations import make_register
+
+PAIRS = ("p0", "p1", "d0", "d1")
 
 
 def engine(
@@ -14,6 +18,7 @@ def engine(
     role: str,
     *,
     active: int = 0,
+    prompt_tokens: int = 0,
     last_chosen: int = 0,
     waiting: int = 0,
     running: int = 0,
@@ -25,7 +30,9 @@ def engine(
         requests=RequestCounts(waiting=waiting, running=running),
         fingerprint=fingerprint,
     )
-    return EngineEntry(b"route", register, register.status, 0.0, active=active, last_chosen=last_chosen)
+    entry = EngineEntry(b"route", register, register.status, 0.0, active=active, last_chosen=last_chosen)
+    entry.prompt_tokens = prompt_tokens
+    return entry
 
 
 def refuse(
@@ -36,8 +43,11 @@ def refuse(
     )
 
 
-def chosen(*engines: EngineEntry, exclude: tuple[str, ...] = ()) -> tuple[str | None, str]:
-    route = choose_route(engines, exclude)
+def chosen(*engines: EngineEntry, exclude: tuple[str, ...] = (), prompt: Prompt = ANY_PROMPT) -> tuple[str | None, str]:
+    return names(choose_route(engines, exclude, prompt))
+
+
+def names(route: Route | NoRoute) -> tuple[str | None, str]:
     assert isinstance(route, Route), route
     return (route.prefill.engine_id if route.prefill else None), route.decode.engine_id
 
@@ -55,6 +65,42 @@ def test_among_equals_the_one_chosen_least_recently_goes_first() -> None:
         engine("d0", "decode", last_chosen=4),
     ]
     assert chosen(*engines) == ("p1", "d0")
+
+
+def cached(tokens: int, **engines: int) -> Prompt:
+    """Return a prompt of so many tokens, and how many of them engines have cached."""
+    return Prompt(tokens, {f"incarnation-of-{name}": count for name, count in engines.items()})
+
+
+def test_a_request_goes_where_the_beginning_of_its_prompt_is_cached() -> None:
+    engines = [engine(name, "prefill" if name[0] == "p" else "decode", last_chosen=int(name[1])) for name in PAIRS]
+    assert chosen(*engines) == ("p0", "d0")
+    assert chosen(*engines, prompt=cached(100, p1=64, d1=64)) == ("p1", "d1")
+
+
+def test_a_prefill_engine_with_less_to_compute_goes_before_one_that_has_the_prompt_cached() -> None:
+    engines = [engine("p0", "prefill"), engine("p1", "prefill", active=1, prompt_tokens=60), engine("d0", "decode")]
+    assert chosen(*engines, prompt=cached(100, p1=64)) == ("p1", "d0")  # 60 + 36 tokens against 100
+    assert chosen(*engines, prompt=cached(100, p1=60)) == ("p0", "d0")
+    engines[1].prompt_tokens = 65
+    assert chosen(*engines, prompt=cached(100, p1=64)) == ("p0", "d0")
+
+
+def test_requests_of_other_frontends_count_as_prompts_like_this_one() -> None:
+    engines = [engine("p0", "prefill", running=1), engine("p1", "prefill", active=1, prompt_tokens=99, running=1)]
+    assert chosen(*engines, engine("d0", "decode"), prompt=cached(100)) == ("p1", "d0")
+
+
+def test_a_cached_prompt_is_worth_less_than_a_request_more() -> None:
+    engines = [engine("m0", "mixed"), engine("m1", "mixed", active=1)]
+    assert chosen(*engines, prompt=cached(100, m1=99)) == (None, "m0")
+    assert chosen(engine("m2", "mixed", active=1), engines[1], prompt=cached(100, m1=64)) == (None, "m1")
+
+
+def test_a_route_says_what_its_prefill_engine_has_to_compute() -> None:
+    route = choose_route([engine("p0", "prefill"), engine("d0", "decode")], prompt=cached(100, p0=64))
+    assert isinstance(route, Route)
+    assert route.prompt_tokens == 36
 
 
 def test_a_pair_goes_before_a_mixed_engine() -> None:
@@ -105,7 +151,7 @@ def test_excluded_engines_are_not_chosen() -> None:
 def test_it_says_what_is_missing() -> None:
     assert choose_route([]) == NoRoute("no prefill and no decode engine is ready")
     assert choose_route([engine("p0", "prefill")]) == NoRoute("no decode engine is ready")
-    assert choose_route([engine("d0", "decode")]) == NoRoute("no prefill engine is ready")
+    assert choose_route([engine("d0", "decode")], alone=False) == NoRoute("no prefill engine is ready")
 
 
 def test_it_says_why_no_pair_fits() -> None:
@@ -198,3 +244,27 @@ def test_an_engines_own_api_uses_that_engine_whatever_its_role() -> None:
     policy = SingleEnginePolicy(registry)
     assert policy.choose() == Route(registry.ready()[0], reason="sent to this engine directly")
     assert policy.choose(("incarnation-of-p0",)) == NoRoute("the engine is not ready")
+
+
+def test_where_no_prefill_engine_is_ready_decode_engines_serve_alone() -> None:
+    busy, idle, mixed = engine("d0", "decode", active=3), engine("d1", "decode"), engine("m0", "mixed")
+    alone = Route(idle, reason="no prefill engine is ready", is_makeshift=True)
+    assert choose_route([busy, idle]) == alone
+    assert choose_route([busy, idle], {idle.incarnation}) == replace(alone, decode=busy)
+    assert choose_route([busy, idle, mixed]) == Route(mixed, reason="mixed engine")
+
+
+def test_a_decode_engine_takes_nothing_off_a_prefill_engine_that_is_there() -> None:
+    """One that a request has to avoid may be overloaded."""
+    prefill, decode = engine("p0", "prefill"), engine("d0", "decode")
+    assert choose_route([prefill, decode], {prefill.incarnation}) == NoRoute("no prefill engine is ready")
+
+
+def test_weights_with_a_whole_route_go_before_a_decode_engine_alone() -> None:
+    old = engine("d0", "decode", fingerprint="1")
+    policy = OneModelPolicy(registered(old))
+    assert names(policy.choose()) == (None, "d0")
+    new = [engine("p1", "prefill", fingerprint="2"), engine("d1", "decode", fingerprint="2")]
+    policy = OneModelPolicy(registered(old, *new))
+    assert names(policy.choose()) == ("p1", "d1")
+    assert names(policy.choose((), "1")) == (None, "d0"), "what it has begun it may end"

@@ -41,6 +41,7 @@ GOOD = {
     "a decode engine that computes the prompt": (check(PULL), [tokens(0, 5), end(1, 6)]),
     "resumed": (check(PULL, resumed=2), [end(3, 6)]),
     "log-probabilities": (check(logprobs=1), [end(0, 5, logprobs=[TokenLogprobs(-0.5, [(5, -0.5)])])]),
+    "a first token that is the last, of the prefill engine's choice": (check(PULL, logprobs=1), [end(0, 5)]),
     "none asked for but the own": (check(logprobs=0), [end(0, 5, logprobs=[TokenLogprobs(-math.inf, [])])]),
 }
 

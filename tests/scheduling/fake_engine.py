@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
+from tandem.engine.step.rank_requests import RankRequests
+from tandem.engine.step.step_message import StepEncoder
 from tandem.errors import RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
@@ -117,6 +121,8 @@ class FakeEngine:
         self.scheduler = Scheduler(self.limits, self.pool, {EOS}, pipeline_depth)
         self.memory = [[GARBAGE] * block_size for _ in range(num_blocks)]
         self.batches: deque[Batch] = deque()
+        self.steps = StepEncoder(max(1, self.limits.max_num_seqs - 1))
+        self.follower = RankRequests(torch.device("cpu"), samples=True)
         self.records: dict[str, Record] = {}
         self.reads: dict[str, BlocksAllocated] = {}  # in progress: their bytes may come at any time
         self.leases: dict[str, PrefillEnded] = {}
@@ -260,14 +266,17 @@ class FakeEngine:
             assert row.tokens
             assert len(row.block_ids) * self.pool.block_size >= row.start + len(row.tokens)
             assert len(set(row.block_ids)) == len(row.block_ids)
+        self.follower.take(self.steps.step(batch))
+        for row in batch.rows:
+            assert self.follower[row.request_id].table.ids == row.block_ids
             if row.sample is not None:
                 self.check_sample(row, row.sample)
 
     def check_sample(self, row: Row, sample: SampleAt) -> None:
         assert sample.position == row.start + len(row.tokens)
         assert sample.output_len == sample.position - self.records[row.request_id].message.prompt_len
-        if sample.history is not None:
-            assert len(sample.history[0]) == sample.position
+        if row.history is not None:
+            assert len(row.history) == sample.position
 
     def check_lease(self, request_id: str) -> None:
         """What was announced is still in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from tandem.errors import ConfigError, EngineFailed, InvalidRequest, Overloaded, WireError
@@ -114,6 +115,15 @@ def test_a_cached_prefix_is_not_computed_again_but_for_the_last_token() -> None:
         assert record.tokens == expected(record)
 
 
+def test_only_requests_with_the_same_salt_find_each_others_kv() -> None:
+    engine = FakeEngine()
+    for request_id, salt, start in (("a", None, 0), ("b", "x", 0), ("c", "y", 0), ("d", "x", 4), ("e", None, 4)):
+        message = msgspec.structs.replace(generate(request_id, [1, 2, 3, 4, 1, 2, 3, 4], max_tokens=1), cache_salt=salt)
+        record = engine.add(message)
+        assert rows(engine) == [(request_id, start, 8 - start)]
+        assert record.tokens == expected(record)
+
+
 def test_nothing_is_found_in_the_cache_before_it_is_computed() -> None:
     engine = FakeEngine(pipeline_depth=2)
     engine.add(generate("a", PROMPT))
@@ -209,7 +219,27 @@ def test_history_goes_along_only_where_penalties_need_it() -> None:
     engine.add(generate("penalised", [1, 2, 3], prompt_len=2, presence_penalty=0.5))
     batch = engine.schedule()
     assert batch is not None
-    assert [row.sample and row.sample.history for row in batch.rows] == [None, ([1, 2, 3], 2)]
+    assert [row.history for row in batch.rows] == [None, [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("output", "runs", "banned"),
+    [
+        ([], [[3]], [3]),
+        ([1, 2], [[1, 2, 3], [2, 1], [4, 4, 1, 2, 3]], [3, 1]),  # the last would begin in the prompt
+        ([2], [[4, 2, 3]], []),
+        ([1, 2, 2], [[1, 2, 3]], []),
+    ],
+)
+def test_a_token_that_would_complete_a_banned_run_is_banned(
+    output: list[int], runs: list[list[int]], banned: list[int]
+) -> None:
+    engine = FakeEngine()
+    engine.add(generate("r", [4, 4, *output], prompt_len=2, max_tokens=9, banned_runs=runs))
+    batch = engine.schedule()
+    assert batch is not None
+    assert batch.rows[0].sample is not None
+    assert batch.rows[0].sample.banned_ids == banned
 
 
 def test_a_resumed_request_goes_on_with_its_output() -> None:

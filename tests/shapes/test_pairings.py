@@ -25,7 +25,6 @@ from tandem.config import (
     KvFailure,
     ModelSection,
     NetworkSection,
-    Role,
     RouterConfig,
     RunSection,
     TimeSection,
@@ -35,6 +34,7 @@ from tandem.engine.start.launch import EngineProcesses
 from tandem.local_cluster import RouterProcess, start_engines, start_router, wait_ready
 from tandem.model_folder import ModelFolder
 from tandem.processes import ChildProcesses
+from tandem.wire.control_messages import Role
 from tests.support.reference import greedy
 
 PROMPT = [7, 3, 250, 9, 4] * 9
@@ -93,7 +93,7 @@ def start(
 def start_engine(
     family: ChildProcesses, name: str, each: EngineConfig, model: ModelFolder, router: RouterProcess
 ) -> EngineProcesses:
-    [engine] = start_engines(family, [replace(each, engine_id=name)], model, router.control, None, Console())
+    [engine] = start_engines(family, [replace(each, engine_id=name)], model, [router.control], None, Console())
     return engine
 
 

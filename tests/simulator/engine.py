@@ -13,7 +13,7 @@ from tandem.config import BatchSection, EngineConfig, TimeSection
 from tandem.engine.io import event_loop
 from tandem.engine.io.leader_sockets import LeaderAddresses, LeaderSockets
 from tandem.engine.step.step_loop import IDLE_SECONDS, StepLoop
-from tandem.engine.step_commands import Command, Drain, Shutdown
+from tandem.engine.step_commands import Command, Shutdown
 from tandem.errors import EngineFailed
 from tandem.ids import EngineIdentity, new_identity
 from tandem.kv.blocks import BlockPool
@@ -34,6 +34,7 @@ from tests.simulator.plan import MAX_PROMPT, MAX_TOKENS, EngineSpec, Plan
 from tests.simulator.reads import Fabric, Place, SimTransport
 from tests.simulator.sockets import Socket, Sockets
 from tests.simulator.world import Process, World
+from tests.support.grammars import no_grammars
 
 LAYERS = HEADS = 2
 MAX_WAITING = 6
@@ -62,6 +63,7 @@ class SimEventLoopThread:
         self._stopping: asyncio.Future[str] = self._process.world.loop.create_future()
         self._last = 0.0
         self.ready = False
+        self.on_ended: Callable[[], None] = lambda: None
 
     def start(self, check_ranks: Callable[[], object], seconds: float) -> None:
         self._process.world.loop.create_task(self._run())
@@ -72,6 +74,8 @@ class SimEventLoopThread:
             self._mailbox.put(Shutdown("the event loop has ended"))
         except EngineFailed as error:
             self._end_process(error)
+        finally:
+            self.on_ended()
 
     def _is_ready(self) -> None:
         self.ready = True
@@ -228,12 +232,14 @@ class SimEngine:
             PROTOCOL,
             VOCABULARY,
             STEP_TIMEOUT,
+            drain_timeout=DRAIN_SECONDS,
         )
         SimEventLoopThread.process = self.process
         self.world.current = self.process
         self.event_loop = event_loop.LeaderEventLoop(
             EngineConfig(
                 role=spec.role,
+                drain_timeout=DRAIN_SECONDS,
                 time=TimeSection(lease_ttl=plan.lease_ttl),
                 batch=BatchSection(step_timeout=STEP_TIMEOUT),
             ),
@@ -249,7 +255,7 @@ class SimEngine:
         self.pipeline = SimPipeline(self)
         self.step_loop = StepLoop(
             self.scheduler, self.pool, self.pipeline, self.mailbox, self.event_loop, "simulated", plan.kv_failure,  # type: ignore[arg-type]
-            KvTransferParams(), self.event_loop.clock,
+            KvTransferParams(), self.event_loop.clock, no_grammars(),
         )  # fmt: skip
 
     def _transfer_thread(self, rank: int, layouts: list[Any], address: Address) -> TransferThread:
@@ -312,16 +318,12 @@ class SimEngine:
 
     def leave(self) -> None:
         """End in good order, as at SIGTERM."""
-
-        def drain() -> None:
-            self.event_loop.show_draining()
-            self.mailbox.put(Drain(self.process.time() + DRAIN_SECONDS))
-
-        self.process.post(drain)
+        self.process.post(self.event_loop.drain)
 
     def _stop(self, reason: str) -> None:
+        thread: Any = self.event_loop._thread
+        thread.on_ended = lambda: self.world.after(0.0, lambda: self.network.kill(self.process))
         self.event_loop.stop(reason, failed=False)
-        self.world.after(0.2, lambda: self.network.kill(self.process))
 
     def _end_process(self, error: EngineFailed) -> None:
         self.world.fail(f"{self.spec.name} ends: {error}")

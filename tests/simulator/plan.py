@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from tandem.config import KvFailure, Role
+from tandem.config import KvFailure
+from tandem.wire.control_messages import Role
 from tests.simulator.model import VOCABULARY
 from tests.simulator.reads import ReadProfile
 

@@ -53,6 +53,10 @@ class Socket:
 
     # --- as a program sees it ------------------------------------------------------------------------------------
 
+    def get(self, option: int) -> int:
+        assert option == zmq.EVENTS
+        return zmq.POLLIN if self._inbox else 0
+
     def send(self, data: bytes, flags: int = 0) -> asyncio.Future[None]:
         return self.send_multipart([data], flags)
 
@@ -221,12 +225,14 @@ class SimConnectionMonitor(ConnectionMonitor):
 
     def __init__(self, socket: Any, on_lost: Callable[[bytes], None]) -> None:
         monitor: Any = socket.get_monitor_socket()
+        self._socket = socket
         self._events = monitor
         self._monitor = _NoWait(monitor)  # type: ignore[assignment]
         self._on_lost = on_lost
         self._open: set[int] = set()
         self._engines: dict[int, bytes] = {}
         self._connections: dict[bytes, int] = {}
+        self._ended: list[bytes] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import sys
 import time
 
 from tandem.errors import RankLost, StartError
-from tandem.reports import Ended, Following, Loading, Reporter
+from tandem.reports import Drained, Ended, Following, Loading, Reporter
 
 
 def load(report: Reporter, total: int) -> None:
@@ -39,6 +39,10 @@ def end(report: Reporter, code: int) -> None:
 
 def end_well(report: Reporter, reason: str) -> None:
     report(Ended(reason))
+
+
+def drain(report: Reporter, reason: str) -> None:
+    report(Drained(reason))
 
 
 def fail(report: Reporter, text: str) -> None:

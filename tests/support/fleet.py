@@ -34,7 +34,7 @@ from tandem.processes import ChildProcesses
 from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections, Stalled, StreamQueue
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
-from tandem.router.policy import NoRoute, Route
+from tandem.router.policy import ANY_PROMPT, NoRoute, Prompt, Route
 from tandem.router.request_router import RequestRouter
 from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, Tokens
 from tandem.wire.sampling import SamplingParams
@@ -140,7 +140,9 @@ class Fleet:
             time.sleep(0.05)
         raise AssertionError(f"{decode} never told of {prefill}")
 
-    def choose(self, exclude: Collection[str] = (), fingerprint: str | None = None) -> Route | NoRoute:
+    def choose(
+        self, exclude: Collection[str] = (), fingerprint: str | None = None, prompt: Prompt = ANY_PROMPT
+    ) -> Route | NoRoute:
         """The routing policy of its router: the route of the answer that is being made."""
         return self._route
 

@@ -85,8 +85,8 @@ class Node:
     lab: Lab
     processes: list[Process] = field(default_factory=list)
 
-    def run(self, *command: str, env: dict[str, str] | None = None) -> Process:
-        """Start a command here."""
+    def run(self, *command: str, env: dict[str, str] | None = None, talks: bool = False) -> Process:
+        """Start a command here. `talks`: its stdin is a pipe; else it is empty."""
         log = self.lab.folder / f"{self.name}-{len(self.processes)}.log"
         # Namespaces share a kernel, through which UCX would read the other "node" as memory of this machine.
         network_only = {"UCX_TLS": "tcp"}
@@ -94,7 +94,7 @@ class Node:
         with log.open("wb") as out:
             popen = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace, *command],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=environment,

@@ -46,4 +46,5 @@ def make_register(identity: EngineIdentity, role: str, **changes: Any) -> Regist
         protocol=(1, 1),
         vocab_size=VOCABULARY,
         step_timeout=STEP_TIMEOUT,
+        drain_timeout=30.0,
     )

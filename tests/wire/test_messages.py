@@ -15,6 +15,7 @@ from tandem.transfer.thread import thread_messages as t
 from tandem.wire import messages as m
 from tandem.wire import peer_messages as p
 from tandem.wire.codec import Codec
+from tandem.wire.control_messages import ChangeRole, DrainEngine
 from tandem.wire.sampling import MAX_LOGPROBS, SamplingParams
 
 IDENTITY = EngineIdentity("p0", "incarnation")
@@ -38,9 +39,11 @@ TO_ENGINE = [
     m.Generate("r", [1], 1, SamplingParams(), 5.0, m.PullKv("p0", None, ADDRESS, "r0", False, True)),
     m.Abort("r"),
     m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)]),
+    DrainEngine(),
+    ChangeRole("mixed"),
 ]
 TO_FRONTEND = [
-    m.Register(IDENTITY, STATUS, ADDRESS, 100, 10, "/m", "float32", "1", (1, 2), 32, 60.0, ADDRESS),
+    m.Register(IDENTITY, STATUS, ADDRESS, 100, 10, "/m", "float32", "1", (1, 2), 32, 60.0, 30.0, ADDRESS),
     STATUS,
     m.Outputs([TOKENS, m.Failed("r", "kv_lost", "why", "prompt", 1)]),
     m.Goodbye("stopped"),

@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tandem import __version__
 from tandem.api.api_keys import ApiKeys
-from tandem.api.backend import Backend, KnownEngine, ModelCard
+from tandem.api.backend import Backend, EngineOperator, KnownEngine, ModelCard
 from tandem.api.chat import ChatBuilder, count_chats, prepare_chat
 from tandem.api.completions import CompletionBuilder, count_completions, prepare_completion
 from tandem.api.door import Door
-from tandem.api.endpoint import GenerateEndpoint, Kind, Services
+from tandem.api.endpoint import GenerateEndpoint
 from tandem.api.http_errors import (
     MethodNotAllowed,
     ModelNotFound,
@@ -32,6 +33,9 @@ from tandem.api.loaded_model import ModelLoader
 from tandem.api.metrics import CONTENT_TYPE, Metrics
 from tandem.api.middleware import ApiMiddleware
 from tandem.api.openai import ChatBody, CompletionBody
+from tandem.api.operator_endpoints import operator_routes
+from tandem.api.request_frame import Kind, Services
+from tandem.api.text_endpoints import DetokenizeEndpoint, TokenizeEndpoint
 from tandem.api.turnstile import Turnstile
 from tandem.config_limits import LimitsSection
 from tandem.errors import RequestError, Unavailable
@@ -44,30 +48,39 @@ def create_app(
     kind: Kind,
     keys: ApiKeys | None = None,
     limits: LimitsSection | None = None,
+    operator: EngineOperator | None = None,
 ) -> Starlette:
     """Return the application in front of `backend`.
 
     Args:
         loader: loads the backend's model.
         kind: "router" has /tandem/engines and refuses kv_transfer_params; "engine" has /tandem/engine.
-        keys: clients must bring one of them for /v1/; None for no keys.
+        keys: clients must bring one of them for /v1/ and to run engines; None for no keys.
         limits: what clients may ask for.
+        operator: runs the engines; a router has one.
     """
     services = Services(backend, loader, Metrics(backend), kind, Door(limits or LimitsSection()), Turnstile())
     completions = GenerateEndpoint(
-        "completions", CompletionBody, count_completions, prepare_completion, CompletionBuilder, services
+        "completions", services, CompletionBody, count_completions, prepare_completion, CompletionBuilder
     )
-    chat = GenerateEndpoint("chat", ChatBody, count_chats, prepare_chat, ChatBuilder, services)
+    chat = GenerateEndpoint("chat", services, ChatBody, count_chats, prepare_chat, ChatBuilder)
     info = InfoEndpoints(services)
     return Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/tokenize", TokenizeEndpoint("tokenize", services), methods=["POST"]),
+            Route("/detokenize", DetokenizeEndpoint("detokenize", services), methods=["POST"]),
             _get("/v1/models", info.models),
             _get("/v1/models/{name:path}", info.model),
             _get("/health", info.health),
+            _get("/ping", info.health),
+            Route("/ping", info.health, methods=["POST"]),
+            _get("/version", info.version),
+            _get("/load", info.load),
             _get("/metrics", info.metrics),
             _get("/tandem/engines", info.engines) if kind == "router" else _get("/tandem/engine", info.engine),
+            *(operator_routes(operator) if operator is not None else []),
         ],
         middleware=[Middleware(ApiMiddleware, keys=keys)],
         exception_handlers={404: _not_found, 405: _method_not_allowed, RequestError: _failed, Exception: _failed},
@@ -80,6 +93,7 @@ class InfoEndpoints:
     def __init__(self, services: Services) -> None:
         self._backend = services.backend
         self._metrics = services.metrics
+        self._door = services.door
 
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [_describe_model(await self._backend.model())]})
@@ -87,7 +101,7 @@ class InfoEndpoints:
     async def model(self, request: Request) -> Response:
         card = await self._backend.model()
         name = request.path_params["name"]
-        if name != card.name:
+        if not card.is_called(name):
             raise ModelNotFound(f"there is no model {clipped(name)!r} here; it is {card.name!r}", param="model")
         return json_response(_describe_model(card))
 
@@ -95,6 +109,12 @@ class InfoEndpoints:
         health = self._backend.health()
         status = "ok" if health.ok else "unavailable"
         return json_response({"status": status, "detail": health.detail}, 200 if health.ok else 503)
+
+    async def version(self, request: Request) -> Response:
+        return json_response({"version": __version__})
+
+    async def load(self, request: Request) -> Response:
+        return json_response({"server_load": self._door.open_requests})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.expose(), headers={"content-type": CONTENT_TYPE})

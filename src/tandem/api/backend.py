@@ -8,6 +8,8 @@ from typing import Protocol
 
 import msgspec
 
+from tandem.wire.control_messages import Role
+from tandem.wire.grammar import Grammar
 from tandem.wire.messages import EngineStatus, KvTransferParams, Register, TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -16,7 +18,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     """The model that is served.
 
     Attributes:
-        name: clients call it so.
+        name: answers call it so.
+        aliases: clients may call it so too.
         path: folder with tokenizer.json, tokenizer_config.json, generation_config.json.
         max_model_len: prompt and output together, in tokens.
         seed: for requests that bring none; None draws one for each.
@@ -27,18 +30,25 @@ class ModelCard(msgspec.Struct, frozen=True):
     max_model_len: int
     created: int
     seed: int | None = None
+    aliases: tuple[str, ...] = ()
+
+    def is_called(self, name: str) -> bool:
+        return name == self.name or name in self.aliases
 
 
 class TokenRequest(msgspec.Struct, frozen=True):
     """One sequence to generate (a request with n > 1 is n of these).
 
-    `kv_transfer_params`: sent by a foreign PD proxy; only an engine's own API passes it on.
+    `kv_transfer_params`: sent by a foreign PD proxy; only an engine's own API passes it on. `grammar`: what the
+    output must match.
     """
 
     request_id: str
     token_ids: list[int]
     sampling: SamplingParams
     kv_transfer_params: KvTransferParams | None = None
+    cache_salt: str | None = None
+    grammar: Grammar | None = None
 
 
 class ServingDetails(msgspec.Struct, frozen=True):
@@ -84,10 +94,14 @@ class TokenDelta(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """`ok` only when a request could be served now; `detail` says what is missing if not."""
+    """`ok` only when a request could be served now; `detail` says what is missing if not.
+
+    `whole`: also as it should be, and not by decode engines alone.
+    """
 
     ok: bool
     detail: str
+    whole: bool = True
 
 
 class EngineState(enum.Enum):
@@ -125,3 +139,17 @@ class Backend(Protocol):
 
     def engines(self) -> Sequence[KnownEngine]:
         """Return every engine known, in the order of registration."""
+
+
+class EngineOperator(Protocol):
+    """Runs the engines behind a router. `engine_id`: as GET /tandem/engines shows it.
+
+    Both return once the engine has said that it does so. They raise NotFound where there is no such engine, and
+    Unavailable where it is lost or does not answer.
+    """
+
+    async def drain(self, engine_id: str) -> KnownEngine:
+        """Have an engine take no new requests, finish those that it has, and end."""
+
+    async def change_role(self, engine_id: str, role: Role) -> KnownEngine:
+        """Use an engine for something else from now on; what it does now it finishes."""

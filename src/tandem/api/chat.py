@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
+from tandem.api.answer_parts import AnswerParts
+from tandem.api.chat_prompt import render_chat
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import (
     AssistantMessage,
@@ -16,10 +19,11 @@ from tandem.api.openai import (
     TopLogprob,
 )
 from tandem.api.output_processor import TextChunk, Token
-from tandem.api.parsing import message_text, sampling_params
+from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
-from tandem.api.prompt_encoder import INLINE_CHARS, INLINE_TEXTS
 from tandem.api.response_builder import ResponseBuilder, finite
+from tandem.api.structured import checked_grammar
+from tandem.api.tools import answer_syntax, told_tools, tool_grammar
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import TokenLogprobs
 
@@ -33,15 +37,28 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     """Raises InvalidRequest."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs may only be set together with logprobs: true", param="top_logprobs")
-    text = await _render(body, model)
-    [token_ids] = await model.encoder.encode([text], "messages", add_special_tokens=False)
+    grammar = await checked_grammar(body, model)
+    forced = tool_grammar(body)
+    if forced is not None:
+        if grammar is not None:
+            raise InvalidRequest("a call that must be made leaves no room for response_format", param="tool_choice")
+        await model.grammars.check(forced, "tools")
+        grammar = forced
+    syntax = answer_syntax(body, model)
+    if syntax is not None and syntax.special:
+        body = msgspec.structs.replace(body, skip_special_tokens=False)  # they mark the calls
+    text = await render_chat(body, model, told_tools(body))
+    keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
+    [token_ids] = await model.encoder.encode(
+        [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
+    )
     prompt = Prompt(token_ids, text)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
-    limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), None, "messages")
+    limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), model.defaults.max_tokens, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = sampling_params(body, limit, logprobs, model.card.seed)
-    return prepare_request(request_id, body, model, [(prompt, sampling)])
+    sampling = sampling_params(body, limit, logprobs, model.card.seed, model.defaults.sampling)
+    return await prepare_request(request_id, body, model, [(prompt, sampling)], grammar)
 
 
 class ChatBuilder(ResponseBuilder[ChatBody]):
@@ -49,15 +66,30 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
     OBJECT = "chat.completion"
     CHUNK_OBJECT = "chat.completion.chunk"
 
+    def __init__(self, request: PreparedRequest, body: ChatBody) -> None:
+        super().__init__(request, body)
+        self._answers = [AnswerParts(body, request.model, one) for one in request.sequences]
+
     def choice(self, chunk: TextChunk, first: bool) -> ChatChoice:
-        return ChatChoice(
-            **self.choice_fields(chunk), message=AssistantMessage(chunk.text), logprobs=self._logprobs(chunk.tokens)
-        )
+        part = self._answers[chunk.index].read(chunk, indexed=False)
+        fields = self.choice_fields(chunk)
+        fields["finish_reason"] = part.finish_reason
+        content = None if part.calls and not part.content.strip() else part.content
+        message = AssistantMessage(content, reasoning_content=part.reasoning or UNSET, tool_calls=part.calls or UNSET)
+        return ChatChoice(**fields, message=message, logprobs=self._logprobs(chunk.tokens))
 
     def chunk_choice(self, chunk: TextChunk, first: bool) -> ChatChunkChoice:
-        content = chunk.text if chunk.text or first else UNSET
-        delta = ChatDelta(content, "assistant" if first else UNSET)
-        return ChatChunkChoice(**self.choice_fields(chunk), delta=delta, logprobs=self._logprobs(chunk.tokens))
+        part = self._answers[chunk.index].read(chunk, indexed=True)
+        fields = self.choice_fields(chunk)
+        fields["finish_reason"] = part.finish_reason
+        bare = not part.calls and not part.reasoning
+        delta = ChatDelta(
+            part.content if part.content or (first and bare) else UNSET,
+            "assistant" if first else UNSET,
+            part.reasoning or UNSET,
+            part.calls or UNSET,
+        )
+        return ChatChunkChoice(**fields, delta=delta, logprobs=self._logprobs(chunk.tokens))
 
     def prompt_token_ids(self) -> list[int] | UnsetType:
         return self.request.sequences[0].prompt.token_ids if self.body.return_token_ids else UNSET
@@ -74,19 +106,6 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
     def _names(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
         tokenizer = self.request.model.tokenizer
         return tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id))
-
-
-async def _render(body: ChatBody, model: LoadedModel) -> str:
-    messages = []
-    for index, message in enumerate(body.messages):
-        one = {"role": message.role, "content": message_text(message, index)}
-        messages.append(one if message.name is None else one | {"name": message.name})
-    variables = body.chat_template_kwargs or {}
-    chars = sum(len(one["content"]) for one in messages)
-    model.encoder.check_length(chars, "messages")
-    if chars <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
-        return model.template.render(messages, variables)
-    return await model.pool.run(model.template.render, messages, variables)
 
 
 def _max_tokens(body: ChatBody) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,15 @@ from tandem.errors import InvalidRequest
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", *SPECIAL_TOKENS})
+_OPEN_END = "TANDEM-GOES-ON-HERE "  # with a space at its end, which shows whether the template strips messages
+
+
+class PromptEnd(enum.Enum):
+    """Where the model goes on."""
+
+    NEW_MESSAGE = "in a new message of the assistant"
+    AFTER_LAST_MESSAGE = "after the last message"
+    IN_LAST_MESSAGE = "in the last message"
 
 
 class ChatTemplate:
@@ -29,6 +39,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | None, special_tokens: dict[str, str], missing: str = "") -> None:
+        self.source = source
         self._special_tokens = special_tokens
         self._missing = missing
         self._template: jinja2.Template | None = None
@@ -39,8 +50,14 @@ class ChatTemplate:
             except jinja2.TemplateError as error:
                 self._missing = f"the model's chat template is broken: {error}"
 
-    def render(self, messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
-        """Return the prompt, up to where the assistant speaks. Raises InvalidRequest.
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        variables: dict[str, Any],
+        end: PromptEnd = PromptEnd.NEW_MESSAGE,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
+        """Return the prompt, up to where the model goes on. Raises InvalidRequest.
 
         Where a template does not know OpenAI's role `developer`, its messages are given as `system`.
         """
@@ -50,11 +67,27 @@ class ChatTemplate:
             raise InvalidRequest(f"chat_template_kwargs must not set {min(taken)}", param="chat_template_kwargs")
         if not self._knows_developer:
             messages = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
-        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        if end is PromptEnd.IN_LAST_MESSAGE:
+            last = messages[-1]
+            messages = [*messages[:-1], last | {"content": last["content"] + _OPEN_END}]
+        begins = end is PromptEnd.NEW_MESSAGE
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": begins}
         try:
-            return self._template.render(**values, **self._special_tokens, **variables)
+            text = self._template.render(**values, **self._special_tokens, **variables)
         except Exception as error:  # whatever a model's template runs into with these messages
             raise InvalidRequest(f"the model's chat template refuses the messages: {error}", param="messages") from None
+        return _cut(text) if end is PromptEnd.IN_LAST_MESSAGE else text
+
+
+def _cut(text: str) -> str:
+    """Return the prompt up to where the last message ends; without the space around it, if the template strips it."""
+    place = text.rfind(_OPEN_END.strip())
+    if place < 0:
+        raise InvalidRequest(
+            "the model's chat template does not show the last message as it is, so it cannot go on with it",
+            param="continue_final_message",
+        )
+    return text[:place] if text.startswith(_OPEN_END, place) else text[:place].rstrip()
 
 
 def load_template(folder: Path) -> ChatTemplate:

@@ -10,6 +10,7 @@ from tandem.api.output_processor import TextChunk, Token
 from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite, with_chosen
+from tandem.api.structured import checked_grammar
 from tandem.errors import InvalidRequest
 from tandem.wire.sampling import SamplingParams
 
@@ -27,8 +28,10 @@ async def prepare_completion(request_id: str, body: CompletionBody, model: Loade
         raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
-    prompts = await _encoded(prompt_list(body.prompt), model)
-    return prepare_request(request_id, body, model, [(prompt, _sampling(body, prompt, model)) for prompt in prompts])
+    grammar = await checked_grammar(body, model)
+    prompts = await _encoded(body, model)
+    sampled = [(prompt, _sampling(body, prompt, model)) for prompt in prompts]
+    return await prepare_request(request_id, body, model, sampled, grammar)
 
 
 class CompletionBuilder(ResponseBuilder[CompletionBody]):
@@ -64,7 +67,7 @@ class CompletionBuilder(ResponseBuilder[CompletionBody]):
 
 def _sampling(body: CompletionBody, prompt: Prompt, model: LoadedModel) -> SamplingParams:
     limit = model.output_limit(len(prompt.token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
-    return sampling_params(body, limit, body.logprobs, model.card.seed)
+    return sampling_params(body, limit, body.logprobs, model.card.seed, model.defaults.sampling)
 
 
 def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -82,16 +85,19 @@ def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[in
     return found
 
 
-async def _encoded(prompts: list[str | list[int]], model: LoadedModel) -> list[Prompt]:
+async def _encoded(body: CompletionBody, model: LoadedModel) -> list[Prompt]:
+    prompts = prompt_list(body.prompt)
     if not all(prompts):
         raise InvalidRequest("prompt is empty", param="prompt")
     texts = [one for one in prompts if isinstance(one, str)]
-    encoded = await model.encoder.encode(texts, "prompt", add_special_tokens=True)
-    if not all(encoded):
-        raise InvalidRequest("prompt has no tokens", param="prompt")
-    found = [Prompt(token_ids, text) for token_ids, text in zip(encoded, texts, strict=True)]
+    keep = model.prompt_limit(body.truncate_prompt_tokens, body.max_tokens)
+    specials = body.add_special_tokens is not False
+    encoded = await model.encoder.encode(texts, "prompt", add_special_tokens=specials, keep=keep)
+    found = [Prompt(token_ids, None if keep else text) for token_ids, text in zip(encoded, texts, strict=True)]
     for one in prompts:
         if isinstance(one, list):
             model.check_token_ids(one, "prompt")
-            found.append(Prompt(one))
+            found.append(Prompt(one if keep is None else one[max(0, len(one) - keep) :]))
+    if not all(prompt.token_ids for prompt in found):
+        raise InvalidRequest("prompt has no tokens", param="prompt")
     return found

@@ -70,6 +70,16 @@ def client_of(host: str) -> str:
     return str(address)
 
 
+def is_local(host: str) -> bool:
+    """Tell whether a client is on this machine. `host` may be what a proxy says of it: a name is never resolved."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
 def raised_file_limit() -> int:
     """Let this process open as many files as it may, and return how many those are."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

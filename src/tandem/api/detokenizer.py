@@ -12,7 +12,7 @@ MAX_CHAR_TOKENS = 4  # a character has up to four bytes in UTF-8, each of which 
 
 
 class Detokenizer(Protocol):
-    """The texts of `push` and then `finish`, joined, are the text of all the tokens, without special tokens."""
+    """The texts of `push` and then `finish`, joined, are the text of all the tokens, special ones if they are shown."""
 
     def push(self, token_id: int) -> str:
         """Return the characters that are complete with this token."""
@@ -21,19 +21,21 @@ class Detokenizer(Protocol):
         """Return the rest; bytes that are no character become U+FFFD."""
 
 
-def new_detokenizer(tokenizer: Tokenizer) -> Detokenizer:
-    return ByteDetokenizer(tokenizer) if tokenizer.is_byte_level else WindowDetokenizer(tokenizer)
+def new_detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
+    kind = ByteDetokenizer if tokenizer.is_byte_level else WindowDetokenizer
+    return kind(tokenizer, tokenizer.special_ids if skip_special_tokens else frozenset())
 
 
 class ByteDetokenizer:
     """For byte-level tokenizers, where every token is some bytes wherever it stands."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        if token_id in self._tokenizer.special_ids:
+        if token_id in self._skipped:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
@@ -48,30 +50,39 @@ class WindowDetokenizer:
     bytes that are no character, whole characters already shown stay, which decoding all tokens at once would replace.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._skipped = skipped
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        if token_id in self._tokenizer.special_ids or not self._tokenizer.knows(token_id):
+        if token_id in self._skipped or not self._tokenizer.knows(token_id):
             return ""
         self._pending.append(token_id)
         text = self._text()
-        incomplete = text.endswith(REPLACEMENT) and len(self._pending) <= MAX_CHAR_TOKENS
-        if incomplete or len(text) <= len(self._context_text):
+        if self._is_incomplete(text) or len(text) <= len(self._context_text):
             return ""
         return self._show(text)
 
     def finish(self) -> str:
         return self._show(self._text())
 
+    def _is_incomplete(self, text: str) -> bool:
+        """Return whether the tokens to come may still make a character of the U+FFFD at the end."""
+        if not text.endswith(REPLACEMENT) or len(self._pending) > MAX_CHAR_TOKENS:
+            return False
+        return not self._tokenizer.ends_whole(self._pending)  # which also a U+FFFD that the model writes does
+
     def _text(self) -> str:
-        return self._tokenizer.decode(self._context + self._pending)
+        return self._decode(self._context + self._pending)
 
     def _show(self, text: str) -> str:
         new = text[len(self._context_text) :]
         self._context, self._pending = self._pending, []
-        self._context_text = self._tokenizer.decode(self._context)
+        self._context_text = self._decode(self._context)
         return new
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=bool(self._skipped))

@@ -20,6 +20,10 @@ class Door:
         self._bytes = 0
         self._choices = 0
 
+    @property
+    def open_requests(self) -> int:
+        return self._requests.total()
+
     @contextmanager
     def request(self, client: str) -> Iterator[Admission]:
         """Let in one request of `client` until the block ends. Raises Overloaded or TooManyRequests."""

@@ -20,7 +20,10 @@ def generate(backend: Backend, request: PreparedRequest, metrics: RequestMetrics
 
     Raises RequestError.
     """
-    runs = [_generate_one(backend, one, request.wants_tokens, TokenTimer(metrics)) for one in request.sequences]
+    runs = [
+        _generate_one(backend, one, request.wants_tokens, TokenTimer(metrics, len(one.prompt.token_ids)))
+        for one in request.sequences
+    ]
     return runs[0] if len(runs) == 1 else _merged(runs)
 
 
@@ -28,15 +31,24 @@ async def _generate_one(
     backend: Backend, sequence: PreparedSequence, wants_tokens: bool, timer: TokenTimer
 ) -> AsyncGenerator[TextChunk, None]:
     """Yield chunks until the finish or a stop string; then the backend's generator is closed, which aborts it."""
-    async with aclosing(backend.generate(sequence.request)) as deltas:
-        async for delta in deltas:
-            chunk = sequence.output.process(delta)
-            timer.record(len(chunk.tokens))
-            if chunk.text or chunk.finish_reason is not None or (wants_tokens and chunk.tokens):
-                yield chunk
-            if chunk.finish_reason is not None:
-                return
-    raise EngineFailed("the engine stopped sending tokens and gave no reason")
+    ending = "abort"
+    try:
+        async with aclosing(backend.generate(sequence.request)) as deltas:
+            async for delta in deltas:
+                chunk = sequence.output.process(delta)
+                timer.record(len(chunk.tokens))
+                if chunk.finish_reason is not None:
+                    ending = chunk.finish_reason
+                if chunk.text or chunk.finish_reason is not None or (wants_tokens and chunk.tokens):
+                    yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        raise EngineFailed("the engine stopped sending tokens and gave no reason")
+    except Exception:
+        ending = "error"
+        raise
+    finally:
+        timer.ended(ending, sequence.output.details)
 
 
 async def _merged(runs: list[AsyncGenerator[TextChunk, None]]) -> AsyncGenerator[TextChunk, None]:

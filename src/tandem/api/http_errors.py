@@ -6,6 +6,7 @@ RequestError
 │   ├── UnsupportedField    400: the field exists at OpenAI or vLLM, and this value of it is not served here
 │   └── ContextTooLong      400: prompt and output do not fit into the model
 ├── Unauthorized            401
+├── Forbidden               403: without API keys, only whoever is on this machine runs the engines
 ├── NotFound                404
 │   └── ModelNotFound       404: another model than the one served
 ├── MethodNotAllowed        405
@@ -47,6 +48,11 @@ class ContextTooLong(InvalidRequest):
 class Unauthorized(RequestError):
     status = 401
     code = "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    status = 403
+    code = "forbidden"
 
 
 class NotFound(RequestError):

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tandem.api.backend import Backend, EngineState
+from tandem.api.backend import Backend, EngineState, ServingDetails
+from tandem.api.vllm_metrics import AnswerMetrics, VllmCollector
 from tandem.wire.messages import EngineCounters
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,7 +31,8 @@ class Metrics:
     Names: `tandem_requests_total{endpoint,outcome}` (outcome: ok, aborted or the error's code),
     `tandem_requests_running`, `tandem_time_to_first_token_seconds`, `tandem_inter_token_latency_seconds`,
     `tandem_request_seconds`, `tandem_prompt_tokens_total`, `tandem_output_tokens_total`, and from every engine's
-    status `tandem_engine_ready`, `_kv_blocks{state}`, `_live_requests{state}` and its counters.
+    status `tandem_engine_ready`, `_kv_blocks{state}`, `_live_requests{state}` and its counters. Beside them the same
+    under vLLM's names (`tandem.api.vllm_metrics`).
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -43,6 +45,16 @@ class Metrics:
         self._whole = _histogram(registry, "request", "Request to end of its answer, if it was answered.", WHOLE_S)
         self.prompt_tokens = Counter("tandem_prompt_tokens", "Prompt tokens of requests taken.", registry=registry)
         self.output_tokens = Counter("tandem_output_tokens", "Tokens generated.", registry=registry)
+        self.answers = AnswerMetrics()
+        own = {
+            "time_to_first_token_seconds": self.first_token,
+            "inter_token_latency_seconds": self.between_tokens,
+            "time_per_output_token_seconds": self.between_tokens,  # its name until 2025; many dashboards have it
+            "e2e_request_latency_seconds": self._whole,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.output_tokens,
+        }
+        registry.register(VllmCollector(backend, own | self.answers.by_name()))
 
     @contextmanager
     def track(self, endpoint: str) -> Iterator[RequestMetrics]:
@@ -55,7 +67,7 @@ class Metrics:
         finally:
             running.dec()
             self._requests.labels(endpoint, request.outcome).inc()
-            if request.outcome == "ok":
+            if request.outcome == "ok" and request.first_token:
                 self._whole.observe(time.monotonic() - request.started)
 
     def expose(self) -> bytes:
@@ -80,8 +92,11 @@ class RequestMetrics:
 class TokenTimer:
     """Times one sequence's tokens. Tokens that come together share the time since the last ones."""
 
-    def __init__(self, request: RequestMetrics) -> None:
+    def __init__(self, request: RequestMetrics, prompt_tokens: int) -> None:
         self._request = request
+        self._prompt_tokens = prompt_tokens
+        self._tokens = 0
+        self._first: float | None = None
         self._last: float | None = None
 
     def record(self, count: int) -> None:
@@ -93,10 +108,21 @@ class TokenTimer:
         if not self._request.first_token:
             self._request.first_token = True
             metrics.first_token.observe(now - self._request.started)
+        self._tokens += count
+        if self._first is None:
+            self._first = now
         if self._last is not None:
             for _ in range(count):
                 metrics.between_tokens.observe((now - self._last) / count)
         self._last = now
+
+    def ended(self, finish_reason: str, details: ServingDetails | None) -> None:
+        """Take note of the sequence's end; `finish_reason` may be abort or error too."""
+        answers = self._request.metrics.answers
+        answers.ended(finish_reason)
+        if finish_reason in ("stop", "length"):
+            seconds = self._last - self._first if self._last is not None and self._first is not None else 0.0
+            answers.observe(self._prompt_tokens, self._tokens, seconds, details)
 
 
 class _EngineCollector(Collector):

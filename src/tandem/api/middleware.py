@@ -8,11 +8,12 @@ from typing import cast
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tandem.api.api_keys import ApiKeys
-from tandem.api.connections import client_of
-from tandem.api.http_errors import Unauthorized, error_response
+from tandem.api.connections import client_of, is_local
+from tandem.api.http_errors import Forbidden, Unauthorized, error_response
 from tandem.ids import new_request_id
 
 REQUEST_ID = b"x-request-id"
+GUARDED = ("/v1/", "/tokenize", "/detokenize")
 _ALLOWED = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -20,8 +21,9 @@ class ApiMiddleware:
     """Takes over or makes the request id, and lets in only those with the API key.
 
     A client's X-Request-Id is taken over if it has 1 to 128 letters, digits or `._:-`, else a fresh one is made; every
-    response has it. With API keys, everything under /v1/ needs `Authorization: Bearer KEY`; /health, /metrics and
-    /tandem/ are open.
+    response has it. With API keys, everything under /v1/, what works on text, and every POST under /tandem/, which runs
+    an engine, needs `Authorization: Bearer KEY`; to read /health, /metrics and the like is open. Without keys, engines
+    are run from this machine alone, and not by a web page that a browser on it shows.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
@@ -40,20 +42,27 @@ class ApiMiddleware:
 
         scope["tandem.request_id"] = request_id.decode()
         try:
-            self._check(scope, headers.get(b"authorization", b""))
-        except Unauthorized as refusal:
+            self._check(scope, headers)
+        except (Unauthorized, Forbidden) as refusal:
             await error_response(refusal)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
 
-    def _check(self, scope: Scope, authorization: bytes) -> None:
-        """Name the client. Raises Unauthorized."""
-        client: str | None = client_of(scope["client"][0]) if scope.get("client") else ""
-        if self._keys is not None and scope["path"].startswith("/v1/"):
-            scheme, _, key = authorization.partition(b" ")
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Name the client. Raises Unauthorized or Forbidden."""
+        host = scope["client"][0] if scope.get("client") else ""
+        client: str | None = client_of(host)
+        runs_engine = scope["path"].startswith("/tandem/") and scope["method"] == "POST"
+        if self._keys is not None and (scope["path"].startswith(GUARDED) or runs_engine):
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             client = self._keys.client(key.strip()) if scheme.lower() == b"bearer" else None
             if client is None:
                 raise Unauthorized("this server needs an API key: send `Authorization: Bearer KEY` with the right one")
+        elif runs_engine and (not is_local(host) or b"origin" in headers):
+            raise Forbidden(
+                "this server has no API key, so its engines are run from its own machine alone, with `tandem drain` or"
+                " the like: give it a key with TANDEM_API_KEY or --api-key-file"
+            )
         scope["tandem.client"] = client
 
 

@@ -5,22 +5,26 @@ An optional field that is null means the same as one left out. Ranges of samplin
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from tandem.api.backend import ServingDetails
-from tandem.wire.messages import KvTransferParams
-from tandem.wire.sampling import MAX_LOGPROBS
+from tandem.wire.messages import CacheSalt, KvTransferParams
+from tandem.wire.sampling import MAX_COUNT, MAX_LOGPROBS
 
 MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_PARTS = 1024
+MAX_TOOLS = 128
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 128
 
 N = Annotated[int, Meta(ge=1, le=MAX_N)]
 LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 # --- bodies of requests -------------------------------------------------------------------------------------------
@@ -54,10 +58,23 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     logit_bias: dict[int, float] | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_COUNT)] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
+    cache_salt: CacheSalt | None = None
     return_token_ids: bool | None = None
     kv_transfer_params: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | bool | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 Body = TypeVar("Body", bound=GenerateBody)
@@ -70,18 +87,79 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fie
     best_of: N | None = None
 
 
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`strict` may say what it likes: arguments that are forced always fit."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(msgspec.Struct, frozen=True):
+    """`arguments`: JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call, in a conversation as in an answer. `index`: in the events of a stream. `type` is always written."""
+
+    index: int | None = None
+    id: str
+    type: Annotated[str, Meta(pattern="^function$")] = msgspec.field(default_factory=lambda: "function")
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     content: str | Annotated[list[dict[str, Any]], Meta(max_length=MAX_PARTS)]
     name: str | None = None
+    tool_calls: list[ToolCallOut] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
 
 
 class ChatBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's /tokenize: `prompt`, or `messages` as a chat makes its prompt of them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    tokens: list[int]
 
 
 # --- bodies of responses ------------------------------------------------------------------------------------------
@@ -127,6 +205,17 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class TokenizeResponse(msgspec.Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(msgspec.Struct, frozen=True):
+    prompt: str
+
+
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """`stop_reason` (vLLM): the stop string or stop token id; null after end-of-sequence or at the length."""
 
@@ -143,9 +232,11 @@ class CompletionChoice(Choice, frozen=True, kw_only=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallOut] | UnsetType = UNSET
 
 
 class ChatChoice(Choice, frozen=True, kw_only=True):
@@ -154,8 +245,10 @@ class ChatChoice(Choice, frozen=True, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     role: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallOut] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Choice, frozen=True, kw_only=True):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tandem.api.backend import ServingDetails, TokenDelta
-from tandem.api.detokenizer import new_detokenizer
+from tandem.api.detokenizer import Detokenizer
 from tandem.api.stop_strings import StopPatterns, StopStrings
-from tandem.api.tokenizer import Tokenizer
 from tandem.wire.messages import KvTransferParams, TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -46,22 +45,32 @@ class OutputProcessor:
     """Takes a sequence's deltas one after the other.
 
     Args:
+        detokenizer: a new one.
         index: of the choice.
         stops: stop strings, if there are any.
         sampling: text of the first `min_tokens` tokens is not searched for stop strings; `stop_token_ids` tell a stop
             token that the client named from end-of-sequence.
+        keeps_stop: the stop string or stop token is part of the text.
 
     Attributes:
         token_count: tokens so far, those that stopped it included.
         details: the newest that is known of how the sequence was made.
     """
 
-    def __init__(self, tokenizer: Tokenizer, index: int, stops: StopPatterns | None, sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        index: int,
+        stops: StopPatterns | None,
+        sampling: SamplingParams,
+        keeps_stop: bool = False,
+    ) -> None:
         self.token_count = 0
         self.details: ServingDetails | None = None
         self._index = index
         self._sampling = sampling
-        self._detokenizer = new_detokenizer(tokenizer)
+        self._keeps_stop = keeps_stop
+        self._detokenizer = detokenizer
         self._stops = StopStrings(stops) if stops is not None else None
         self._length = 0
 
@@ -72,7 +81,8 @@ class OutputProcessor:
         for place, token_id in enumerate(delta.token_ids):
             tokens.append(Token(token_id, self._length, delta.logprobs[place] if delta.logprobs else None))
             self.token_count += 1
-            ends = delta.stop_token_id is not None and place == len(delta.token_ids) - 1
+            last = place == len(delta.token_ids) - 1
+            ends = last and delta.stop_token_id is not None and not self._keeps_stop
             shown, hit = self._search("" if ends else self._detokenizer.push(token_id))
             text += shown
             if hit is not None:
@@ -91,7 +101,8 @@ class OutputProcessor:
         self._length += len(text)
         if self._stops is None or self.token_count <= self._sampling.min_tokens:
             return text, None
-        return self._stops.push(text)
+        shown, hit = self._stops.push(text)
+        return (shown + hit if hit is not None and self._keeps_stop else shown), hit
 
     def _last_chunk(
         self, delta: TokenDelta, text: str, tokens: list[Token], finish_reason: str, stop_reason: str | int | None

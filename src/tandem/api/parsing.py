@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -14,52 +14,48 @@ from msgspec import NODEFAULT, Meta
 
 from tandem.api.http_errors import UnknownField, UnsupportedField, clipped
 from tandem.api.json_structure import MAX_NUMBERS, check_structure
-from tandem.api.openai import Body, ChatMessage, GenerateBody
+from tandem.api.openai import ChatMessage, GenerateBody
 from tandem.errors import InvalidRequest
 from tandem.wire.messages import KvTransferParams
 from tandem.wire.sampling import SamplingParams
 
 Converted = TypeVar("Converted")
+Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("allowed_token_ids", "chat_template", "prompt_logprobs", "truncate_prompt_tokens"), ()),
-    **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"), ()),
-    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
-    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
-    "safety_identifier": (),
-    **dict.fromkeys(("bad_words", "documents", "functions", "tools"), ([],)),
-    **dict.fromkeys(("continue_final_message", "include_stop_str_in_output", "store", "use_beam_search"), (False,)),
-    **dict.fromkeys(("add_generation_prompt", "detokenize", "skip_special_tokens"), (True,)),
-    "spaces_between_special_tokens": (True,),
+    **dict.fromkeys(("chat_template", "prompt_logprobs"), ()),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
+    **dict.fromkeys(("documents", "functions"), ([],)),
+    "use_beam_search": (False,),
+    **dict.fromkeys(("detokenize", "spaces_between_special_tokens"), (True,)),
     "length_penalty": (1, 1.0),
-    "metadata": ({},),
     "modalities": (["text"],),
-    "priority": (0,),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
     "suffix": ("",),
-    # Tools are not served, so the fields that only steer them may say anything that does not ask for a call.
-    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
-    "parallel_tool_calls": (True, False),
+    "function_call": ("none", "auto"),  # OpenAI's old way; `tools` is the new one
 }
+# Fields that ask for nothing of the model, of any value: they are for the provider's books, or hints how to serve.
+WITHOUT_EFFECT = (
+    *("metadata", "priority", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    *("safety_identifier", "service_tier", "store", "verbosity"),
+)
 # What the official client's own message objects have when an answer is sent back as part of a conversation.
 NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 WHOLE_FIELDS = frozenset(
-    ("n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed", "logprobs", "top_logprobs")
+    (
+        *("n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed"),
+        *("logprobs", "top_logprobs", "truncate_prompt_tokens"),
+    )
 )
 MIN_LIST = 65536  # numbers: block ids of a foreign proxy are a list too
 MAX_NEUTRAL = 64  # bytes of a value that asks for nothing
 MAX_SHOWN = 65536  # bytes of a body of which an error shows a part
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 SAMPLING_FIELDS = frozenset(GenerateBody.__struct_fields__) & frozenset(SamplingParams.__struct_fields__)
 _ABSENT = msgspec.Raw(b"null")
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)(?:\[\.\.\.\])?`$")
@@ -67,7 +63,7 @@ _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*?)`
 _STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
-def parse(body: bytes | bytearray, kind: type[Body], max_list: int = MAX_NUMBERS) -> Body:
+def parse(body: bytes | bytearray, kind: type[Parsed], max_list: int = MAX_NUMBERS) -> Parsed:
     """Return the body as a `kind`. Raises InvalidRequest, with the field at fault in `param`.
 
     Args:
@@ -85,18 +81,27 @@ def parse(body: bytes | bytearray, kind: type[Body], max_list: int = MAX_NUMBERS
 
 
 def sampling_params(
-    body: GenerateBody, max_tokens: int, logprobs: int | None, default_seed: int | None = None
+    body: GenerateBody,
+    max_tokens: int,
+    logprobs: int | None,
+    default_seed: int | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> SamplingParams:
-    """Return the sampling parameters of `body`. Defaults are OpenAI's, not those of the model's generation_config.json.
+    """Return the sampling parameters of `body`.
 
-    Without any seed a random one is taken. Raises InvalidRequest for a value out of range.
+    Args:
+        default_seed: for a body without one; None draws one.
+        defaults: by field, for a body that does not say; beyond them OpenAI's.
+
+    Raises InvalidRequest for a value out of range.
     """
     given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
     if given.get("top_k") == -1:
         given["top_k"] = 0
     wanted = default_seed if body.seed is None else body.seed
     seed = secrets.randbits(63) if wanted is None else wanted % 2**63
-    return convert(given | {"max_tokens": max_tokens, "logprobs": logprobs, "seed": seed}, SamplingParams)
+    fixed = {"max_tokens": max_tokens, "logprobs": logprobs, "seed": seed}
+    return convert({**(defaults or {}), **given, **fixed}, SamplingParams)
 
 
 def kv_transfer_params(fields: dict[str, Any]) -> KvTransferParams:
@@ -164,7 +169,7 @@ def _asks_for_nothing(raw: bytes, neutral: tuple[Any, ...]) -> bool:
 
 
 def _served(name: str, value: Any) -> Any:
-    if name == "messages":
+    if name == "messages" and value is not None:
         return [_served_message(one, place) for place, one in enumerate(value)]
     if name in WHOLE_FIELDS and isinstance(value, float):
         if not value.is_integer():
@@ -174,10 +179,6 @@ def _served(name: str, value: Any) -> Any:
 
 
 def _served_message(read: Any, place: int) -> ChatMessage:
-    if read.role in ("tool", "function"):
-        raise UnsupportedField(
-            f"messages[{place}]: role `{read.role}` is not supported: there are no tools", param="messages"
-        )
     if read.role not in ROLES:
         raise InvalidRequest(
             f"messages[{place}]: role must be one of {', '.join(ROLES)}; it is {clipped(read.role)!r}",
@@ -189,11 +190,12 @@ def _served_message(read: Any, place: int) -> ChatMessage:
             f"messages[{place}].content: this field is missing or null, which only an assistant's may be",
             param=f"messages[{place}].content",
         )
-    return ChatMessage(read.role, "" if read.content is None else read.content, read.name)
+    content = "" if read.content is None else read.content
+    return ChatMessage(read.role, content, read.name, read.tool_calls, read.tool_call_id, read.reasoning_content)
 
 
 @cache
-def _decoder(kind: type[GenerateBody]) -> msgspec.json.Decoder[Any]:
+def _decoder(kind: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
     """Return a decoder that takes what clients may write for a `kind`, and refuses the rest as soon as it comes to it.
 
     Fields that are not served are left as they are written; whole numbers may be written as floats, as 16.0.
@@ -203,16 +205,18 @@ def _decoder(kind: type[GenerateBody]) -> msgspec.json.Decoder[Any]:
     for field in msgspec.structs.fields(kind):
         hint = hints[field.name]
         if field.name == "messages":
-            hint = Annotated[list[_message_type()], Meta(min_length=1)]  # type: ignore[misc]
+            messages: Any = Annotated[list[_message_type()], Meta(min_length=1)]  # type: ignore[misc]
+            hint = messages if field.required else messages | None
         elif field.name in WHOLE_FIELDS:
             hint = _or_float(hint)
         fields.append((field.name, hint, field.default))
-    return msgspec.json.Decoder(_struct(kind.__name__, fields, NOT_SERVED))
+    return msgspec.json.Decoder(_struct(kind.__name__, fields, (*NOT_SERVED, *WITHOUT_EFFECT)))
 
 
 def _message_type() -> type[msgspec.Struct]:
     hints = get_type_hints(ChatMessage, include_extras=True)
-    fields = [("role", str, NODEFAULT), ("content", hints["content"] | None, None), ("name", hints["name"], None)]
+    optional = [(name, hints[name], None) for name in ("name", "tool_calls", "tool_call_id", "reasoning_content")]
+    fields = [("role", str, NODEFAULT), ("content", hints["content"] | None, None), *optional]
     return _struct("Message", fields, NOT_SERVED_IN_MESSAGES)
 
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import msgspec
 
 from tandem.api.backend import TokenRequest
+from tandem.api.bad_words import banned_runs
+from tandem.api.detokenizer import new_detokenizer
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import GenerateBody
 from tandem.api.output_processor import OutputProcessor
 from tandem.api.parsing import kv_transfer_params
 from tandem.api.stop_strings import StopPatterns
 from tandem.errors import InvalidRequest
+from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams
 
 
@@ -58,24 +61,37 @@ class PreparedRequest:
         return sum(one.output.token_count for one in self.sequences)
 
 
-def prepare_request(
-    request_id: str, body: GenerateBody, model: LoadedModel, prompts: list[tuple[Prompt, SamplingParams]]
+async def prepare_request(
+    request_id: str,
+    body: GenerateBody,
+    model: LoadedModel,
+    prompts: list[tuple[Prompt, SamplingParams]],
+    grammar: Grammar | None = None,
 ) -> PreparedRequest:
-    """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest."""
+    """Return the request for these prompts, each with its sampling parameters. Raises InvalidRequest.
+
+    Args:
+        grammar: what each of the answers must match.
+    """
     copies = body.n or 1
     count = len(prompts) * copies
     _check(body, model, prompts[0][1], count)
+    banned = await banned_runs(body.bad_words, model)
     kv = kv_transfer_params(body.kv_transfer_params) if body.kv_transfer_params is not None else None
     stop_list = [body.stop] if isinstance(body.stop, str) else body.stop
     stops = StopPatterns(stop_list) if stop_list else None
+    skips, keeps = body.skip_special_tokens is not False, bool(body.include_stop_str_in_output)
     sequences: list[PreparedSequence] = []
     for prompt, sampling in prompts:
         for copy in range(copies):
             index = len(sequences)
             own_id = f"{request_id}-{index}" if count > 1 else request_id
-            own = msgspec.structs.replace(sampling, seed=(sampling.seed + copy) % 2**63)  # each choice has its own
-            request = TokenRequest(own_id, prompt.token_ids, own, kv)
-            output = OutputProcessor(model.tokenizer, index, stops, own)
+            seed = (sampling.seed + copy) % 2**63  # each choice has its own
+            own = msgspec.structs.replace(sampling, seed=seed, banned_runs=banned)
+            request = TokenRequest(own_id, prompt.token_ids, own, kv, body.cache_salt, grammar)
+            output = OutputProcessor(
+                new_detokenizer(model.tokenizer, skip_special_tokens=skips), index, stops, own, keeps
+            )
             sequences.append(PreparedSequence(request, prompt, copy == 0, output))
     wants_tokens = bool(body.return_token_ids) or prompts[0][1].logprobs is not None
     return PreparedRequest(request_id, model, sequences, wants_tokens)
@@ -84,6 +100,7 @@ def prepare_request(
 def _check(body: GenerateBody, model: LoadedModel, sampling: SamplingParams, count: int) -> None:
     model.check_token_ids(sampling.stop_token_ids, "stop_token_ids")
     model.check_token_ids(list(sampling.logit_bias), "logit_bias")
+    model.check_token_ids(sampling.allowed_token_ids or [], "allowed_token_ids")
     if sampling.min_tokens > sampling.max_tokens:
         limit = f"at most {sampling.max_tokens} tokens may be generated"
         raise InvalidRequest(f"min_tokens is {sampling.min_tokens}, but {limit}", param="min_tokens")

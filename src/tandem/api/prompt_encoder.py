@@ -13,6 +13,9 @@ INLINE_CHARS = 4096
 INLINE_TEXTS = 16
 PIECE_CHARS = 2**16
 PIECE_TEXTS = 256
+CHARS_A_TOKEN = 8
+MARGIN = 64  # tokens
+MAX_TAIL_CHARS = 2**20
 SHORTENING = 4
 """A normalizer may make a text so many times shorter (composed characters, runs of spaces)."""
 
@@ -30,8 +33,16 @@ class PromptEncoder:
         self._max_tokens = max_model_len
         self.max_chars = max_model_len * tokenizer.longest_token * (SHORTENING if tokenizer.normalizes else 1)
 
-    async def encode(self, texts: Sequence[str], field: str, *, add_special_tokens: bool) -> list[list[int]]:
-        """Return the token ids of each text; `field` of the body has them. Raises ContextTooLong, Overloaded."""
+    async def encode(
+        self, texts: Sequence[str], field: str, *, add_special_tokens: bool, keep: int | None = None
+    ) -> list[list[int]]:
+        """Return the token ids of each text; `field` of the body has them. Raises ContextTooLong, Overloaded.
+
+        Args:
+            keep: only so many of the last ones of each.
+        """
+        if keep is not None:
+            return [await self._encode_last(text, keep, field, add_special_tokens) for text in texts]
         for text in texts:
             self.check_length(len(text), field)
         if len(texts) <= INLINE_TEXTS and sum(map(len, texts)) <= INLINE_CHARS:
@@ -42,6 +53,25 @@ class PromptEncoder:
                 await self._check_tokens(batch[0], field)
             found += await self._pool.run(self._encode, batch, add_special_tokens)
         return found
+
+    async def _encode_last(self, text: str, count: int, field: str, add_special_tokens: bool) -> list[int]:
+        """Return the last `count` token ids of a text, of which no more is looked at than that takes."""
+        chars = CHARS_A_TOKEN * (count + MARGIN)
+        while True:
+            tail = text[-min(chars, MAX_TAIL_CHARS) :]
+            ids, total = await self._pool.run(
+                self._tokenizer.encode_last, tail, count, add_special_tokens=add_special_tokens
+            )
+            # Where the text was cut there may be tokens that the whole of it does not have, but not many.
+            if len(tail) == len(text) or total >= count + MARGIN:
+                return ids
+            if len(tail) == MAX_TAIL_CHARS:
+                raise ContextTooLong(
+                    f"{field} has {len(text)} characters, of which the last {MAX_TAIL_CHARS} have fewer tokens than the"
+                    f" {count} of truncate_prompt_tokens; send less text",
+                    param=field,
+                )
+            chars *= 2
 
     def check_length(self, chars: int, field: str) -> None:
         """Raise ContextTooLong for a text of so many characters that it cannot fit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tandem.api.http_errors import error_body, error_response, json_response
@@ -69,7 +70,7 @@ class ResponseWriter:
             if now() - self._sent_at >= self._comment_every:
                 await self._stream(COMMENT)
 
-    async def whole(self, content: ResponseBody) -> None:
+    async def whole(self, content: msgspec.Struct) -> None:
         response = json_response(content)
         self.answered = True
         await response(self._scope, self._receive, self._send)

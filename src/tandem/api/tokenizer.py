@@ -46,8 +46,21 @@ class Tokenizer:
         # of the encode methods only this one leaves the interpreter to other threads for nearly all of its time
         return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def encode_last(self, text: str, count: int, *, add_special_tokens: bool) -> tuple[list[int], int]:
+        """Return the last `count` token ids of `text`, with special ones around them, and how many `text` has."""
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        room = max(0, count - (self._tokenizer.num_special_tokens_to_add(False) if add_special_tokens else 0))
+        total = len(encoding.ids)
+        encoding.truncate(room, direction="left")
+        found = self._tokenizer.post_process(encoding, add_special_tokens=add_special_tokens)
+        return list(found.ids)[-count:] if count else [], total
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """Return each token as the vocabulary writes it; "" for an id that is no token."""
+        return [self._tokenizer.id_to_token(one) or "" for one in token_ids]
 
     def knows(self, token_id: int) -> bool:
         return self._tokenizer.id_to_token(token_id) is not None
@@ -67,6 +80,27 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def ends_whole(self, token_ids: list[int]) -> bool:
+        """Return whether these tokens are known not to end within a character: byte-fallback tokens tell."""
+        if not self._byte_fallback:
+            return False
+        run = bytearray()
+        for token_id in reversed(token_ids):
+            byte = self._fallback_byte(token_id)
+            if byte is None:
+                break
+            run.append(byte)
+        try:
+            run[::-1].decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    def _fallback_byte(self, token_id: int) -> int | None:
+        token = self._tokenizer.id_to_token(token_id) if self._byte_fallback else None
+        byte = _BYTE_TOKEN.fullmatch(token) if token is not None else None
+        return int(byte[1], 16) if byte else None
+
     def _find_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
@@ -75,8 +109,8 @@ class Tokenizer:
             return token.encode()
         if self.is_byte_level:
             return bytes(_CHAR_BYTES[char] for char in token) if _CHAR_BYTES.keys() >= set(token) else token.encode()
-        byte = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
-        return bytes([int(byte[1], 16)]) if byte else token.replace(_METASPACE, " ").encode()
+        byte = self._fallback_byte(token_id)
+        return token.replace(_METASPACE, " ").encode() if byte is None else bytes([byte])
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,10 +18,11 @@ from rich.text import Text
 
 from tandem.client import Client
 from tandem.commands.doctor_options import DoctorOptions
+from tandem.commands.listed_engines import listed_engines
 from tandem.config import EngineConfig
 from tandem.doctor.engine_pairs import SHORT, ListedEngine, Pair, PairState, engine_pairs, why_unserved
 from tandem.doctor.findings import Level, any_problem, run_check
-from tandem.errors import ConfigError, RequestError, StartError, Unavailable, WireError
+from tandem.errors import ConfigError, RequestError, StartError, Unavailable
 
 if TYPE_CHECKING:
     from tandem.doctor.cluster import ClusterReport
@@ -119,7 +119,7 @@ async def _ask_router(url: str, api_key: str | None) -> tuple[list[ListedEngine]
     """
     try:
         async with asyncio.timeout(FETCH_SECONDS), Client(url, api_key=api_key) as client:
-            engines = await _engines(client)
+            engines = await listed_engines(client)
             with suppress(RequestError):
                 return engines, await client.unhealthy()
             return engines, None
@@ -128,35 +128,6 @@ async def _ask_router(url: str, api_key: str | None) -> tuple[list[ListedEngine]
             f"no router answers at {url} ({error or f'not in {FETCH_SECONDS:.0f} s'}): is it started, is this its API's"
             " address, is there a firewall?"
         ) from None
-
-
-async def _engines(client: Client) -> list[ListedEngine]:
-    path = "/tandem/engines"
-    try:
-        return msgspec.convert((await client.get(path))["engines"], list[ListedEngine])
-    except RequestError as error:
-        if error.status in (401, 403):
-            raise ConfigError(
-                f"{client.url} wants an API key (status {error.status}): give it with --api-key"
-            ) from None
-        if error.status == 404:
-            raise ConfigError(
-                f"{client.url} has no {path}: {await _kind(client)}; give the URL of a router's API"
-            ) from None
-        if isinstance(error, Unavailable):
-            raise
-        raise WireError(f"{client.url}{path}: {error}") from None
-    except (msgspec.ValidationError, LookupError, TypeError) as error:
-        raise WireError(f"{client.url}{path} is not what a router of this version says: {error}") from None
-
-
-async def _kind(client: Client) -> str:
-    try:
-        await client.get("/tandem/engine")
-    except RequestError as error:
-        if error.status != 503:
-            return "this is no Tandem router"
-    return "this is an engine's own API"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

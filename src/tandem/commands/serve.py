@@ -8,7 +8,7 @@ from tandem.console import Console
 from tandem.local_cluster import start_cluster
 from tandem.model_folder import find_model
 from tandem.processes import ChildProcesses
-from tandem.supervisor import Supervisor
+from tandem.supervisor import Supervisor, Unit
 
 
 def run_serve(model: str, config: ClusterConfig) -> int:
@@ -29,6 +29,9 @@ def run_serve(model: str, config: ClusterConfig) -> int:
             f' -d \'{{"model": "{folder.name}", "prompt": "Hello", "max_tokens": 16}}\'',
         )
         console.url(url)
-        Supervisor(children, [cluster.router, *cluster.engines], console.echo, config.time.start_timeout).run()
+        units: list[Unit] = [cluster.router, *cluster.engines]
+        seconds = config.time.start_timeout
+        Supervisor(children, units, console.echo, seconds, ends_with=cluster.engines).run()
+        return 0
 
     return supervised(body)

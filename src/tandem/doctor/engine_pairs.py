@@ -17,11 +17,13 @@ class ListedEngine(EngineStatus, frozen=True, kw_only=True):
     """An engine as GET /tandem/engines lists it.
 
     Attributes:
-        state: what the router thinks of it: ready or lost.
+        state: what the router thinks of it: ready, stalled, draining or lost.
+        reason: why it is not used for new requests.
         peer_address: HOST:PORT where other engines shake hands with it.
     """
 
     state: str
+    reason: str | None = None
     dtype: str = "?"
     version: str = "?"
     peer_address: str = "?"
@@ -71,6 +73,8 @@ def why_unserved(engines: Sequence[ListedEngine], pairs: Sequence[Pair]) -> str 
     if not engines:
         return "no engine has registered: start some with --router and the router's control port"
     missing = [role for role in ("prefill", "decode") if not any(e.ready and e.role == role for e in engines)]
+    if missing == ["prefill"]:
+        return None  # decode engines serve alone
     if missing:
         return f"no {' and no '.join(missing)} engine is ready, and no mixed one"
     return "every pair of a prefill and a decode engine is refused or lost"

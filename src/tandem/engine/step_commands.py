@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.errors import EngineFailed
+from tandem.errors import EngineFailed, RequestError
 from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import Generate
 
@@ -22,6 +22,15 @@ class AbortRequest:
     """Nobody waits for this request any more. Unknown ids are fine."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarReady:
+    """The grammar of a request that waits for it is compiled, or cannot be. `since`: time when it came."""
+
+    request_id: str
+    since: float
+    error: RequestError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,5 +98,15 @@ class Fail:
 
 
 Command = (
-    StartRequest | AbortRequest | KvArrived | KvFailed | ReadsEnded | KvCorrupt | LeasesEnded | Shutdown | Drain | Fail
+    StartRequest
+    | AbortRequest
+    | GrammarReady
+    | KvArrived
+    | KvFailed
+    | ReadsEnded
+    | KvCorrupt
+    | LeasesEnded
+    | Shutdown
+    | Drain
+    | Fail
 )

@@ -39,5 +39,8 @@ a step loop that does not hang ends with a better reason."""
 HALT_SECONDS = 0.5
 """Of the leader, for its followers to go: its own end must not overtake its Halt, or they take it for a loss."""
 
+GOODBYE_SECONDS = 1.5
+"""Of the event loop, for frontends to answer its goodbye: a process that ends takes along what it has not sent yet."""
+
 EVENT_LOOP_SECONDS = 2.0
 """Of the step loop, for the event loop to say goodbye to frontends and peers."""

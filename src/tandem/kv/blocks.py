@@ -25,12 +25,17 @@ _DIGEST_BYTES = 32
 
 
 class PrefixChain:
-    """Digests of the full blocks of a token list that may grow; each is computed once, when it is first wanted."""
+    """Digests of the full blocks of a token list that may grow; each is computed once, when it is first wanted.
 
-    __slots__ = ("_block_size", "_digests", "_tokens")
+    Args:
+        salt: chains of different salts have no digest in common; "" is a salt of its own.
+    """
 
-    def __init__(self, tokens: list[int], block_size: int) -> None:
+    __slots__ = ("_block_size", "_digests", "_root", "_tokens")
+
+    def __init__(self, tokens: list[int], block_size: int, salt: str = "") -> None:
         self._tokens = tokens
+        self._root = blake2b(salt.encode(), digest_size=_DIGEST_BYTES).digest() if salt else b""
         self._block_size = block_size
         self._digests: list[bytes] = []
 
@@ -42,7 +47,7 @@ class PrefixChain:
             tokens = array("i", self._tokens[start : start + size])
             if len(tokens) < size:
                 raise IndexError(f"block {len(digests)} is not full: {len(self._tokens)} tokens, blocks of {size}")
-            parent = digests[-1] if digests else b""
+            parent = digests[-1] if digests else self._root
             digests.append(blake2b(parent + tokens.tobytes(), digest_size=_DIGEST_BYTES).digest())
         return digests[index]
 
@@ -60,7 +65,11 @@ class BlockUsage:
 
 
 class BlockPool:
-    """All KV blocks of an engine, by id in [0, num_blocks). Every method is O(blocks it names)."""
+    """All KV blocks of an engine, by id in [0, num_blocks). Every method is O(blocks it names).
+
+    Attributes:
+        freed: number of times that a block became available, ever; only grows.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -74,6 +83,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._leases: Counter[int] = Counter()  # block -> references that are leases
         self._quarantined: set[int] = set()
+        self.freed = 0
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that `num_tokens` tokens need."""
@@ -109,6 +119,10 @@ class BlockPool:
             self._references[block] += 1
         return found
 
+    def is_published(self, digest: bytes) -> bool:
+        """Return whether a block with this content can be found."""
+        return digest in self._block_of
+
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` blocks of unknown content, one reference each; None, and no change, if there are fewer."""
         if count > self.available:
@@ -125,6 +139,7 @@ class BlockPool:
             if count <= 0:
                 raise ValueError(f"block {block} is given back but nobody holds it")
             self._references[block] = count - 1
+            self.freed += count == 1
             if count == 1 and self._digest_of[block] is None:
                 self._free.append(block)
             elif count == 1:
@@ -172,6 +187,7 @@ class BlockPool:
         for block in blocks:
             self._quarantined.remove(block)
             self._free.append(block)
+            self.freed += 1
 
     def usage(self) -> BlockUsage:
         """Count the blocks in each state."""

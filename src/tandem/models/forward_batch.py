@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tandem.models.block_table import BlockTable
+
 
 class ForwardRow(NamedTuple):
     """New tokens of one sequence."""
@@ -17,7 +19,7 @@ class ForwardRow(NamedTuple):
     tokens: Sequence[int]
     start: int
     """Position of the first new token; the keys and values of all before it are in the blocks."""
-    block_ids: Sequence[int]
+    blocks: BlockTable
     """Blocks of the sequence in its order; they cover `end` positions or more."""
 
     @property
@@ -100,11 +102,11 @@ def group_by_length(lengths: Sequence[int]) -> list[range]:
 
 def row_problem(row: ForwardRow, block_size: int) -> str | None:
     """Return why there can be no batch with this row; None if there can."""
-    if row.tokens and len(row.block_ids) * block_size >= row.end:
+    if row.tokens and len(row.blocks) * block_size >= row.end:
         return None
     return (
         f"a row needs tokens and a block for each; got {len(row.tokens)} tokens from position {row.start} on, "
-        f"{len(row.block_ids)} blocks of {block_size}"
+        f"{len(row.blocks)} blocks of {block_size}"
     )
 
 
@@ -116,7 +118,7 @@ def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, 
     order = sorted(range(len(rows)), key=lambda r: -rows[r].start if len(rows[r].tokens) == 1 else 1)
     ordered = [rows[r] for r in order]
     positions = _integers([position for row in ordered for position in range(row.start, row.end)], device)
-    slot_blocks = [row.block_ids[position // block_size] for row in ordered for position in range(row.start, row.end)]
+    slot_blocks = [row.blocks.ids[position // block_size] for row in ordered for position in range(row.start, row.end)]
     stops = list(accumulate(len(row.tokens) for row in ordered))
     last_tokens = [0] * len(rows)
     for r, stop in zip(order, stops, strict=True):
@@ -131,7 +133,7 @@ def build_forward_batch(rows: Sequence[ForwardRow], device: torch.device | str, 
         end=max(row.end for row in ordered),
         decode=_decode_groups(ordered[:single], device, block_size),
         prefill=tuple(
-            PrefillRow(stop - len(row.tokens), stop, row.start, _integers(_used(row, block_size), device))
+            PrefillRow(stop - len(row.tokens), stop, row.start, _used(row, block_size))
             for row, stop in zip(ordered[single:], stops[single:], strict=True)
         ),
     )
@@ -143,15 +145,17 @@ def _decode_groups(rows: list[ForwardRow], device: torch.device | str, block_siz
     for group in group_by_length(lengths):
         longest, shortest = lengths[group.start], lengths[group.stop - 1]
         width = -(-longest // block_size)
-        table = []
-        for row in rows[group.start : group.stop]:
+        table = torch.empty(len(group), width, dtype=torch.int64, device=device)
+        for index, row in enumerate(rows[group.start : group.stop]):
             used = _used(row, block_size)
-            table.append(used + used[:1] * (width - len(used)))
+            table[index, : len(used)] = used
+            if len(used) < width:
+                table[index, len(used) :] = used[0]
         groups.append(
             DecodeGroup(
                 first=group.start,
                 stop=group.stop,
-                blocks=_integers(table, device),
+                blocks=table,
                 lengths=_integers(lengths[group.start : group.stop], device),
                 longest=longest,
                 is_even=longest == shortest,
@@ -160,9 +164,9 @@ def _decode_groups(rows: list[ForwardRow], device: torch.device | str, block_siz
     return tuple(groups)
 
 
-def _used(row: ForwardRow, block_size: int) -> list[int]:
+def _used(row: ForwardRow, block_size: int) -> Tensor:
     """Return the blocks up to that of the row's last new token; a row may own more."""
-    return list(row.block_ids[: -(-row.end // block_size)])
+    return row.blocks.first(-(-row.end // block_size))
 
 
 def _integers(values: object, device: torch.device | str) -> Tensor:

@@ -53,6 +53,7 @@ class Attempt:
     _stats: dict[str, RequestStats] = field(default_factory=dict)
     _prefill_error: RequestError | None = None
     _resumed: int = 0
+    _awaits_first_token: bool = False
 
     async def run(self) -> AsyncGenerator[TokenDelta, None]:
         """Yield output until the request ends. Raises a RequestError if this route cannot end it."""
@@ -85,20 +86,25 @@ class Attempt:
             prompt_len=len(request.token_ids),
             sampling=request.sampling,
             time_left=max(0.0, self._seconds_left()),
+            cache_salt=request.cache_salt,
+            grammar=request.grammar,
         )
         if route.prefill is None:
             return [self._send(generate, requested_kv(request.kv_transfer_params), route.decode)]
         source = route.prefill.register
         pull = PullKv(source.identity.engine_id, source.identity.incarnation, source.peer_address, generate.request_id)
-        return [self._send(generate, Prefill(), route.prefill), self._send(generate, pull, route.decode)]
+        prefill = self._send(generate, Prefill(), route.prefill, route.prompt_tokens)
+        return [prefill, self._send(generate, pull, route.decode)]
 
-    def _send(self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry) -> EngineStream:
-        return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue)
+    def _send(
+        self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry, prompt_tokens: int = 0
+    ) -> EngineStream:
+        return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue, prompt_tokens)
 
     async def _receive(self) -> Tokens:
         """Return the next message of either engine. Raises the RequestError that ends the attempt."""
         while True:
-            if self._prefill_error is not None and self.merger.has_gap:
+            if self._prefill_error is not None and (self.merger.has_gap or self._awaits_first_token):
                 raise self._prefill_error  # the first token was its to send; the decode engine had it from its KV
             try:
                 async with asyncio.timeout(self._seconds_left() + GRACE_SECONDS):
@@ -108,7 +114,10 @@ class Attempt:
             if isinstance(message, Tokens):
                 if message.stats is not None:
                     self._stats[stream.engine.incarnation] = message.stats
-                return message
+                if not stream.check.is_copy(message):
+                    return message
+                self._awaits_first_token = True
+                continue
             if isinstance(message, Stalled):
                 if not self.other_route():
                     continue  # it may go on after all, and before it ends itself

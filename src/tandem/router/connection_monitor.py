@@ -20,6 +20,9 @@ CONTROL_SOCKET = SocketOptions(handover=True, monitor=EVENTS)
 class ConnectionMonitor:
     """Knows by which connection each engine came last. Events name connections by file descriptor, which is used again.
 
+    The end of a connection overtakes the messages that came by it, as those wait in another queue. An engine is lost
+    only once they have been taken: the last tokens of one that leaves are among them.
+
     Args:
         socket: bound ROUTER, made with CONTROL_SOCKET.
         on_lost: called with the routing id of an engine whose connection has broken.
@@ -35,6 +38,7 @@ class ConnectionMonitor:
         self._open: set[int] = set()
         self._engines: dict[int, bytes] = {}
         self._connections: dict[bytes, int] = {}
+        self._ended: list[bytes] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -47,9 +51,19 @@ class ConnectionMonitor:
         finally:
             loop.remove_reader(events)
 
+    def caught_up(self) -> None:
+        """To be called after each message: if no other one is there, engines whose connections have ended are lost."""
+        if self._ended and not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            ended, self._ended = self._ended, []
+            for engine in ended:
+                self._on_lost(engine)
+
     def identify(self, connection: int, engine: bytes) -> bool:
         """Note that an engine registered by this connection. Return False if that has ended meanwhile."""
         self._read()  # so that an event of an earlier connection with this number is not taken for one of this
+        if engine in self._ended:  # the earlier connection of this one is not to end the new one
+            self._ended.remove(engine)
+            self._on_lost(engine)
         if connection not in self._open:
             return False
         earlier = self._connections.get(engine)
@@ -64,7 +78,7 @@ class ConnectionMonitor:
             try:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
-                return
+                break
             connection = event["value"]
             if event["event"] == zmq.EVENT_ACCEPTED:
                 self._open.add(connection)
@@ -73,4 +87,5 @@ class ConnectionMonitor:
                 engine = self._engines.pop(connection, None)
                 if engine is not None:
                     del self._connections[engine]
-                    self._on_lost(engine)
+                    self._ended.append(engine)
+        self.caught_up()

@@ -53,12 +53,16 @@ StreamQueue = asyncio.Queue[tuple["EngineStream", StreamMessage]]
 
 @dataclass(slots=True, eq=False)
 class EngineStream:
-    """One request on one engine: the engine's messages about it go to `queue`, which streams may share."""
+    """One request on one engine: the engine's messages about it go to `queue`, which streams may share.
+
+    `prompt_tokens`: that the engine has to compute for it.
+    """
 
     request_id: str
     engine: EngineEntry
     queue: StreamQueue
     check: StreamCheck
+    prompt_tokens: int = 0
     finished: bool = False
 
     def put(self, message: StreamMessage) -> None:
@@ -69,6 +73,7 @@ class EngineStream:
         if not self.finished:
             self.finished = True
             self.engine.active -= 1
+            self.engine.prompt_tokens -= self.prompt_tokens
 
 
 @dataclass(slots=True)
@@ -90,7 +95,7 @@ class EngineConnections:
     introduce: bool
     on_change: Callable[[], None] = lambda: None
     dropped: DroppedMessages = field(default_factory=lambda: DroppedMessages(log, "engine"))
-    _refused: set[str] = field(default_factory=set)
+    _refused: dict[str, None] = field(default_factory=dict)
     _codec: Codec[ToFrontend] = field(default_factory=lambda: Codec(ToFrontend))
     _streams: dict[tuple[bytes, str], EngineStream] = field(default_factory=dict)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,7 +108,9 @@ class EngineConnections:
         """Serve the socket until cancelled."""
         with self._monitor.watching():
             async with asyncio.TaskGroup() as group:
-                group.create_task(receive_with_connections(self.socket, self._codec, self._handle, self.dropped))
+                handled = self._monitor.caught_up
+                receiving = receive_with_connections(self.socket, self._codec, self._handle, handled, self.dropped)
+                group.create_task(receiving)
                 group.create_task(self._watch())
 
     async def changed(self, seconds: float) -> None:
@@ -121,12 +128,13 @@ class EngineConnections:
         self.socket.disable_monitor()
         self.socket.close(linger=0)
 
-    def open(self, generate: Generate, engine: EngineEntry, queue: StreamQueue) -> EngineStream:
-        """Send a request to an engine."""
+    def open(self, generate: Generate, engine: EngineEntry, queue: StreamQueue, prompt_tokens: int = 0) -> EngineStream:
+        """Send a request to an engine. `prompt_tokens`: that it has to compute for it."""
         check = StreamCheck(generate, engine.engine_id, engine.register.vocab_size)
-        stream = EngineStream(generate.request_id, engine, queue, check)
+        stream = EngineStream(generate.request_id, engine, queue, check, prompt_tokens)
         self._streams[engine.sender, generate.request_id] = stream
         engine.active += 1
+        engine.prompt_tokens += prompt_tokens
         self.send(engine.sender, generate)
         return stream
 
@@ -151,13 +159,18 @@ class EngineConnections:
                 for item in items:
                     self._deliver(sender, item)
             case EngineStatus():
+                known = self.registry.get(sender)
+                role = known.role if known is not None else None
                 engine = self.registry.heartbeat(sender, message, now)
                 self.send(sender, Registered(True, engine.register.connection) if engine else Registered(False))
+                if engine is not None and engine.role != role and self.introduce:
+                    self._introduce_all()  # before the first request that it has the new role for
                 self._note_change()
             case Register():
                 if self._monitor.identify(connection, sender):
                     self._register(sender, message, now)
             case Goodbye(reason=reason, failed=failed):
+                self.send(sender, Registered(False))
                 engine = self.registry.leave(sender)
                 if engine is not None:
                     kind = EngineLost if failed else EngineLeft
@@ -193,8 +206,13 @@ class EngineConnections:
 
     def _refuse(self, sender: bytes, message: Register, namesake: EngineEntry) -> None:
         """Refuse a second engine of one name. One that restarts is taken once its earlier incarnation is silent."""
-        if message.identity.incarnation not in self._refused and len(self._refused) < MAX_ENGINES:
-            self._refused.add(message.identity.incarnation)
+        incarnation = message.identity.incarnation
+        told = incarnation in self._refused
+        self._refused.pop(incarnation, None)
+        self._refused[incarnation] = None  # those that were refused last
+        if len(self._refused) > MAX_ENGINES:
+            del self._refused[next(iter(self._refused))]
+        if not told:
             log.warning(
                 "two engines are called %s, at %s and %s: the second one is not used while the first one lives;"
                 " give each its own --engine-id",

@@ -26,6 +26,7 @@ class EngineEntry:
         state: whether it may be used; if not, `reason` says why.
         registered: its connection has not broken since it registered.
         active: requests of ours that it works on now.
+        prompt_tokens: that it has to compute for them, as far as we know.
         last_chosen: number of the last request that it was chosen for; breaks ties.
         peers: its sessions by engine id and incarnation of the other engine.
     """
@@ -38,6 +39,7 @@ class EngineEntry:
     reason: str | None = None
     registered: bool = True
     active: int = 0
+    prompt_tokens: int = 0
     last_chosen: int = 0
     peers: dict[tuple[str, str], PeerInfo] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ class EngineEntry:
 
     @property
     def role(self) -> str:
-        return self.register.status.role
+        return self.status.role
 
 
 class EngineRegistry:

@@ -23,6 +23,7 @@ from tandem.errors import RequestError
 from tandem.reports import ControlPort, Health, Reporter
 from tandem.router.connection_monitor import CONTROL_SOCKET
 from tandem.router.engine_connections import EngineConnections
+from tandem.router.engine_operator import EngineOperator
 from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy, SingleEnginePolicy
 from tandem.router.request_router import RequestRouter
@@ -69,12 +70,16 @@ async def _serve(
         request_timeout=config.time.request_timeout,
         route_timeout=config.time.route_timeout,
         seed=config.run.seed,
+        kv_aware=kind == "router" and config.routing == "kv-aware",
     )
-    loader = ModelLoader(backend)
+    loader = ModelLoader(
+        backend, config.run.generation_config, config.run.tool_call_parser, config.run.reasoning_parser
+    )
     http = config.http
     keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None
     warn_if_open(listener, keys)
-    app = create_app(backend, loader, kind=kind, keys=keys, limits=config.limits)
+    operator = EngineOperator(connections) if kind == "router" else None
+    app = create_app(backend, loader, kind=kind, keys=keys, limits=config.limits, operator=operator)
     health = _HealthReporter(report, backend)
     connections.on_change = health.update
     stop = asyncio.Event()
@@ -150,7 +155,7 @@ class _HealthReporter:
         states = [(engine.engine_id, engine.state.value) for engine in self._backend.engines()]
         if states:
             self.first_engine.set()
-        now = (health.ok, states)
+        now = (health.ok, health.whole, states)
         if now != self._last:
             self._last = now
-            self._report(Health(health.ok))
+            self._report(Health(health.ok, health.whole))

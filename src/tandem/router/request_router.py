@@ -18,7 +18,8 @@ from tandem.router.attempt import Attempt
 from tandem.router.engine_connections import EngineConnections
 from tandem.router.engine_registry import EngineEntry
 from tandem.router.first_token import OutputMerger
-from tandem.router.policy import NoRoute, Route, RoutingPolicy
+from tandem.router.policy import ANY_PROMPT, NoRoute, Prompt, Route, RoutingPolicy
+from tandem.router.prefix_index import PrefixIndex, PrefixKeys, prefix_keys
 from tandem.router.retries import GONE, RETRIED, Retries
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class RequestRouter:
         request_timeout: seconds in which a request must end.
         route_timeout: seconds for which a request waits for engines when those that were there are gone.
         seed: for requests that bring none; None draws one for each.
+        kv_aware: whether requests go where the beginning of their prompt is cached.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RequestRouter:
         request_timeout: float,
         route_timeout: float,
         seed: int | None = None,
+        kv_aware: bool = True,
     ) -> None:
         self._connections = connections
         self._policy = policy
@@ -49,6 +52,8 @@ class RequestRouter:
         self._route_timeout = route_timeout
         self._had_route = False
         self._seed = seed
+        self._prefixes = PrefixIndex()
+        self._kv_aware = kv_aware
         self._created = int(time.time())
         self._count = 0
 
@@ -57,11 +62,22 @@ class RequestRouter:
         if engine is None:
             raise Unavailable("no engine has registered yet", retry_after=2)
         register = engine.register
-        return ModelCard(register.status.model, register.model_path, register.max_model_len, self._created, self._seed)
+        return ModelCard(
+            name=register.status.model,
+            path=register.model_path,
+            max_model_len=register.max_model_len,
+            created=self._created,
+            seed=self._seed,
+            aliases=tuple(register.model_aliases),
+        )
 
     def health(self) -> Health:
         route = self._find()  # at every change of an engine; so a route that nobody has used yet is known too
-        return Health(False, route.reason) if isinstance(route, NoRoute) else Health(True, "ready")
+        if isinstance(route, NoRoute):
+            return Health(False, route.reason, whole=False)
+        if route.is_makeshift:
+            return Health(True, f"{route.reason}: decode engines serve alone", whole=False)
+        return Health(True, "ready")
 
     def engines(self) -> list[EngineEntry]:
         return list(self._connections.registry)
@@ -71,10 +87,13 @@ class RequestRouter:
         retries = Retries(self._connections.registry.is_ready)
         failure: RequestError | None = None
         fingerprint: str | None = None
+        keys = prefix_keys(request.token_ids, request.cache_salt) if self._kv_aware else []
+        prompt = Prompt(len(request.token_ids), self._prefixes.matches(keys))
         for number in itertools.count():
             begun = fingerprint if merger.tokens else None
-            route = await self._choose(retries.exclude, begun, failure, merger.started + self._timeout)
+            route = await self._choose(retries.exclude, begun, failure, merger.started + self._timeout, prompt)
             fingerprint = route.decode.status.fingerprint
+            self._cached(keys, route.prefill, route.decode)
             merger.forget_early()
             attempt = Attempt(
                 self._connections,
@@ -89,6 +108,8 @@ class RequestRouter:
                 async with aclosing(attempt.run()) as deltas:
                     async for delta in deltas:
                         yield delta
+                if self._kv_aware:
+                    self._cached(prefix_keys(request.token_ids + merger.tokens, request.cache_salt), route.decode)
                 return
             except RETRIED as error:
                 log.warning("request %s: %s", request.request_id, error)
@@ -96,7 +117,12 @@ class RequestRouter:
                 retries.add(error, frozenset(attempt.lost), _at_fault(error, route).incarnation)
 
     async def _choose(
-        self, exclude: set[str], fingerprint: str | None, failure: RequestError | None, deadline: float
+        self,
+        exclude: set[str],
+        fingerprint: str | None,
+        failure: RequestError | None,
+        deadline: float,
+        prompt: Prompt,
     ) -> Route:
         """Return a route for the next attempt.
 
@@ -108,8 +134,8 @@ class RequestRouter:
             failure: of the attempt before; raised if there is no other route.
         """
         until = min(deadline, time.monotonic() + self._route_timeout)
-        while isinstance(route := self._find(exclude, fingerprint), NoRoute):
-            anybody = self._policy.choose((), fingerprint)
+        while isinstance(route := self._find(exclude, fingerprint, prompt), NoRoute):
+            anybody = self._policy.choose((), fingerprint, prompt)
             if isinstance(anybody, Route) and isinstance(failure, GONE):
                 route = anybody  # what was lost has come back
                 break
@@ -127,8 +153,20 @@ class RequestRouter:
     def _has_other_route(self, retries: Retries, merger: OutputMerger, fingerprint: str) -> bool:
         return isinstance(self._find(retries.exclude, fingerprint if merger.tokens else None), Route)
 
-    def _find(self, exclude: Collection[str] = (), fingerprint: str | None = None) -> Route | NoRoute:
-        route = self._policy.choose(exclude, fingerprint)
+    def _cached(self, keys: PrefixKeys, *engines: EngineEntry | None) -> None:
+        """Note that engines have, or will soon have, the KV of a text."""
+        for engine in engines:
+            if engine is None or not keys:
+                continue
+            if engine.incarnation not in self._prefixes:
+                self._prefixes.keep_only({known.incarnation for known in self._connections.registry})
+            kv = engine.status.kv
+            self._prefixes.add(engine.incarnation, keys, kv.blocks * kv.block_size)
+
+    def _find(
+        self, exclude: Collection[str] = (), fingerprint: str | None = None, prompt: Prompt = ANY_PROMPT
+    ) -> Route | NoRoute:
+        route = self._policy.choose(exclude, fingerprint, prompt)
         self._had_route |= isinstance(route, Route)
         return route
 

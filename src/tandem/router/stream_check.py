@@ -42,6 +42,15 @@ class StreamCheck:
             self.next = message.index + len(message.token_ids)
         self.ended = message.done
 
+    def is_copy(self, message: Tokens) -> bool:
+        """Return whether a decode engine has ended with the first token, of which it does not know how likely it was.
+
+        The prefill engine chose that token, and sends it too.
+        """
+        pulled_first = isinstance(self.generate.kv, PullKv) and message.index == self._start
+        ended = message.finish_reason is not None and len(message.token_ids) == 1
+        return pulled_first and ended and self.generate.sampling.logprobs is not None and message.logprobs is None
+
     @property
     def _start(self) -> int:
         """Number of output tokens that came with the request."""
@@ -68,6 +77,8 @@ class StreamCheck:
         wanted = self.generate.sampling.logprobs
         if wanted is None:
             return None if message.logprobs is None else "log-probabilities that nobody asked for"
+        if self.is_copy(message):
+            return None
         came = message.logprobs or []
         if len(came) != len(message.token_ids):
             return f"log-probabilities of {len(came)} tokens with {len(message.token_ids)} tokens"

@@ -50,11 +50,12 @@ def new_request(
         prompt_len=message.prompt_len,
         max_len=min(message.prompt_len + sampling.max_tokens, limits.max_model_len),
         sampling=sampling,
-        stop_tokens=stop_tokens if sampling.ignore_eos else stop_tokens | eos_ids,
+        stop_tokens=stop_tokens if sampling.ignore_eos and message.grammar is None else stop_tokens | eos_ids,
+        grammar=message.grammar,
         order=order,
         arrived_at=now,
         deadline=now + message.time_left,
-        chain=PrefixChain(tokens, pool.block_size),
+        chain=PrefixChain(tokens, pool.block_size, message.cache_salt or ""),
         kv=message.kv,
         digest=output_digest(tokens[message.prompt_len :]),
     )
@@ -68,6 +69,9 @@ def _check(message: Generate, limits: Limits, pool: BlockPool) -> None:
     message.sampling.check()
     _check_tokens("logit_bias", message.sampling.logit_bias, limits)
     _check_tokens("stop_token_ids", message.sampling.stop_token_ids, limits)
+    _check_tokens("allowed_token_ids", message.sampling.allowed_token_ids or (), limits)
+    for run in message.sampling.banned_runs:
+        _check_tokens("bad_words", run, limits)
     if length - prompt_len >= message.sampling.max_tokens:
         raise InvalidRequest(
             f"nothing is left to generate: {length - prompt_len} output tokens came with the request, "

@@ -1,4 +1,4 @@
-"""The batch that the scheduler hands to the runner, and its result. Both also go over the wire to the other ranks."""
+"""The batch that the scheduler hands to the engine's ranks, and its result."""
 
 from __future__ import annotations
 
@@ -7,41 +7,6 @@ import msgspec
 from tandem.errors import RequestError
 from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
-
-
-class SampleAt(msgspec.Struct, frozen=True, array_like=True):
-    """Choose a token after the row's last one.
-
-    Attributes:
-        position: index of the new token in the whole request (prompt and output); keys the random generator.
-        output_len: output tokens before it, for `min_tokens`.
-        history: all tokens before it and how many of them are prompt, where penalties need them; else None.
-        stop_ids: tokens that may not be chosen before `min_tokens`.
-    """
-
-    params: SamplingParams
-    position: int
-    output_len: int
-    history: tuple[list[int], int] | None = None
-    stop_ids: list[int] = []
-
-
-class Row(msgspec.Struct, frozen=True, array_like=True):
-    """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
-
-    `block_ids` is the block table; it covers at least start + len(tokens) positions.
-    """
-
-    request_id: str
-    tokens: list[int]
-    start: int
-    block_ids: list[int]
-    sample: SampleAt | None = None
-
-
-class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
-    batch_id: int
-    rows: list[Row]
 
 
 class RowError(msgspec.Struct, frozen=True, array_like=True):
@@ -56,12 +21,67 @@ class RowError(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
+class SampleAt(msgspec.Struct, frozen=True, array_like=True):
+    """Choose a token after the row's last one.
+
+    Attributes:
+        position: index of the new token in the whole request (prompt and output); keys the random generator.
+        output_len: output tokens before it, for `min_tokens`.
+        stop_ids: tokens that may not be chosen before `min_tokens`, unless the grammar leaves nothing else.
+        banned_ids: tokens that may not be chosen here.
+        constrained: only tokens that the request's grammar allows may be chosen.
+        mask: which ones those are, one bit a token, lowest bit first, or why it could not be made; set on the rank
+            that samples, as it is made while the model runs.
+    """
+
+    params: SamplingParams
+    position: int
+    output_len: int
+    stop_ids: list[int] = []
+    banned_ids: list[int] = []
+    constrained: bool = False
+    mask: bytes | RowError | None = None
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
+
+    Attributes:
+        block_ids: the block table; it covers at least start + len(tokens) positions. The request's own list, not to be
+            changed: it grows in place, and is another object once it holds other blocks.
+        history: all tokens of the request, where penalties need them; the request's own list too.
+    """
+
+    request_id: str
+    tokens: list[int]
+    start: int
+    block_ids: list[int]
+    sample: SampleAt | None = None
+    history: list[int] | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    batch_id: int
+    rows: list[Row]
+
+
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """A chosen token, and its `logprobs` if asked for; or the `error` that left this one row without a token."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: RowError | None = None
+
+
+Mask = bytes | RowError
+"""The tokens that may follow a row, as in `SampleAt.mask`."""
+
+
+class Masks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
+    """The masks of a batch's constrained rows by request, for the rank that samples, where that is not the leader."""
+
+    batch_id: int
+    masks: dict[str, Mask]
 
 
 def row_failed(error: RequestError) -> Sampled:

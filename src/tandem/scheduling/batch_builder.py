@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tandem.scheduling.events import BlocksAllocated
 from tandem.scheduling.preemption import allocate_by_preemption
-from tandem.scheduling.request import Request, RequestState
+from tandem.scheduling.request import Request, RequestState, Shortage
 from tandem.scheduling.state import SchedulerState
 from tandem.wire.messages import Prefill, PullKv
 
@@ -151,11 +151,18 @@ class BatchBuilder:
         One block for each running request is left alone, so that admission does not lead to preemption at once.
         """
         state, pool = self._state, self._state.pool
-        hit = pool.match_prefix(request.chain, max_cached)
-        if pool.blocks_for(num_tokens) - len(hit) + len(state.running) > pool.available:
-            pool.free(hit)
+        needed = pool.blocks_for(num_tokens) + len(state.running)
+        if self._is_still_short(request, max_cached, needed):
             self._short_of_blocks = True
             return False
+        hit = pool.match_prefix(request.chain, max_cached)
+        if needed - len(hit) > pool.available:
+            spare = pool.available
+            pool.free(hit)
+            request.shortage = Shortage(len(hit), spare - pool.freed)
+            self._short_of_blocks = True
+            return False
+        request.shortage = None
         cached = len(hit) * pool.block_size
         request.block_ids = hit
         request.num_computed = request.num_cached = cached
@@ -166,3 +173,16 @@ class BatchBuilder:
             state.totals.prompt_tokens += len(request.tokens)
             state.totals.prefix_tokens += cached
         return True
+
+    def _is_still_short(self, request: Request, max_cached: int, needed: int) -> bool:
+        """Return whether a request that was not admitted cannot be admitted now either, without matching its prefix.
+
+        The match can be longer only if the block after it was published. A block of it that is lost since counts as
+        spare and is needed again; so beyond what was spare there is no more than what has become available.
+        """
+        pool, shortage = self._state.pool, request.shortage
+        if shortage is None:
+            return False
+        if shortage.hits < max_cached // pool.block_size and pool.is_published(request.chain.digest(shortage.hits)):
+            return False
+        return needed - shortage.hits > shortage.spare + pool.freed

@@ -9,6 +9,7 @@ from tandem.ids import output_digest
 from tandem.kv.blocks import PrefixChain
 from tandem.scheduling.batch import Row, SampleAt
 from tandem.scheduling.events import FinishReason
+from tandem.wire.grammar import Grammar
 from tandem.wire.messages import Local, Prefill, PullKv, RequestStats
 from tandem.wire.sampling import SamplingParams
 
@@ -21,6 +22,19 @@ class RequestState(enum.Enum):
     FINISHED = "finished"  # blocks go back as soon as no batch with it is in flight
 
 
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """What was found when a request could not be admitted for lack of blocks.
+
+    Attributes:
+        hits: blocks of its prefix that were cached.
+        spare: other blocks that were available, less those that had become available ever (`BlockPool.freed`).
+    """
+
+    hits: int
+    spare: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request and its progress. Mutable; the scheduler alone changes it.
@@ -31,6 +45,7 @@ class Request:
         digest: of the output so far (`tandem.ids.output_digest`).
         max_len: the request ends when `tokens` is this long.
         stop_tokens: ids that end it.
+        grammar: what its output must match.
         order: place in the order of arrival.
         arrived_at, deadline: seconds.
         kv: how its KV comes and goes; a PullKv request that gives up on its peer becomes Local.
@@ -40,6 +55,7 @@ class Request:
         num_published: full blocks that were offered to the prefix cache.
         num_announced: tokens of a Prefill request that ChunkComputed events have announced.
         num_cached: tokens that the prefix cache had when it was admitted last.
+        shortage: why it was not admitted the last time; None if it was, or was not tried yet.
         prefilled: a Prefill request whose whole prompt is computed and whose token is sampled.
         inflight: batches in flight that have a row of it.
     """
@@ -55,6 +71,7 @@ class Request:
     deadline: float
     chain: PrefixChain
     kv: Local | Prefill | PullKv
+    grammar: Grammar | None = None
     digest: int = 0
     state: RequestState = RequestState.WAITING
     num_computed: int = 0
@@ -62,6 +79,7 @@ class Request:
     num_published: int = 0
     num_announced: int = 0
     num_cached: int = 0
+    shortage: Shortage | None = None
     prefilled: bool = False
     inflight: int = 0
     admitted_at: float | None = None
@@ -89,17 +107,24 @@ class Request:
         """Return `count` tokens from `start` as a row of a batch; a token is sampled after the last one known."""
         end = start + count
         sample = self._sample_at() if end == len(self.tokens) else None
-        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample)
+        history = self.tokens if sample is not None and self.sampling.uses_history else None
+        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample, history)
 
     def _sample_at(self) -> SampleAt:
         params, output_len = self.sampling, self.output_len
-        history = (self.tokens, self.prompt_len) if params.uses_history else None
-        stop_ids = sorted(self.stop_tokens) if output_len < params.min_tokens else []
-        return SampleAt(params, len(self.tokens), output_len, history, stop_ids)
+        constrained = self.grammar is not None
+        goes_on = output_len < params.min_tokens or (constrained and params.ignore_eos)
+        stop_ids = sorted(self.stop_tokens) if goes_on else []
+        banned = _run_ends(params.banned_runs, self.tokens, output_len)
+        return SampleAt(params, len(self.tokens), output_len, stop_ids, banned, constrained)
 
     def finish_reason(self) -> FinishReason | None:
-        """Return the reason if the last token, an output token, ends the request."""
-        if self.tokens[-1] in self.stop_tokens and self.output_len > self.sampling.min_tokens:
+        """Return the reason if the last token, an output token, ends the request.
+
+        What a grammar ends is at its end, however many tokens were to come at least: nothing can follow.
+        """
+        may_stop = self.output_len > self.sampling.min_tokens or self.grammar is not None
+        if may_stop and self.tokens[-1] in self.stop_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.max_len else None
 
@@ -115,3 +140,12 @@ class Request:
             recomputations=self.recomputations,
             recompute_reason=self.recompute_reason,
         )
+
+
+def _run_ends(runs: list[list[int]], tokens: list[int], output_len: int) -> list[int]:
+    """Return the tokens that would complete a run, all of which is output."""
+    ends = []
+    for *before, last in runs:
+        if len(before) <= output_len and tokens[len(tokens) - len(before) :] == before:
+            ends.append(last)
+    return ends

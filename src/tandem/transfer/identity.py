@@ -58,6 +58,7 @@ class RankRecord(msgspec.Struct, frozen=True):
         role: what the engine is used for.
         model_files: what is known of the model without reading its weights; a digest.
         cluster_key: fingerprint of the key.
+        openmp, threads: the runtime that it computes with on the CPU, and in how many threads.
         identity: made by the leader; only rank 0's is there.
     """
 
@@ -83,6 +84,8 @@ class RankRecord(msgspec.Struct, frozen=True):
     role: Name = "mixed"
     cluster_key: Name = "none"
     verify_kv: bool = False
+    openmp: Name = "none"
+    threads: Count = 1
     identity: EngineIdentity | None = None
 
     @property
@@ -101,7 +104,10 @@ class Agreement(msgspec.Struct, frozen=True):
     def ranks(self) -> list[RankInfo]:
         """Return the ranks as GET /tandem/engine shows them."""
         engine_id, incarnation = self.identity.engine_id, self.identity.incarnation
-        return [RankInfo(r.rank, r.tp_rank, r.pp_rank, r.host, r.pid, engine_id, incarnation) for r in self.records]
+        return [
+            RankInfo(r.rank, r.tp_rank, r.pp_rank, r.host, r.pid, engine_id, incarnation, r.openmp, r.threads)
+            for r in self.records
+        ]
 
 
 def agree(world: World, record: RankRecord) -> Agreement:

@@ -13,15 +13,20 @@ import msgspec
 from msgspec import Meta
 
 from tandem.ids import EngineIdentity
+from tandem.wire.control_messages import EngineControl
+from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams, TokenId
 
 MAX_PROMPT_TOKENS = 4_194_304
 MAX_RANKS = 4096
 MAX_PEERS = 4096
 
+MAX_SALT = 256
+MAX_ALIASES = 64
 MAX_TEXT = 4096
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+CacheSalt = Annotated[str, Meta(min_length=1, max_length=MAX_SALT)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -52,8 +57,7 @@ class Local(msgspec.Struct, frozen=True, tag="local"):
 class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
     """Compute the prompt and one token, and keep the prompt's KV for a decode engine to read.
 
-    Attributes:
-        published: the client is a foreign proxy: answer with `KvTransferParams`, and expect a claim only later.
+    `published`: the client is a foreign proxy: answer with `KvTransferParams`, and expect a claim only later.
     """
 
     published: bool = False
@@ -96,11 +100,9 @@ class KvTransferParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
-    """The answer to Register and to every heartbeat.
+    """The answer to Register, to every heartbeat, and to Goodbye, before which all else has been received then.
 
-    Attributes:
-        known: whether the engine is registered; if not, it shall register again.
-        connection: from the last Register that arrived.
+    An engine that is not `known` shall register again unless it leaves. `connection`: of the last Register received.
     """
 
     known: bool
@@ -115,6 +117,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
         token_ids: the prompt and, if the request is resumed, the output so far.
         prompt_len: number of `token_ids` that are the client's prompt.
         time_left: seconds until the request must have ended.
+        cache_salt: only requests with the same one find each other's KV in the prefix cache.
+        grammar: what the output must match.
     """
 
     request_id: Name
@@ -123,6 +127,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     sampling: SamplingParams
     time_left: Seconds
     kv: Local | Prefill | PullKv = msgspec.field(default_factory=Local)
+    cache_salt: CacheSalt | None = None
+    grammar: Grammar | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -144,13 +150,15 @@ class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
     peers: Annotated[list[PeerAddress], Meta(max_length=MAX_PEERS)]
 
 
-ToEngine = Registered | Generate | Abort | Introduce
+ToEngine = Registered | Generate | Abort | Introduce | EngineControl
 
 
 # --- received by a frontend -------------------------------------------------------------------------------------
 
 
 class RankInfo(msgspec.Struct, frozen=True):
+    """A rank; `openmp` (a file name, or none) and `threads` are what it computes with on the CPU."""
+
     rank: Count
     tp_rank: Count
     pp_rank: Count
@@ -158,6 +166,8 @@ class RankInfo(msgspec.Struct, frozen=True):
     pid: Count
     engine_id: Name
     incarnation: Name
+    openmp: Name = "none"
+    threads: Count = 1
 
 
 class KvUsage(msgspec.Struct, frozen=True):
@@ -255,7 +265,9 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
         max_model_len: longest prompt and output together, in tokens.
         vocab_size: the token ids that it sends are below this.
         step_timeout: seconds after which it takes a step to hang, and ends.
+        drain_timeout: seconds after which it ends, once it is told to drain.
         model_path: folder with the tokenizer, on the engine's node.
+        model_aliases: what clients may call the model, besides its name in the status.
         protocol: lowest and highest version of the engine-to-engine protocol that it speaks.
         connection: number of times that its connection to this frontend broke; messages on their way then may be lost.
     """
@@ -271,7 +283,9 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     protocol: tuple[Count, Count]
     vocab_size: Count
     step_timeout: Seconds
+    drain_timeout: Seconds
     http_address: Address | None = None
+    model_aliases: Annotated[list[Text], Meta(max_length=MAX_ALIASES)] = []
     connection: Count = 0
 
 

@@ -69,9 +69,16 @@ async def receive_messages(
 
 
 async def receive_with_connections(
-    socket: zmq.asyncio.Socket, codec: Codec[M], handle: Callable[[bytes, int, M], None], dropped: DroppedMessages
+    socket: zmq.asyncio.Socket,
+    codec: Codec[M],
+    handle: Callable[[bytes, int, M], None],
+    handled: Callable[[], None],
+    dropped: DroppedMessages,
 ) -> None:
-    """As `receive_messages` on a ROUTER; `handle` also gets the file descriptor of the connection, as monitors do."""
+    """As `receive_messages` on a ROUTER; `handle` also gets the file descriptor of the connection, as monitors do.
+
+    `handled`: called after each message, also after one that was dropped.
+    """
     for number in itertools.count(1):
         if number % BURST == 0:
             await asyncio.sleep(PAUSE_SECONDS)
@@ -81,6 +88,7 @@ async def receive_with_connections(
             handle(sender.bytes, int(frames[0].get(zmq.SRCFD)), message)
         except Exception as error:
             dropped.add(error)
+        handled()
 
 
 def _decode(codec: Codec[M], frames: list[bytes]) -> M:

@@ -12,6 +12,9 @@ from tandem.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 128
+MAX_ALLOWED_TOKENS = 16_384
+MAX_BANNED_RUNS = 256
+MAX_RUN_TOKENS = 1024
 MAX_COUNT = 2**31 - 1
 MAX_REPETITION_PENALTY = 100.0
 "A penalty divides or multiplies a logit; this and its inverse are far beyond any use, and far from overflow."
@@ -31,6 +34,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
         seed: keys the random generator together with a token's position, so that the same request continues
             with the same tokens however it is batched or resumed.
         logprobs: number of most likely tokens to report beside the chosen one; None for no logprobs at all.
+        allowed_token_ids: no others are chosen; None for all.
+        banned_runs: runs of tokens that the output must not have; the API makes them of vLLM's `bad_words`.
         stop_token_ids: end the request with finish reason "stop", as the model's end-of-sequence tokens do.
     """
 
@@ -50,11 +55,21 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     ] = {}
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] = []
     ignore_eos: bool = False
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    banned_runs: Annotated[
+        list[Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_RUN_TOKENS)]], Meta(max_length=MAX_BANNED_RUNS)
+    ] = []
 
     @property
     def uses_history(self) -> bool:
         """Whether choosing a token needs the tokens before it."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        return any(penalties)
+
+    @property
+    def rules_out(self) -> bool:
+        """Whether it has a say in which tokens may be chosen at all, whatever came before."""
+        return bool(self.logit_bias) or self.allowed_token_ids is not None
 
     def check(self) -> None:
         """Raise InvalidRequest for a value out of range (msgspec checks ranges only when it decodes)."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
+import pytest
 import zmq
 import zmq.asyncio
 
+from tandem.engine.io import frontends
 from tandem.engine.io.frontends import Frontend, FrontendEvents
 from tandem.errors import InvalidRequest
 from tandem.ids import EngineIdentity
 from tandem.wire.codec import Codec
+from tandem.wire.control_messages import ChangeRole, EngineControl
 from tandem.wire.messages import (
     Address,
     EngineStatus,
     Failed,
     Generate,
+    Goodbye,
     Outputs,
     Register,
     Registered,
@@ -53,6 +58,20 @@ class FakeFrontend:
         self._socket.close(linger=0)
 
 
+def nothing(_: object = None) -> None:
+    pass
+
+
+def events_of(
+    generate: Callable[[Generate], None] = nothing,
+    *,
+    abort: Callable[[str], None] = nothing,
+    control: Callable[[EngineControl], None] = nothing,
+    lost: Callable[[], None] = nothing,
+) -> FrontendEvents:
+    return FrontendEvents(generate, abort, nothing, control, lost)
+
+
 def request(request_id: str) -> Generate:
     return Generate(request_id, [1, 2], 2, SamplingParams(max_tokens=4), 60.0)
 
@@ -66,9 +85,7 @@ def test_when_the_connection_breaks_requests_are_given_up_and_the_frontend_is_to
         before = FakeFrontend(sockets)
         begun: asyncio.Queue[str] = asyncio.Queue()
         aborted: asyncio.Queue[str] = asyncio.Queue()
-        events = FrontendEvents(
-            lambda generate: begun.put_nowait(generate.request_id), aborted.put_nowait, lambda introduce: None
-        )
+        events = events_of(lambda generate: begun.put_nowait(generate.request_id), abort=aborted.put_nowait)
         frontend = Frontend(
             Address("127.0.0.1", before.port), sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events
         )
@@ -94,6 +111,69 @@ def test_when_the_connection_breaks_requests_are_given_up_and_the_frontend_is_to
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
 
+def test_an_engine_leaves_once_its_goodbye_has_been_received_and_registers_no_more() -> None:
+    """A process that ends takes along what it has not sent yet: the last tokens of requests that it has finished."""
+
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        there = FakeFrontend(sockets)
+        events = events_of()
+        address = Address("127.0.0.1", there.port)
+        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
+        running = asyncio.create_task(frontend.run())
+        await there.registration()
+        there.send(Registered(True, 0))
+        while not isinstance(await there.receive(), EngineStatus):
+            pass
+        frontend.send([Failed("r", "internal_error", "no")])
+        leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
+        kinds = []
+        while Goodbye not in kinds:
+            kinds.append(type(await there.receive()))
+            assert not leaving.done()
+        assert kinds[-2:] == [Outputs, Goodbye]
+        there.send(Registered(True, 0))  # to an earlier heartbeat
+        there.send(Registered(False))
+        await leaving
+        frontend.send([Failed("last", "internal_error", "no")])
+        assert isinstance(await there.receive(), Outputs), "no heartbeat, no registration"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        there.close()
+        context.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_engine_does_not_wait_to_leave_a_frontend_that_is_not_there(known: bool) -> None:
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        there = FakeFrontend(sockets)
+        events = events_of()
+        address = Address("127.0.0.1", there.port)
+        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
+        running = asyncio.create_task(frontend.run())
+        await there.registration()
+        if known:
+            there.send(Registered(True, 0))
+            while not isinstance(await there.receive(), EngineStatus):
+                pass
+        leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
+        if known:
+            while not isinstance(await there.receive(), Goodbye):
+                pass
+        there.close()
+        await leaving
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        context.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
 def test_a_request_that_cannot_be_begun_ends_with_an_error_whoever_is_at_fault() -> None:
     async def play() -> None:
         context = zmq.asyncio.Context()
@@ -103,7 +183,7 @@ def test_a_request_that_cannot_be_begun_ends_with_an_error_whoever_is_at_fault()
         def fail(generate: Generate) -> None:
             raise OSError("too many open files")
 
-        events = FrontendEvents(fail, lambda request_id: None, lambda introduce: None)
+        events = events_of(fail)
         frontend = Frontend(
             Address("127.0.0.1", fake.port), sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events
         )
@@ -129,7 +209,7 @@ def test_only_the_answer_to_the_last_registration_counts() -> None:
         context = zmq.asyncio.Context()
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
         there = FakeFrontend(sockets)
-        events = FrontendEvents(lambda generate: None, lambda request_id: None, lambda introduce: None)
+        events = events_of()
         address = Address("127.0.0.1", there.port)
         frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
         running = asyncio.create_task(frontend.run())
@@ -158,7 +238,7 @@ def test_a_request_that_cannot_begin_has_an_outcome_and_the_next_one_is_served()
         context = zmq.asyncio.Context()
         sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
         there = FakeFrontend(sockets)
-        events = FrontendEvents(begin, lambda request_id: None, lambda introduce: None)
+        events = events_of(begin)
         address = Address("127.0.0.1", there.port)
         frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
         running = asyncio.create_task(frontend.run())
@@ -183,3 +263,34 @@ def test_a_request_that_cannot_begin_has_an_outcome_and_the_next_one_is_served()
         ("bug", "internal_error", None),
     ]
     assert begun == ["good"]
+
+
+def test_what_the_engine_is_told_is_answered_with_a_heartbeat_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router waits for it."""
+    monkeypatch.setattr(frontends, "BEAT_SECONDS", 3600.0)
+    status = make_register(WHO, "mixed")
+
+    def obey(message: EngineControl) -> None:
+        nonlocal status
+        assert isinstance(message, ChangeRole)
+        status = make_register(WHO, message.role)
+
+    async def play() -> EngineStatus:
+        context = zmq.asyncio.Context()
+        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+        there = FakeFrontend(sockets)
+        address = Address("127.0.0.1", there.port)
+        frontend = Frontend(address, sockets, WHO.incarnation, lambda: status, events_of(control=obey))
+        running = asyncio.create_task(frontend.run())
+        await there.registration()
+        there.send(Registered(True, 0))
+        there.send(ChangeRole("decode"))
+        beat = await there.receive()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        there.close()
+        context.destroy(linger=0)
+        assert isinstance(beat, EngineStatus)
+        return beat
+
+    assert asyncio.run(asyncio.wait_for(play(), SECONDS)).role == "decode"

@@ -77,3 +77,9 @@ def test_it_ends_at_the_deadline_whatever_is_left(it: Rig) -> None:
     it.start("never gets its KV", [1, 2], SOURCE)
     it.send(Drain(0.0))
     assert reason(it) == "it was told to, with 1 requests and 0 leases left"
+
+
+def test_told_again_it_keeps_its_first_deadline(it: Rig) -> None:
+    it.start("never gets its KV", [1, 2], SOURCE)
+    it.send(Drain(0.0), Drain(later()))
+    assert reason(it) == "it was told to, with 1 requests and 0 leases left"

@@ -13,10 +13,12 @@ import zmq
 
 from tandem.engine.step import pipeline as pipelines
 from tandem.engine.step.pipeline import LEADER_SOCKET, Follower, Here, LeaderPipeline, follower_socket
+from tandem.engine.step.step_message import Step, StepEncoder
 from tandem.errors import EngineFailed, RankLost
 from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.wire.keys import new_key
 from tandem.wire.sockets import Sockets
+from tests.support.grammars import no_grammars
 
 SECONDS = 10
 RESULT = StepResult(7, [Sampled(1)])
@@ -36,7 +38,8 @@ class Bench:
         return made
 
     def pipeline(self, ranks: int) -> LeaderPipeline:
-        return LeaderPipeline(object(), self.listener, ranks)  # type: ignore[arg-type]
+        runner: Any = object()
+        return LeaderPipeline(runner, StepEncoder(4), self.listener, ranks, no_grammars(), 0)
 
 
 @pytest.fixture
@@ -132,14 +135,14 @@ class Broken:
     def __init__(self, gone: Callable[[], None]) -> None:
         self._gone = gone
 
-    def run(self, batch: Batch) -> None:
+    def run(self, step: Step, masks: object) -> None:
         self._gone()
         raise EngineFailed("connection closed by peer")
 
 
 def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Bench) -> None:
     follower = bench.follower(1)
-    pipeline = LeaderPipeline(Broken(follower.close), bench.listener, 2)  # type: ignore[arg-type]
+    pipeline = LeaderPipeline(Broken(follower.close), StepEncoder(4), bench.listener, 2, no_grammars(), 0)  # type: ignore[arg-type]
     pipeline.wait_for_followers()
     with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         pipeline.submit(Batch(1, []))
@@ -148,7 +151,7 @@ def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Ben
 def test_a_collective_that_fails_for_another_reason_says_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipelines, "CAUSE_SECONDS", 0)
     follower = bench.follower(1)
-    pipeline = LeaderPipeline(Broken(lambda: None), bench.listener, 2)  # type: ignore[arg-type]
+    pipeline = LeaderPipeline(Broken(lambda: None), StepEncoder(4), bench.listener, 2, no_grammars(), 0)  # type: ignore[arg-type]
     pipeline.wait_for_followers()
     assert not follower.closed
     with pytest.raises(EngineFailed, match="connection closed by peer"):
@@ -159,7 +162,7 @@ def test_a_followers_collective_that_fails_is_explained_by_the_leader(bench: Ben
     follower = bench.follower(1)
     pipeline = bench.pipeline(2)
     pipeline.wait_for_followers()
-    bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Batch(1, []))])
+    bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Step(1, []))])
     broken = Broken(lambda: pipeline.close("rank 2 of this engine was lost", failed=True))
     with pytest.raises(RankLost, match="rank 2 of this engine was lost"):
         Follower(broken, follower).run()  # type: ignore[arg-type]
@@ -172,7 +175,7 @@ def test_a_followers_collective_that_nobody_explains_speaks_for_itself(
     follower = bench.follower(1)
     pipeline = bench.pipeline(2)
     pipeline.wait_for_followers()
-    bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Batch(1, []))])
+    bench.listener.send_multipart([b"1", msgspec.msgpack.encode(Step(1, []))])
     with pytest.raises(EngineFailed, match="connection closed by peer"):
         Follower(Broken(lambda: None), follower).run()  # type: ignore[arg-type]
 

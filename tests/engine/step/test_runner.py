@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tandem.engine.step.runner import KvMemory, Runner
+from tandem.engine.step.step_message import StepEncoder
 from tandem.engine.world import SoloWorld
 from tandem.models.collectives import SoloCollectives
 from tandem.models.kv_cache import kv_layout
@@ -31,8 +32,9 @@ def runner() -> Runner:
 
 @pytest.mark.parametrize("bad", BAD, ids=["no tokens", "too few blocks"])
 def test_a_row_that_is_none_fails_alone(bad: Row, runner: Runner) -> None:
-    alone = runner.run(Batch(0, [GOOD, OTHER]))
-    mixed = runner.run(Batch(1, [bad, GOOD, bad, OTHER]))
+    steps = StepEncoder(4)
+    alone = runner.run(steps.step(Batch(0, [GOOD, OTHER])))
+    mixed = runner.run(steps.step(Batch(1, [bad, GOOD, bad, OTHER])))
     assert alone is not None
     assert mixed is not None
     assert [mixed.sampled[1], mixed.sampled[3]] == alone.sampled
@@ -44,6 +46,6 @@ def test_a_row_that_is_none_fails_alone(bad: Row, runner: Runner) -> None:
 
 
 def test_a_batch_of_such_rows_alone_computes_nothing(runner: Runner) -> None:
-    result = runner.run(Batch(0, BAD))
+    result = runner.run(StepEncoder(4).step(Batch(0, BAD)))
     assert result is not None
     assert all(sampled is not None and sampled.error is not None for sampled in result.sampled)

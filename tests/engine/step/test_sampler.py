@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.step.sampler import sample, uniform
+from tandem.engine.step.token_counts import TokenCounts
 from tandem.scheduling.batch import RowError, SampleAt, Sampled
 from tandem.wire.sampling import SamplingParams
 
@@ -19,11 +20,10 @@ VOCABULARY = 32
 
 def at(
     position: int = 7,
-    history: tuple[list[int], int] | None = None,
     stop_ids: list[int] | None = None,
     **params: Any,
 ) -> SampleAt:
-    return SampleAt(SamplingParams(**params), position, 0, history, stop_ids or [])
+    return SampleAt(SamplingParams(**params), position, 0, stop_ids or [])
 
 
 def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -75,10 +75,10 @@ def test_the_given_logits_are_not_changed() -> None:
     logits = random_logits(4)
     before = logits.clone()
     everything = at(
-        history=([1, 2, 3], 1), stop_ids=[4], temperature=0.7, min_p=0.01, top_k=9, top_p=0.9, logprobs=3,
+        stop_ids=[4], temperature=0.7, min_p=0.01, top_k=9, top_p=0.9, logprobs=3,
         repetition_penalty=1.2, frequency_penalty=0.5, presence_penalty=0.5, logit_bias={5: 2.0},
     )  # fmt: skip
-    sample(logits, [everything] * 4)
+    sample(logits, [everything] * 4, {row: TokenCounts([1, 2, 3], 1) for row in range(4)})
     sample(logits, [at(temperature=1.0)] * 4)
     assert torch.equal(logits, before)
 
@@ -191,6 +191,15 @@ def test_a_bias_outside_of_the_vocabulary_fails_its_row() -> None:
     assert good.error is None
 
 
+def test_only_allowed_tokens_are_chosen_greedily_or_not() -> None:
+    logits = torch.tensor([[9.0, 5.0, 1.0, 0.0]])
+    assert sample(logits, [at(temperature=0.0, allowed_token_ids=[2, 3, 99])])[0].token_id == 2
+    assert support([9.0, 5.0, 1.0, 0.0], allowed_token_ids=[2, 3]) == {2, 3}
+    error = sample(logits, [at(allowed_token_ids=[1], stop_ids=[1])])[0].error
+    assert error is not None
+    assert error.code == "no_token_left"
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 7), min_size=1, max_size=12),
@@ -203,6 +212,7 @@ def test_penalties_equal_a_plain_reference(
     tokens: list[int], data: st.DataObject, repetition: float, presence: float, frequency: float
 ) -> None:
     prompt_len = data.draw(st.integers(1, len(tokens)))
+    known = data.draw(st.integers(prompt_len, len(tokens)))
     logits = random_logits(1, seed=len(tokens), vocabulary=8)
     expected = logits[0].tolist()
     for token in range(8):
@@ -211,13 +221,15 @@ def test_penalties_equal_a_plain_reference(
         count = tokens[prompt_len:].count(token)
         expected[token] -= frequency * count + (presence if count else 0.0)
     row = at(
-        history=(tokens, prompt_len),
         temperature=0.0,
         repetition_penalty=repetition,
         presence_penalty=presence,
         frequency_penalty=frequency,
     )
-    chosen = sample(logits, [row])[0].token_id
+    counts = TokenCounts(tokens[:known], prompt_len)
+    sample(logits, [row], {0: counts})  # what was counted is kept
+    counts.extend(tokens[known:])
+    chosen = sample(logits, [row], {0: counts})[0].token_id
     assert expected[chosen] == pytest.approx(max(expected), abs=1e-5)
 
 
@@ -268,7 +280,6 @@ def test_tokens_that_the_model_rules_out_do_not_come() -> None:
 row_strategy = st.builds(
     at,
     position=st.integers(0, 1000),
-    history=st.just(([1, 2, 3, 3], 2)),
     stop_ids=st.sampled_from([[], [4, 5]]),
     seed=st.integers(0, 5),
     temperature=st.sampled_from([0.0, 0.6, 1.0]),
@@ -286,9 +297,10 @@ row_strategy = st.builds(
 @given(rows=st.lists(row_strategy, min_size=1, max_size=6), seed=st.integers(0, 100))
 def test_a_row_alone_gets_what_it_gets_in_company(rows: list[SampleAt], seed: int) -> None:
     logits = random_logits(len(rows), seed=seed)
-    together = sample(logits, rows)
-    for index, (row, other) in enumerate(zip(rows, together, strict=True)):
-        (alone,) = sample(logits[index : index + 1], [row])
+    counted = [TokenCounts([1, 2, 3, 3], 2) if row.params.uses_history else None for row in rows]
+    together = sample(logits, rows, {index: counts for index, counts in enumerate(counted) if counts is not None})
+    for index, (row, other, counts) in enumerate(zip(rows, together, counted, strict=True)):
+        (alone,) = sample(logits[index : index + 1], [row], {} if counts is None else {0: counts})
         assert alone.token_id == other.token_id
         assert (alone.logprobs is None) == (other.logprobs is None)
         if alone.logprobs is not None and other.logprobs is not None:

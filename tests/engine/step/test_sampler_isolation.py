@@ -10,6 +10,7 @@ import torch
 
 from tandem.engine.step import sampler
 from tandem.engine.step.sampler import sample
+from tandem.engine.step.token_counts import TokenCounts
 from tandem.scheduling.batch import RowError, SampleAt
 from tandem.wire.sampling import SamplingParams
 from tests.engine.step.test_sampler import at, random_logits
@@ -31,9 +32,10 @@ def test_every_parameter_within_its_range_gives_a_token(
     logits[:, 5:9] = -math.inf
     bias = {token: value for token, value in params.get("logit_bias", {}).items() if token < VOCABULARY}
     stops = [token for token in params.get("stop_token_ids", []) if token < VOCABULARY - 1]
-    row = SampleAt(SamplingParams(**within, logit_bias=bias), 7, 0, ([1, 2, 3, 4], 2), stops)
+    row = SampleAt(SamplingParams(**within, logit_bias=bias), 7, 0, stops)
     alone = sample(logits[1:2], [GOOD])
-    results = sample(logits, [row, GOOD, row])
+    counted = {index: TokenCounts([1, 2, 3, 4], 2) for index in (0, 2)}
+    results = sample(logits, [row, GOOD, row], counted)
     assert [result.error for result in results] == [None] * 3
     assert all(0 <= result.token_id < VOCABULARY for result in results)
     assert results[1] == alone[0]
@@ -42,10 +44,10 @@ def test_every_parameter_within_its_range_gives_a_token(
 def test_a_fault_in_one_row_is_found_and_fails_that_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     adjust = sampler._adjust
 
-    def faulty(logits: torch.Tensor, row: SampleAt) -> Any:
+    def faulty(logits: torch.Tensor, row: SampleAt, counts: TokenCounts | None) -> Any:
         if row.params.seed == 13:
             raise RuntimeError("value cannot be converted to type float without overflow")
-        return adjust(logits, row)
+        return adjust(logits, row, counts)
 
     rows = [GOOD, at(seed=13), at(temperature=0.0), at(seed=4, logprobs=2)]
     logits = random_logits(4)
@@ -58,8 +60,8 @@ def test_a_fault_in_one_row_is_found_and_fails_that_row_alone(monkeypatch: pytes
 
 def test_a_row_with_a_fault_fails_alone_also_where_it_is_alone() -> None:
     """The parameter that ended a whole engine, past all checks."""
-    penalty = at(history=([1, 2], 1), repetition_penalty=1e-39)
-    [result] = sample(random_logits(1), [penalty])
+    penalty = at(repetition_penalty=1e-39)
+    [result] = sample(random_logits(1), [penalty], {0: TokenCounts([1, 2], 1)})
     assert result.error is not None
     assert result.error.code == "internal_error"
 

@@ -12,6 +12,7 @@ import pytest
 
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent
+from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.step_loop import StepLoop
 from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
@@ -49,6 +50,7 @@ from tandem.wire.messages import (
 )
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.invariants import check_scheduler
+from tests.support.grammars import no_grammars
 
 PUBLISHED = KvTransferParams(do_remote_prefill=True, remote_engine_id="p0", remote_incarnation="life", tp_size=2)
 SOURCE = PullKv("p0", "life", Address("127.0.0.1", 1), "remote")
@@ -114,7 +116,12 @@ class Rig:
     """A step loop in a thread of its own. `before`: commands that it finds when it starts."""
 
     def __init__(
-        self, policy: Any = "recompute", depth: int = 1, max_waiting: int = 8, before: Sequence[Command] = ()
+        self,
+        policy: Any = "recompute",
+        depth: int = 1,
+        max_waiting: int = 8,
+        before: Sequence[Command] = (),
+        masks: MaskMaker | None = None,
     ) -> None:
         self.pool = BlockPool(64, BLOCK)
         limits = Limits(max_num_seqs=4, max_batched_tokens=16, max_waiting=max_waiting, max_model_len=64)
@@ -125,7 +132,16 @@ class Rig:
         self.outbox = FakeOutbox()
         self.clock = StepClock()
         loop = StepLoop(
-            self.scheduler, self.pool, self.pipeline, self.mailbox, self.outbox, "tcp", policy, PUBLISHED, self.clock
+            self.scheduler,
+            self.pool,
+            self.pipeline,
+            self.mailbox,
+            self.outbox,
+            "tcp",
+            policy,
+            PUBLISHED,
+            self.clock,
+            masks or no_grammars(),
         )
         self.reason: list[str] = []
         self.thread = threading.Thread(target=lambda: self.reason.append(loop.run()))
@@ -429,7 +445,18 @@ def test_an_engine_that_fails_ends_the_loop_with_its_error() -> None:
     mailbox: Mailbox[Command] = Mailbox()
     pool = BlockPool(4, BLOCK)
     scheduler = Scheduler(Limits(max_num_seqs=4, max_batched_tokens=16, max_waiting=8, max_model_len=64), pool, [99], 1)
-    loop = StepLoop(scheduler, pool, FakePipeline(), mailbox, FakeOutbox(), "tcp", "recompute", PUBLISHED, StepClock())
+    loop = StepLoop(
+        scheduler,
+        pool,
+        FakePipeline(),
+        mailbox,
+        FakeOutbox(),
+        "tcp",
+        "recompute",
+        PUBLISHED,
+        StepClock(),
+        no_grammars(),
+    )
     mailbox.put(Fail(RankLost("rank 1 of this engine was lost")))
     with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         loop.run()

@@ -54,6 +54,7 @@ from tests.fuzz.channel import Channel
 from tests.fuzz.fakes import Clock, Defect, OwnErrors
 from tests.fuzz.target import Target
 from tests.scheduling.invariants import check_scheduler
+from tests.support.grammars import no_grammars
 
 VOCABULARY, MODEL_LEN, BLOCK = 32, 48, 4
 REQUESTS = [f"r{number}" for number in range(12)]
@@ -105,7 +106,8 @@ class Engine(Target):
         surroundings = _Surroundings(self, self._commands, self._computed, scheduler, pool, mailbox)
         policy: Any = self.rng.choice(["recompute", "retry", "fail"])
         published = KvTransferParams(do_remote_prefill=True, remote_engine_id="d0")
-        loop = StepLoop(scheduler, pool, surroundings, mailbox, surroundings, "tcp", policy, published, StepClock())
+        clock, masks = StepClock(), no_grammars()
+        loop = StepLoop(scheduler, pool, surroundings, mailbox, surroundings, "tcp", policy, published, clock, masks)
         loop.run()
         surroundings.check()
         mailbox.close()

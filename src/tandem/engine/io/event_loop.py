@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import msgspec
 from tandem.config import EngineConfig
 from tandem.engine.io.event_loop_thread import EventLoopThread
 from tandem.engine.io.frontends import Frontend, FrontendEvents
+from tandem.engine.io.introductions import Introductions
 from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.io.step_watch import StepWatch
 from tandem.engine.mailbox import Mailbox
@@ -21,6 +23,7 @@ from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
     AbortRequest,
     Command,
+    Drain,
     KvArrived,
     KvCorrupt,
     KvFailed,
@@ -35,10 +38,12 @@ from tandem.transfer.decode.dialer import PeerDialer, PullEvents
 from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.prefill.listener import PeerListener
 from tandem.transfer.thread.leader_side import TransferThreads
+from tandem.wire.control_messages import ChangeRole, DrainEngine, EngineControl
 from tandem.wire.messages import (
     Address,
     EngineCounters,
     Generate,
+    Introduce,
     KvUsage,
     Prefill,
     PullKv,
@@ -63,6 +68,7 @@ class LeaderEventLoop:
 
     Attributes:
         clock: for the step loop to keep.
+        draining: no new requests are taken, and the engine is about to end.
     """
 
     def __init__(
@@ -84,8 +90,11 @@ class LeaderEventLoop:
         self._registration = registration
         self._status = registration.status
         self._mailbox = mailbox
-        self._draining = False
+        self._role: str = config.role
+        self._drain_timeout = config.drain_timeout
+        self.draining = False
         self._failed = False
+        self._introductions = Introductions()
         self._thread = EventLoopThread(self._serve, mailbox, end_process)
         self._transfer_socket = sockets.transfer
         self._transfer_threads = TransferThreads(sockets.transfer, len(descriptor.ranks))
@@ -115,7 +124,9 @@ class LeaderEventLoop:
         events = FrontendEvents(
             generate=functools.partial(self._begin, number),
             abort=self._abort,
-            introduce=self._dialer.introduce,
+            introduce=functools.partial(self._introduce, number),
+            control=self._control,
+            lost=functools.partial(self._introductions.forget, number),
         )
         incarnation = self._registration.identity.incarnation
         return Frontend(address, sockets.event_loop, incarnation, self._current_registration, events)
@@ -128,9 +139,13 @@ class LeaderEventLoop:
         """
         self._thread.start(check_ranks, seconds)
 
-    def show_draining(self) -> None:
-        """Let the frontends know, from the next heartbeat on, that no new request is taken."""
-        self._draining = True
+    def drain(self) -> None:
+        """Take no new requests, and end when those that are here have ended and their KV was read; bounded.
+
+        The frontends know from the next heartbeat on. Any thread may call it, and a signal handler.
+        """
+        self.draining = True
+        self._mailbox.put(Drain(time.monotonic() + self._drain_timeout))
 
     def stop(self, reason: str, *, failed: bool) -> None:
         """Say goodbye to the frontends and end the thread; bounded. `failed`: not because somebody asked for it."""
@@ -175,10 +190,10 @@ class LeaderEventLoop:
             for task in tasks:
                 if task.done():
                     task.result()
-            self._say_goodbye(stopping.result(), failed=self._failed)
-        except BaseException as error:
+            await self._leave_frontends(stopping.result(), failed=self._failed)
+        except Exception as error:
             failed = str(error)
-            self._say_goodbye(failed, failed=True)
+            await self._leave_frontends(failed, failed=True)
             raise
         finally:
             self._transfer_threads.stop(failed)
@@ -186,9 +201,8 @@ class LeaderEventLoop:
             await _cancel(tasks)
             self._transfer_socket.close(linger=500)
 
-    def _say_goodbye(self, reason: str, *, failed: bool) -> None:
-        for frontend in self._frontends:
-            frontend.goodbye(reason, failed=failed)
+    async def _leave_frontends(self, reason: str, *, failed: bool) -> None:
+        await asyncio.gather(*(frontend.leave(reason, failed=failed) for frontend in self._frontends))
 
     async def _serve_frontends(self, ready: Callable[[], None]) -> None:
         await self._transfer_threads.ready.wait()
@@ -209,9 +223,10 @@ class LeaderEventLoop:
         )
         status = msgspec.structs.replace(
             status,
+            role=self._role,
             peers=self._dialer.peers,
             counters=counters,
-            draining=self._draining,
+            draining=self.draining,
             step_seconds=self._step_watch.seconds,
         )
         return msgspec.structs.replace(self._registration, status=status)
@@ -249,6 +264,18 @@ class LeaderEventLoop:
                 " or a larger --max-published-kv.",
                 param="prompt",
             )
+
+    def _introduce(self, frontend: int, message: Introduce) -> None:
+        self._dialer.introduce(self._introductions.add(frontend, message))
+
+    def _control(self, message: EngineControl) -> None:
+        match message:
+            case DrainEngine():
+                log.info("a router wants this engine to drain: it ends within %.0f s", self._drain_timeout)
+                self.drain()
+            case ChangeRole(role=role):
+                log.info("a router changes the role of this engine from %s to %s", self._role, role)
+                self._role = role
 
     def _abort(self, request_id: str) -> None:
         self._mailbox.put(AbortRequest(request_id))

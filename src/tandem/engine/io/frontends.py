@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from tandem.engine.timeouts import GOODBYE_SECONDS
 from tandem.errors import InvalidRequest, RequestError
 from tandem.wire.codec import Codec
+from tandem.wire.control_messages import ChangeRole, DrainEngine, EngineControl
 from tandem.wire.messages import (
     Abort,
     Address,
@@ -45,11 +48,16 @@ MAX_QUEUED = 4096
 
 @dataclass(frozen=True, slots=True)
 class FrontendEvents:
-    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise, and has begun nothing."""
+    """Called with what a frontend asks for, in the event loop's thread. `generate` may raise, and has begun nothing.
+
+    `lost`: the frontend has gone, or its connection broke; it may come back.
+    """
 
     generate: Callable[[Generate], None]
     abort: Callable[[str], None]
     introduce: Callable[[Introduce], None]
+    control: Callable[[EngineControl], None]
+    lost: Callable[[], None]
 
 
 class Frontend:
@@ -74,6 +82,8 @@ class Frontend:
         self._codec: Codec[ToEngine] = Codec(ToEngine)
         self._dropped = DroppedMessages(log, f"frontend {address}")
         self._known = False
+        self._leaving = False
+        self._left = asyncio.Event()
         self._breaks = 0
         self._warn_at = 0.0
         self._silence: Silence[Address] = Silence(SILENCE_SECONDS, BEAT_SECONDS)
@@ -100,8 +110,13 @@ class Frontend:
                 self._active.discard(item.request_id)
         self._send(Outputs(items))
 
-    def goodbye(self, reason: str, *, failed: bool) -> None:
+    async def leave(self, reason: str, *, failed: bool) -> None:
+        """Say goodbye; returns once the frontend has all that was sent to it, cannot be reached, or takes too long."""
+        self._leaving = True
         self._send(Goodbye(clip(reason), failed))
+        if self._known:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._left.wait(), GOODBYE_SECONDS)
 
     def _send(self, message: ToFrontend) -> None:
         """Send now or never: what a frontend that is not there cannot take must not pile up here."""
@@ -110,7 +125,7 @@ class Frontend:
             asyncio.ensure_future(sending).add_done_callback(_forget)
 
     async def _beat(self) -> None:
-        while True:
+        while not self._leaving:
             registration = msgspec.structs.replace(self._register(), connection=self._breaks)
             self._send(registration.status if self._known else registration)
             self._warn_unknown(time.monotonic())
@@ -134,12 +149,15 @@ class Frontend:
         """Start over when the connection breaks: what was on its way may be lost, and neither side could know."""
         while True:
             await self._monitor.recv_multipart()
+            if self._leaving:
+                self._left.set()
             self._abandon("cannot be reached")
 
     def _abandon(self, why: str) -> None:
         """Abort its requests. A frontend that is there, or comes back, learns of it from the next registration."""
         self._breaks += 1
         self._known = False
+        self._events.lost()
         if self._active:
             log.warning("frontend %s %s: %d of its requests are aborted", self._address, why, len(self._active))
         for request_id in sorted(self._active):  # the same order in every run
@@ -150,7 +168,9 @@ class Frontend:
         self._silence.heard(self._address, time.monotonic())
         match message:
             case Registered(known=known, connection=connection):
-                if not known and self._active:
+                if self._leaving and not known:
+                    self._left.set()
+                elif not known and self._active:
                     self._abandon("has restarted")
                 self._known = known and connection == self._breaks
             case Generate():
@@ -160,6 +180,10 @@ class Frontend:
                 self._events.abort(request_id)
             case Introduce():
                 self._events.introduce(message)
+            case DrainEngine() | ChangeRole():
+                self._events.control(message)
+                if self._known:
+                    self._send(self._register().status)  # it waits for this
 
     def _begin(self, message: Generate) -> None:
         self._active.add(message.request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import uuid
+from collections.abc import Sequence
 
 from tandem.api.http_server import bind
 from tandem.config import EngineConfig, RouterConfig
@@ -37,8 +38,8 @@ def published_host(config: EngineConfig) -> str:
         return host
     if parallel.nnodes > 1 and parallel.master is not None:
         return _towards_master(parallel.master, parallel.node_rank)
-    if network.router is not None:
-        return local_address_towards(network.router.host, network.router.port)
+    if network.router:
+        return local_address_towards(network.router[0].host, network.router[0].port)
     return LOOPBACK
 
 
@@ -81,7 +82,7 @@ class EngineProcesses:
     object keeps listening on it: until `close`, clients wait for the next life of the engine.
 
     Args:
-        router: where to register, beside the engine's own API.
+        routers: where to register, beside the engine's own API.
         key: the cluster key.
     """
 
@@ -90,7 +91,7 @@ class EngineProcesses:
         processes: ChildProcesses,
         config: EngineConfig,
         model: ModelFolder,
-        router: Address | None,
+        routers: Sequence[Address],
         key: ClusterKey | None,
         console: Console,
     ) -> None:
@@ -101,7 +102,7 @@ class EngineProcesses:
         self._processes = processes
         self._model = model
         self._host = published_host(config)
-        self._router = router
+        self._routers = tuple(routers)
         self._key = key
         self._console = console
         self._listener = self._bind() if config.parallel.node_rank == 0 else None
@@ -182,7 +183,7 @@ class EngineProcesses:
             self._listener.close()
 
     def _start_ranks(self, own_api: Address | None) -> None:
-        frontends = tuple(address for address in (self._router, own_api) if address is not None)
+        frontends = (*self._routers, *([own_api] if own_api is not None else []))
         meeting = self._meeting()
         for local_rank, rank in enumerate(self.config.parallel.local_ranks):
             placement = RankPlacement(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 from tandem import __version__
+from tandem.api.grammars import load_compiler
 from tandem.engine.io.event_loop import LeaderEventLoop
 from tandem.engine.io.leader_sockets import LeaderSockets
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.start.engine_map import EngineMap
 from tandem.engine.start.rank import Rank
+from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.pipeline import LeaderPipeline, SoloPipeline
 from tandem.engine.step.runner import Runner
 from tandem.engine.step.step_loop import StepLoop
-from tandem.engine.step_commands import Command, Drain
+from tandem.engine.step.step_message import StepEncoder
+from tandem.engine.step_commands import Command
 from tandem.errors import EngineFailed
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits
@@ -49,7 +53,16 @@ class Leader:
         self._start_timeout = config.time.start_timeout
         self.mailbox: Mailbox[Command] = Mailbox()
         size = len(engine.ranks)
-        self._pipeline = LeaderPipeline(runner, sockets.step, size) if size > 1 else SoloPipeline(runner)
+        steps = StepEncoder(config.batch.max_num_seqs)
+        self._masks = MaskMaker(
+            functools.partial(load_compiler, Path(rank.placement.model.path), rank.model.eos_token_ids)
+        )
+        sampler = size - config.parallel.tp  # the first rank of the last stage
+        self._pipeline = (
+            LeaderPipeline(runner, steps, sockets.step, size, self._masks, sampler)
+            if size > 1
+            else SoloPipeline(runner, steps, self._masks)
+        )
         if size == 1:
             sockets.step.close(linger=0)  # what strangers sent to it nobody would read
         pool = BlockPool(layout.blocks, layout.block_size)
@@ -77,15 +90,19 @@ class Leader:
             config.run.kv_failure,
             published,
             self._event_loop.clock,
+            self._masks,
         )
 
-    def drain(self, seconds: float) -> None:
-        """Take no new requests, and end when those that are here have ended and their KV was read, or after `seconds`.
+    def drain(self) -> None:
+        """Take no new requests, and end when those that are here have ended and their KV was read; bounded.
 
         May be called by a signal handler.
         """
-        self._event_loop.show_draining()
-        self.mailbox.put(Drain(time.monotonic() + seconds))
+        self._event_loop.drain()
+
+    @property
+    def drains(self) -> bool:
+        return self._event_loop.draining
 
     def run(self, on_ready: Callable[[EngineStatus], None]) -> str:
         """Serve until told to stop; return why.
@@ -109,6 +126,7 @@ class Leader:
         finally:
             self._event_loop.stop(reason, failed=failed)
             self._pipeline.close(reason, failed=failed)
+            self._masks.close()
 
 
 def _scheduler(rank: Rank, pool: BlockPool) -> Scheduler:
@@ -148,10 +166,12 @@ def _registration(rank: Rank, agreement: Agreement, status: EngineStatus, socket
         max_model_len=rank.max_model_len,
         max_waiting=config.batch.max_waiting,
         model_path=rank.placement.model.path,
+        model_aliases=list(rank.placement.model.aliases),
         dtype=agreement.records[0].dtype,
         version=__version__,
         protocol=PROTOCOL,
         vocab_size=rank.model.vocab_size,
         step_timeout=config.batch.step_timeout,
+        drain_timeout=config.drain_timeout,
         http_address=rank.placement.http_address,
     )

@@ -8,7 +8,7 @@ import socket as hosts
 import torch
 import zmq
 
-from tandem import __version__
+from tandem import __version__, openmp
 from tandem.checkpoint.fingerprint import fingerprint_in_background, sketch
 from tandem.config import EngineConfig
 from tandem.engine.start.placement import RankPlacement
@@ -19,6 +19,9 @@ from tandem.models.rank_position import check_split
 from tandem.transfer.handshake import PROTOCOL
 from tandem.transfer.identity import RankRecord
 from tandem.transfer.transports.registry import connector_name
+
+_STARTS_THREADS = 1 << 17
+"""Elements among which torch divides its work, which starts the OpenMP runtime."""
 
 
 class Rank:
@@ -74,6 +77,8 @@ class Rank:
             role=config.role,
             verify_kv=config.cache.verify_kv,
             cluster_key=self.key.fingerprint if self.key else "none",
+            openmp=openmp.running(),
+            threads=torch.get_num_threads(),
             identity=new_identity(config.engine_id) if rank == 0 else None,
         )
 
@@ -87,3 +92,5 @@ def _set_threads(config: EngineConfig, device: torch.device) -> None:
         torch.set_num_threads(config.run.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.empty(_STARTS_THREADS).zero_()
+    openmp.drop_registration()

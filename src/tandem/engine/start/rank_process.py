@@ -29,7 +29,7 @@ from tandem.errors import StartError
 from tandem.kv.checksums import checksum_layout
 from tandem.models.kv_cache import kv_layout
 from tandem.models.loader import load_decoder
-from tandem.reports import DRAIN_SIGNAL, Ended, Following, Loading, Ready, Reporter
+from tandem.reports import DRAIN_SIGNAL, Drained, Ended, Following, Loading, Ready, Reporter
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.identity import RankRecord, agree
 from tandem.wire.messages import EngineStatus
@@ -150,10 +150,13 @@ class RankProcess:
         def ready(status: EngineStatus) -> None:
             end_start()
             signal.signal(signal.SIGTERM, lambda *_: leader.mailbox.put(Shutdown("it was told to stop")))
-            signal.signal(DRAIN_SIGNAL, lambda *_: leader.drain(self._config.drain_timeout))
+            signal.signal(DRAIN_SIGNAL, lambda *_: leader.drain())
             self._report(Ready(status))
 
-        return leader.run(ready)
+        reason = leader.run(ready)
+        if leader.drains:
+            self._report(Drained(f"{self._config.name} has drained and ended: {reason}"))
+        return reason
 
     def _follow(self, runner: Runner, sockets: FollowerSockets, end_start: Callable[[], None]) -> str:
         end_start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from typing import Protocol
@@ -11,10 +12,12 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.runner import Runner
+from tandem.engine.step.step_message import Step, StepEncoder
 from tandem.engine.timeouts import CAUSE_SECONDS, FOLLOWERS_SECONDS, HALT_SECONDS
 from tandem.errors import EngineFailed, RankLost
-from tandem.scheduling.batch import Batch, StepResult
+from tandem.scheduling.batch import Batch, Mask, Masks, StepResult
 from tandem.wire.sockets import SocketOptions
 
 log = logging.getLogger(__name__)
@@ -58,17 +61,23 @@ class Pipeline(Protocol):
 
 
 class SoloPipeline:
-    """An engine of one rank: no hop to anywhere."""
+    """An engine of one rank: no hop to anywhere.
 
-    def __init__(self, runner: Runner) -> None:
+    Args:
+        steps: makes steps for the rank.
+    """
+
+    def __init__(self, runner: Runner, steps: StepEncoder, masks: MaskMaker) -> None:
         self._runner = runner
+        self._steps = steps
+        self._masks = masks
         self._results: list[StepResult] = []
 
     def wait_for_followers(self) -> None:
         """Return at once: there are none."""
 
     def submit(self, batch: Batch) -> None:
-        result = self._runner.run(batch)
+        result = self._runner.run(self._steps.step(batch), functools.partial(self._masks.take, batch.batch_id))
         if result is not None:
             self._results.append(result)
 
@@ -87,11 +96,24 @@ class LeaderPipeline:
     """The leader's side for an engine of several ranks.
 
     Args:
+        steps: makes steps for all ranks, this one too.
         socket: bound with LEADER_SOCKET; every other rank connects to it with its rank as identity.
+        sampler: the rank that samples.
     """
 
-    def __init__(self, runner: Runner, socket: zmq.Socket[bytes], ranks: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        steps: StepEncoder,
+        socket: zmq.Socket[bytes],
+        ranks: int,
+        masks: MaskMaker,
+        sampler: int,
+    ) -> None:
         self._runner = runner
+        self._steps = steps
+        self._masks = masks
+        self._sampler = b"%d" % sampler
         self._socket = socket
         self._followers = [b"%d" % rank for rank in range(1, ranks)]
         self._encoder = msgspec.msgpack.Encoder()
@@ -151,9 +173,10 @@ class LeaderPipeline:
         return None
 
     def submit(self, batch: Batch) -> None:
-        self._broadcast(self._encoder.encode(batch))
+        step = self._steps.step(batch)
+        self._broadcast(self._encoder.encode(step))
         try:
-            result = self._runner.run(batch)
+            result = self._runner.run(step, functools.partial(self._masks.take, batch.batch_id))
         except EngineFailed:
             # A collective with a rank that has just gone; word of which one may be on its way.
             if self._monitor.poll(int(1000 * CAUSE_SECONDS)):
@@ -161,6 +184,9 @@ class LeaderPipeline:
             raise
         if result is not None:
             self._results.append(result)
+        elif self._sampler in self._followers and _constrained(batch):
+            masks = Masks(batch.batch_id, self._masks.take(batch.batch_id))
+            self._socket.send_multipart([self._sampler, self._encoder.encode(masks)])
 
     def results(self) -> list[StepResult]:
         self._check_connections()
@@ -188,12 +214,16 @@ class LeaderPipeline:
             self._socket.send_multipart([follower, data])
 
 
+def _constrained(batch: Batch) -> bool:
+    return any(row.sample is not None and row.sample.constrained for row in batch.rows)
+
+
 def _lost(rank: bytes) -> RankLost:
     return RankLost(f"rank {rank.decode()} of this engine was lost")
 
 
 class Follower:
-    """The loop of every rank but the leader's: take a batch, compute, and answer if this rank samples.
+    """The loop of every rank but the leader's: take a step, compute, and answer if this rank samples.
 
     Args:
         socket: DEALER connected to the leader with `follower_socket`.
@@ -203,7 +233,7 @@ class Follower:
         self._runner = runner
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Batch | Halt)
+        self._decoder = msgspec.msgpack.Decoder(Step | Masks | Halt)
 
     def run(self) -> str:
         """Serve until the leader halts; return why. Raises RankLost when the engine failed, or the leader is lost."""
@@ -220,8 +250,10 @@ class Follower:
                     if message.failed:
                         raise RankLost(message.reason)
                     return message.reason
+                if isinstance(message, Masks):  # of a batch whose constrained rows all failed before they were sampled
+                    continue
                 try:
-                    result = self._runner.run(message)
+                    result = self._runner.run(message, functools.partial(self._take_masks, message.batch_id, poller))
                 except EngineFailed:
                     self._explain()
                     raise
@@ -229,6 +261,17 @@ class Follower:
                     self._socket.send(self._encoder.encode(result))
             elif monitor in ready:
                 raise RankLost("the leader of this engine was lost")
+
+    def _take_masks(self, batch_id: int, poller: zmq.Poller) -> dict[str, Mask]:
+        """Return the masks of a batch, which the leader sends after it. Raises RankLost."""
+        while True:
+            if self._socket not in dict(poller.poll()):
+                raise RankLost("the leader of this engine was lost")
+            message = self._decoder.decode(self._socket.recv())
+            if isinstance(message, Halt):
+                raise RankLost(message.reason)
+            if isinstance(message, Masks) and message.batch_id == batch_id:
+                return message.masks
 
     def _explain(self) -> None:
         """Raise RankLost with what the leader has to say about a collective that failed, if it says anything."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable, Mapping
 
+import msgspec
 import torch
 from torch import Tensor
 
+from tandem.engine.step.rank_requests import RankRequests
 from tandem.engine.step.sampler import sample
+from tandem.engine.step.step_message import Step, StepRow
 from tandem.engine.world import SoloWorld, TorchWorld
 from tandem.errors import ConfigError, RequestError
 from tandem.kv.checksums import checksum_layout, checksum_offset
@@ -16,11 +20,14 @@ from tandem.models.decoder import Decoder
 from tandem.models.forward_batch import ForwardRow, build_forward_batch, row_problem
 from tandem.models.kv_cache import PagedKvCache
 from tandem.models.kv_checksums import KvChecksums
-from tandem.scheduling.batch import Batch, Row, Sampled, StepResult, row_failed
+from tandem.scheduling.batch import Mask, RowError, SampleAt, Sampled, StepResult, row_failed
 from tandem.transfer.transports.base import Region
 
 CPU_KV_BYTES = 1 << 30
 CUDA_KV_SHARE = 0.85
+NO_MASK = RowError(RequestError.code, "the mask of the tokens that the request's grammar allows did not come")
+
+TakeMasks = Callable[[], Mapping[str, Mask]]
 
 
 class KvMemory:
@@ -61,7 +68,7 @@ def kv_blocks(block_bytes: int, kv_memory: int | None, device: torch.device) -> 
 
 
 class Runner:
-    """Computes one rank's part of every batch."""
+    """Computes one rank's part of every step."""
 
     def __init__(self, decoder: Decoder, memory: KvMemory, world: SoloWorld | TorchWorld) -> None:
         self._decoder = decoder
@@ -69,52 +76,76 @@ class Runner:
         self._dtype, self._device = memory.tensor.dtype, memory.tensor.device
         self._world = world
         self._samples = world.position.is_last_stage and world.position.tp_rank == 0
+        self._requests = RankRequests(self._device, samples=self._samples)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult | None:
+    def run(self, step: Step, masks: TakeMasks = dict) -> StepResult | None:
         """Compute this rank's part; return the result on the one rank that samples.
+
+        Args:
+            masks: returns the masks of the constrained rows by request, for which it may wait; called once the model
+                has run, on the rank that samples.
 
         A row that no batch can be made of fails alone: every rank finds the same ones, and computes the others.
         """
+        self._requests.take(step)
         block_size = self._cache.block_size
-        problems = [row_problem(_forward_row(row), block_size) for row in batch.rows]
-        whole = Batch(batch.batch_id, [row for row, why in zip(batch.rows, problems, strict=True) if why is None])
-        result = self._compute(whole) if whole.rows else StepResult(batch.batch_id, [])
-        if result is None or not self._samples:
+        problems = [row_problem(self._forward_row(row), block_size) for row in step.rows]
+        whole = [row for row, why in zip(step.rows, problems, strict=True) if why is None]
+        computed = self._compute(whole, masks) if whole else []
+        if computed is None or not self._samples:
             return None
-        sampled = iter(result.sampled)
+        sampled = iter(computed)
         return StepResult(
-            batch.batch_id, [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems]
+            step.batch_id, [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems]
         )
 
-    def _compute(self, batch: Batch) -> StepResult | None:
-        rows = [_forward_row(row) for row in batch.rows]
-        forward = build_forward_batch(rows, self._device, self._cache.block_size)
+    def _forward_row(self, row: StepRow) -> ForwardRow:
+        return ForwardRow(row.tokens, row.start, self._requests[row.request_id].table)
+
+    def _compute(self, rows: list[StepRow], masks: TakeMasks) -> list[Sampled | None] | None:
+        forward = build_forward_batch([self._forward_row(row) for row in rows], self._device, self._cache.block_size)
         width = self._decoder.config.hidden_size
         hidden = self._world.receive_from_last_stage(forward.num_tokens, width, self._dtype)
         hidden = self._decoder.forward(forward, self._cache, hidden)
         if not self._world.position.is_last_stage:
             self._world.send_to_next_stage(hidden)
             return None
-        return self._sample(batch, hidden, forward.last_tokens)
+        return self._sample(rows, hidden, forward.last_tokens, masks)
 
-    def _sample(self, batch: Batch, hidden: Tensor, last_tokens: Tensor) -> StepResult:
-        wanted = [index for index, row in enumerate(batch.rows) if row.sample is not None]
-        sampled: list[Sampled | None] = [None] * len(batch.rows)
+    def _sample(
+        self, rows: list[StepRow], hidden: Tensor, last_tokens: Tensor, masks: TakeMasks
+    ) -> list[Sampled | None]:
+        wanted = [index for index, row in enumerate(rows) if row.sample is not None]
+        sampled: list[Sampled | None] = [None] * len(rows)
         if wanted:
-            picked = last_tokens if len(wanted) == len(batch.rows) else last_tokens[wanted]
+            picked = last_tokens if len(wanted) == len(rows) else last_tokens[wanted]
             logits = self._decoder.logits(hidden, picked)
             if logits is not None:
-                requested = [row.sample for row in batch.rows if row.sample is not None]
-                for index, token in zip(wanted, sample(logits, requested), strict=True):
+                requested = _with_masks([row for row in rows if row.sample is not None], masks)
+                counted = {
+                    place: counts
+                    for place, index in enumerate(wanted)
+                    if rows[index].history is not None
+                    and (counts := self._requests[rows[index].request_id].counts) is not None
+                }
+                for index, token in zip(wanted, sample(logits, requested, counted), strict=True):
                     sampled[index] = token
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a chunk is announced for others to read: it must be written
-        return StepResult(batch.batch_id, sampled)
+        return sampled
 
 
-def _forward_row(row: Row) -> ForwardRow:
-    return ForwardRow(row.tokens, row.start, row.block_ids)
+def _with_masks(rows: list[StepRow], take: TakeMasks) -> list[SampleAt]:
+    """Return the sampling of rows that all have one, with their masks."""
+    wanted = [(row.request_id, row.sample) for row in rows if row.sample is not None]
+    if not any(at.constrained for _, at in wanted):
+        return [at for _, at in wanted]
+    masks = take()
+    return [
+        msgspec.structs.replace(at, mask=masks.get(request_id, NO_MASK)) if at.constrained else at
+        for request_id, at in wanted
+    ]
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

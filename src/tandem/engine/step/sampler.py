@@ -1,9 +1,10 @@
 """Chooses tokens from logits.
 
-Order, as in vLLM: stop tokens are banned before `min_tokens`; `logit_bias`; repetition, then frequency and presence
-penalties; then greedy rows take the largest logit, while the others are divided by their temperature, filtered by
-`min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the model gave
-them.
+Order, as in vLLM: tokens that are not allowed, stop tokens before `min_tokens` and the last tokens of banned runs are
+ruled out; `logit_bias`; repetition, then frequency and presence penalties; tokens that the request's grammar does not
+allow are ruled out; then greedy rows take the largest logit, while the others are divided by their temperature,
+filtered by `min_p`, `top_k` and `top_p`, and drawn from. Reported log-probabilities are those of the logits as the
+model gave them.
 
 A draw inverts the cumulative distribution at one number made from the request's seed and the token's position alone:
 no state, no device's generator. So a request gets the same tokens however it is batched, preempted or resumed.
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, RequestError
-from tandem.scheduling.batch import SampleAt, Sampled, row_failed
+from tandem.engine.step.token_counts import TokenCounts
+from tandem.errors import EngineFailed, InvalidRequest, NoTokenLeft, RequestError, request_error
+from tandem.scheduling.batch import RowError, SampleAt, Sampled, row_failed
 from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
@@ -29,14 +32,16 @@ _GREEDY = 1e-5  # temperatures below count as 0
 _CANDIDATES = 128  # top_p mostly ends within this number of most likely tokens
 _RUN = 128  # tokens
 _GREEDY_ROW = SampleAt(SamplingParams(temperature=0.0), 0, 0)
+_NOTHING: Mapping[int, TokenCounts] = {}
 
 
-def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
+def sample(logits: Tensor, rows: list[SampleAt], counted: Mapping[int, TokenCounts] = _NOTHING) -> list[Sampled]:
     """Choose one token for each row.
 
     Args:
         logits: [rows, vocabulary], float32, any device; not changed. -inf is fine, NaN and +inf are not.
         rows: the sampling of each token.
+        counted: the tokens so far, by row, of those whose parameters have penalties.
 
     Returns:
         One `Sampled` per row; a row that cannot be sampled has an `error`, and the others do not notice.
@@ -46,23 +51,23 @@ def sample(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
     if not rows:
         return []
     try:
-        return _sample_together(logits, rows)
+        return _sample_together(logits, rows, counted)
     except Exception as error:
         log.warning("a batch of %d rows cannot be sampled together (%s); each row by itself", len(rows), error)
-    _sample_together(logits[:1], [_GREEDY_ROW])
-    return [_sample_alone(logits[index : index + 1], at) for index, at in enumerate(rows)]
+    _sample_together(logits[:1], [_GREEDY_ROW], _NOTHING)
+    return [_sample_alone(logits[index : index + 1], at, counted.get(index)) for index, at in enumerate(rows)]
 
 
-def _sample_alone(logits: Tensor, at: SampleAt) -> Sampled:
+def _sample_alone(logits: Tensor, at: SampleAt, counts: TokenCounts | None) -> Sampled:
     """Choose the token of one row [1, vocabulary]; what is raised for it is its own."""
     try:
-        return _sample_together(logits, [at])[0]
+        return _sample_together(logits, [at], _NOTHING if counts is None else {0: counts})[0]
     except Exception as error:
         log.exception("token %d of a request cannot be sampled", at.position)
         return row_failed(RequestError(f"the next token could not be sampled: {type(error).__name__}"))
 
 
-def _sample_together(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
+def _sample_together(logits: Tensor, rows: list[SampleAt], counted: Mapping[int, TokenCounts]) -> list[Sampled]:
     peaks, greedy = logits.max(dim=-1)
     chosen: list[int] = greedy.tolist()
     # A row's largest logit is NaN if any is, inf if any is, and -inf only if all are.
@@ -71,9 +76,14 @@ def _sample_together(logits: Tensor, rows: list[SampleAt]) -> list[Sampled]:
         for row, peak in enumerate(peaks.tolist())
         if not math.isfinite(peak)
     }
-    adjusted = [row for row, at in enumerate(rows) if row not in errors and not _is_greedy(at)]
+    for row, at in enumerate(rows):
+        if isinstance(at.mask, RowError):
+            errors.setdefault(row, request_error(at.mask.code, at.mask.message))
+    adjusted = [row for row, at in enumerate(rows) if row not in errors and not (_is_greedy(at) and row not in counted)]
     if adjusted:
-        tokens, failures = _choose(logits[adjusted], [rows[row] for row in adjusted])
+        tokens, failures = _choose(
+            logits[adjusted], [rows[row] for row in adjusted], [counted.get(row) for row in adjusted]
+        )
         for row, token in zip(adjusted, tokens, strict=True):
             chosen[row] = token
         errors |= {adjusted[index]: error for index, error in failures.items()}
@@ -93,14 +103,17 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    return params.temperature < _GREEDY and at.history is None and not at.stop_ids and not params.logit_bias
+    plain = not at.stop_ids and not at.banned_ids and not params.rules_out and at.mask is None
+    return params.temperature < _GREEDY and plain
 
 
-def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, RequestError]]:
+def _choose(
+    logits: Tensor, rows: list[SampleAt], counted: list[TokenCounts | None]
+) -> tuple[list[int], dict[int, RequestError]]:
     """Return tokens for rows with finite peaks, and errors of rows that have none. Writes over the logits."""
     errors: dict[int, RequestError] = {}
-    for row, at in enumerate(rows):
-        if (error := _adjust(logits[row], at)) is not None:
+    for row, (at, counts) in enumerate(zip(rows, counted, strict=True)):
+        if (error := _adjust(logits[row], at, counts)) is not None:
             errors[row] = error
     peaks, largest = logits.max(dim=-1)
     chosen: list[int] = largest.tolist()
@@ -120,10 +133,17 @@ def _choose(logits: Tensor, rows: list[SampleAt]) -> tuple[list[int], dict[int, 
 # --- before the temperature ----------------------------------------------------------------------------------------
 
 
-def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
+def _adjust(logits: Tensor, at: SampleAt, counts: TokenCounts | None) -> InvalidRequest | None:
     """Ban, bias and penalise tokens of one row [vocabulary] in place. Returns an error if that cannot be done."""
     params, vocabulary = at.params, logits.shape[-1]
-    banned = [token for token in at.stop_ids if token < vocabulary]
+    if params.allowed_token_ids is not None:
+        allowed = [token for token in params.allowed_token_ids if token < vocabulary]
+        kept = logits[allowed]
+        logits.fill_(-math.inf)
+        logits[allowed] = kept
+    stops = [token for token in at.stop_ids if token < vocabulary]
+    banned = [token for token in at.banned_ids if token < vocabulary]
+    banned += stops if at.mask is None else []
     if banned:
         logits[banned] = -math.inf
     if params.logit_bias:
@@ -132,21 +152,34 @@ def _adjust(logits: Tensor, at: SampleAt) -> InvalidRequest | None:
             text = f"logit_bias names token {unknown}; the vocabulary has {vocabulary} tokens"
             return InvalidRequest(text, param="logit_bias")
         logits[list(params.logit_bias)] += logits.new_tensor(list(params.logit_bias.values()))
-    if at.history is not None:
-        _penalise(logits, params, *at.history)
+    if counts is not None:
+        _penalise(logits, params, counts)
+    if isinstance(at.mask, bytes):
+        logits.masked_fill_(~_allowed(at.mask, stops, logits), -math.inf)
     return None
 
 
-def _penalise(logits: Tensor, params: SamplingParams, tokens: list[int], prompt_len: int) -> None:
+def _allowed(mask: bytes, stops: list[int], logits: Tensor) -> Tensor:
+    """Return which tokens [vocabulary] a mask allows, less the stop tokens unless it allows nothing else."""
+    bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8).to(logits.device)
+    spread = (bits.unsqueeze(-1) >> torch.arange(8, device=logits.device)) & 1
+    allowed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    count = min(spread.numel(), len(allowed))
+    allowed[:count] = spread.flatten()[:count].bool()
+    if stops:
+        others = allowed.clone()
+        others[stops] = False
+        return others if bool(others.any()) else allowed
+    return allowed
+
+
+def _penalise(logits: Tensor, params: SamplingParams, tokens: TokenCounts) -> None:
     """Apply penalties: repetition to prompt and output (Keskar et al. 2019, CTRL), others to the output (OpenAI)."""
-    history = torch.tensor(tokens, dtype=torch.long, device=logits.device)
-    vocabulary = logits.shape[-1]
+    seen, counts = tokens.occurrences(logits)
     if params.repetition_penalty != 1.0:
-        seen = torch.bincount(history, minlength=vocabulary) > 0
         factor = torch.where(logits > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
         logits *= factor.where(seen, 1.0)
     if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
-        counts = torch.bincount(history[prompt_len:], minlength=vocabulary).to(logits.dtype)
         logits -= counts * params.frequency_penalty + (counts > 0) * params.presence_penalty
 
 

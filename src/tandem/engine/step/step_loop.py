@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import select
 import time
 from collections import defaultdict, deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import msgspec
 
 from tandem.config import KvFailure
 from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent, Outbox, Outputs
+from tandem.engine.step.held_requests import HeldRequests
+from tandem.engine.step.masks import MaskMaker, constrained_rows
+from tandem.engine.step.open_request import OpenRequest, undo_begin
 from tandem.engine.step.pipeline import Pipeline
 from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
@@ -20,6 +24,7 @@ from tandem.engine.step_commands import (
     Command,
     Drain,
     Fail,
+    GrammarReady,
     KvArrived,
     KvCorrupt,
     KvFailed,
@@ -28,7 +33,7 @@ from tandem.engine.step_commands import (
     Shutdown,
     StartRequest,
 )
-from tandem.errors import Draining, KvLost, KvRetry, RequestError
+from tandem.errors import Draining, InvalidRequest, KvLost, KvRetry, RequestError
 from tandem.kv.blocks import BlockPool
 from tandem.scheduling.events import (
     BlocksAllocated,
@@ -45,11 +50,8 @@ from tandem.transfer.decode.pull import Pull
 from tandem.wire.messages import (
     EngineCounters,
     Failed,
-    Generate,
     KvTransferParams,
-    Local,
     Prefill,
-    PullKv,
     RequestStats,
     Tokens,
     clip,
@@ -61,20 +63,6 @@ IDLE_SECONDS = 0.25
 STATUS_SECONDS = 0.1
 
 
-@dataclass(slots=True)
-class _OpenRequest:
-    """A request in progress, as far as the step loop knows more of it than the scheduler.
-
-    Attributes:
-        publish: its end tells a foreign proxy where the KV is.
-    """
-
-    frontend: int
-    publish: bool
-    pull: Pull | None = None
-    first_out_at: float | None = None
-
-
 class StepLoop:
     """Joins scheduler, ranks and event loop.
 
@@ -82,6 +70,7 @@ class StepLoop:
         outbox: takes tokens, KV events and status to the event loop.
         published: transfer parameters for a foreign proxy, less the request's own part.
         clock: shows other threads how long the step that runs now has run.
+        masks: makes those of structured answers; the pipeline's too.
     """
 
     def __init__(
@@ -95,6 +84,7 @@ class StepLoop:
         kv_failure: KvFailure,
         published: KvTransferParams,
         clock: StepClock,
+        masks: MaskMaker,
     ) -> None:
         self._scheduler = scheduler
         self._pool = pool
@@ -104,7 +94,7 @@ class StepLoop:
         self._transport = transport
         self._kv_failure = kv_failure
         self._published = published
-        self._requests: dict[str, _OpenRequest] = {}
+        self._requests: dict[str, OpenRequest] = {}
         self._leased: dict[str, list[int]] = {}
         self._stopping: str | None = None
         self._drain_by: float | None = None
@@ -113,6 +103,8 @@ class StepLoop:
         self._status_at = 0.0
         self._submitted: deque[float] = deque()
         self._clock = clock
+        self._masks = masks
+        self._held = HeldRequests()
 
     def run(self) -> str:
         """Serve until told to stop; return the reason. Raises EngineFailed."""
@@ -138,10 +130,12 @@ class StepLoop:
         batch = self._scheduler.schedule(now)
         if batch is not None:
             self._submitted.append(now)
+            self._masks.begin(batch.batch_id, constrained_rows(batch, self._scheduler))
             self._pipeline.submit(batch)
         for result in self._pipeline.results():
             self._scheduler.apply(result, time.monotonic())
             self._submitted.popleft()
+            self._masks.drop(result.batch_id)
         self._publish(self._scheduler.drain())
         self._end_drain(now)
         self._post_status(time.monotonic(), idle=batch is None)
@@ -151,11 +145,15 @@ class StepLoop:
 
     def _handle(self, command: Command) -> None:
         now, scheduler = time.monotonic(), self._scheduler
+        if self._held.takes(command):
+            return
         match command:
-            case StartRequest(frontend=frontend, generate=generate):
-                self._start(frontend, generate, now)
+            case StartRequest():
+                self._begin(command, now)
+            case GrammarReady():
+                self._release(command, now)
             case AbortRequest(request_id=request_id):
-                self._requests.pop(request_id, None)
+                self._forget(request_id)
                 scheduler.abort(request_id)
             case KvArrived(pull=pull):
                 self._arrived(pull, now)
@@ -170,36 +168,54 @@ class StepLoop:
                 for request_id in request_ids:
                     self._pool.unlease(self._leased.pop(request_id, []))
             case Drain(by=by):
-                self._drain_by = by
+                self._drain_by = by if self._drain_by is None else min(by, self._drain_by)
             case Fail(error=error):
                 raise error
             case Shutdown(reason=reason):
                 self._stopping = reason
 
-    def _start(self, frontend: int, generate: Generate, now: float) -> None:
+    def _begin(self, command: StartRequest, now: float) -> None:
+        """Start a request, once its grammar is compiled: no step shall wait for that."""
+        request_id, grammar = command.generate.request_id, command.generate.grammar
+        if grammar is None or request_id in self._held:
+            return self._start(command, now)
+        if self._masks.prepare(grammar, functools.partial(self._compiled, request_id, now)):
+            return self._start(command, now)
+        self._held.hold(command, now)
+
+    def _compiled(self, request_id: str, since: float, error: RequestError | None) -> None:
+        """Called in the thread that compiles."""
+        self._mailbox.put(GrammarReady(request_id, since, error))
+
+    def _release(self, ready: GrammarReady, now: float) -> None:
+        released = self._held.release(ready, now)
+        if released is None:
+            return
+        start, later = released
+        self._start(start, now, ready.error)
+        for command in later:
+            self._handle(command)
+
+    def _start(self, command: StartRequest, now: float, error: RequestError | None = None) -> None:
+        """Hand a request to the scheduler. `error`: why that cannot be."""
+        frontend, generate = command.frontend, command.generate
         request_id = generate.request_id
         try:
+            if request_id in self._held:
+                text = f"request id {request_id} is in use; every request needs its own"
+                raise InvalidRequest(text, param="request_id")
+            if error is not None:
+                raise error
             if self._drain_by is not None:
                 raise Draining("this engine is about to end and takes no new requests", retry_after=1)
             self._scheduler.add(generate, now)
         except RequestError as error:
             log.info("request %s refused: %s", request_id, error)
             failed = Failed(request_id, error.code, str(error), error.param, error.retry_after)
-            self._post({frontend: [failed]}, self._undo_begin(generate))
+            self._post({frontend: [failed]}, undo_begin(generate))
             return
-        self._requests[request_id] = _OpenRequest(frontend, isinstance(generate.kv, Prefill) and generate.kv.published)
+        self._requests[request_id] = OpenRequest(frontend, isinstance(generate.kv, Prefill) and generate.kv.published)
         log.debug("request %s: %d tokens", request_id, len(generate.token_ids))
-
-    @staticmethod
-    def _undo_begin(generate: Generate) -> list[KvEvent]:
-        """Return what ends the part of a refused request that the event loop has begun."""
-        match generate.kv:
-            case Prefill():
-                return [PrefillEnded(generate.request_id, [], ok=False)]
-            case PullKv():
-                return [PullEnded(generate.request_id, quarantined=False)]
-            case Local():
-                return []
 
     def _arrived(self, pull: Pull, now: float) -> None:
         self._kv_bytes += pull.bytes
@@ -224,7 +240,7 @@ class StepLoop:
         """End if the engine drains and nobody needs it any more, or its time is over."""
         if self._drain_by is None:
             return
-        if not self._requests and not self._leased:
+        if not self._requests and not self._leased and not self._held:
             self._stopping = "it was drained"
         elif now >= self._drain_by:
             self._stopping = f"it was told to, with {len(self._requests)} requests and {len(self._leased)} leases left"
@@ -247,7 +263,7 @@ class StepLoop:
                 case Finished(request_id=request_id):
                     self._finish(outputs, event, last.pop(request_id, None))
                 case Failed(request_id=request_id):
-                    request = self._requests.pop(request_id, None)
+                    request = self._forget(request_id)
                     if request is not None:
                         outputs[request.frontend].append(event)
                 case PrefillEnded(request_id=request_id, block_ids=blocks):
@@ -276,7 +292,7 @@ class StepLoop:
             request.first_out_at = time.monotonic()
             scheduled = self._scheduler.get(event.request_id)
             if stats is None and scheduled is not None:
-                stats = self._with_transfer(scheduled.stats(request.first_out_at), request)
+                stats = request.with_transfer(scheduled.stats(request.first_out_at), self._pool, self._transport)
         params = self._transfer_params(event.request_id) if finished is not None and request.publish else None
         outputs[request.frontend].append(
             Tokens(
@@ -297,31 +313,19 @@ class StepLoop:
         request = self._requests.get(event.request_id)
         if request is None:
             return
-        stats = self._with_transfer(event.stats, request)
+        stats = request.with_transfer(event.stats, self._pool, self._transport)
         if token is not None:
             self._add_token(outputs, token, stats)
         else:
             outputs[request.frontend].append(
                 Tokens(event.request_id, 0, [], finish_reason=event.finish_reason, done=True, stats=stats)
             )
-        del self._requests[event.request_id]
+        self._forget(event.request_id)
         log.debug("request %s finished: %s", event.request_id, event.finish_reason)
 
-    def _with_transfer(self, stats: RequestStats, request: _OpenRequest) -> RequestStats:
-        """Add what was moved. `handoff_time`: from hearing of the first token to the end of the first step here."""
-        pull = request.pull
-        if pull is None:
-            return stats
-        return msgspec.structs.replace(
-            stats,
-            transfer_time=pull.read_seconds,
-            handoff_time=max(0.0, request.first_out_at - pull.final_at) if request.first_out_at else 0.0,
-            blocks=self._pool.blocks_for(pull.announced_tokens) - pull.cached // self._pool.block_size,
-            bytes=pull.bytes,
-            descriptors=pull.descriptors,
-            transport=self._transport,
-            kv_source=pull.source_engine,
-        )
+    def _forget(self, request_id: str) -> OpenRequest | None:
+        self._masks.forget(request_id)
+        return self._requests.pop(request_id, None)
 
     def _transfer_params(self, request_id: str) -> KvTransferParams:
         blocks = self._blocks_of(request_id)

@@ -96,7 +96,10 @@ class PeerListener:
         self, request_id: str, first_block: int, blocks: list[int], num_tokens: int, final: bool, token: int | None
     ) -> None:
         """A chunk of the prompt has been computed; `blocks` start at place `first_block` of the block table."""
-        self._offers.chunk(request_id, first_block, blocks, num_tokens, final, token, time.monotonic())
+        now = time.monotonic()
+        self._offers.chunk(request_id, first_block, blocks, num_tokens, final, token, now)
+        if final:
+            self._offers.expire(now)  # nobody may wait for it any more
         self._act()
 
     def abort(self, request_id: str, reason: str) -> None:
