@@ -121,6 +121,24 @@ def test_a_request_that_ends_while_its_kv_is_awaited_gives_vllm_its_blocks_back(
         decode.wait_idle()
 
 
+def test_an_error_of_our_own_fails_the_request_and_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with Engine(VEC) as prefill, Engine(VEC) as decode:
+        params = prefill.prefill("p", prompt(70), [0, 1, 2], chunk=70)
+        assert params is not None
+        assert decode.side._leader is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(decode.side._leader.dialer, "open", broken)
+            decode.claim("d", prompt(70), params, BLOCKS)
+            decode.wait_for(lambda: "d" in decode.failed or computed_here(decode, "d"))
+        decode.wait_idle()
+        decode.claim("next", prompt(70), params, BLOCKS)
+        decode.wait_for(lambda: "next" in decode.received)
+        assert decode.holds(prompt(70), BLOCKS[:3])
+
+
 def test_a_prefill_that_ends_early_fails_its_reader() -> None:
     with Engine(VEC) as prefill, Engine(VEC) as decode:
         tokens = prompt(70)

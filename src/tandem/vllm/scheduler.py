@@ -256,7 +256,15 @@ class _Pulling:
         self._leader = leader
 
     def open(self, request_id: str, source: PullKv, prompt: str, num_tokens: int) -> None:
-        self._leader.call(lambda: self._leader.dialer.open(request_id, source, prompt, num_tokens))
+        def claim() -> None:
+            try:
+                self._leader.dialer.open(request_id, source, prompt, num_tokens)
+            except Exception:  # our own error: vLLM must not wait for ever
+                log.exception("request %s: its KV cannot be claimed", request_id)
+                self._leader.events.put(PullFailed(request_id, "it could not be claimed"))
+                self._leader.events.put(PullQuiet(request_id))
+
+        self._leader.call(claim)
 
     def allocated(self, request_id: str, blocks: list[int], cached: int, num_tokens: int) -> None:
         self._leader.call(lambda: self._leader.dialer.allocated(request_id, blocks, cached, num_tokens))
