@@ -44,6 +44,28 @@ def test_an_engine_that_is_gone_fails_the_request_and_not_the_engine() -> None:
         decode.wait_idle()
 
 
+def test_an_engine_that_restarts_under_its_id_and_port_is_another_one() -> None:
+    old, new = prompt(70), prompt(70, seed=1)
+    with Engine(VEC) as decode:
+        with Engine(VEC, engine_id="same") as prefill:
+            port = prefill.port
+            first, kept = (prefill.prefill(name, old, [0, 1, 2], chunk=70) for name in ("first", "kept"))
+            assert first is not None
+            assert kept is not None
+            decode.claim("first", old, first, BLOCKS)
+            decode.wait_for(lambda: "first" in decode.received)
+        with Engine(VEC, engine_id="same", port=port) as again:
+            fresh = again.prefill("kept", new, [0, 1, 2], chunk=70)
+            assert fresh is not None
+            assert fresh["remote_engine_id"] == kept["remote_engine_id"]
+            decode.claim("old", old, kept, BLOCKS)
+            decode.claim("new", new, fresh, [8, 9, 10])
+            decode.wait_for(lambda: {"old", "new"} <= decode.received)
+            assert decode.failed == {"old"}
+            assert decode.holds(new, [8, 9, 10])
+        decode.wait_idle()
+
+
 @pytest.mark.parametrize(("recompute", "wanted"), [(True, 0), (False, 70)])
 def test_params_that_lead_nowhere_follow_the_failure_policy(recompute: bool, wanted: int) -> None:
     with Engine(VEC, recompute=recompute) as decode:
