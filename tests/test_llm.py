@@ -40,6 +40,7 @@ UNUSUAL = SamplingParams(
     stop_token_ids=[4],
     ignore_eos=True,
     allowed_token_ids=[5, 6],
+    prompt_logprobs=2,
 )
 
 

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
 from tandem.api.backend import EngineOperator, EngineState, Health, ModelCard, ServingDetails, TokenDelta, TokenRequest
+from tandem.api.connections import Refusals
 from tandem.api.http_server import Tls, bind, serve
 from tandem.api.loaded_model import ModelLoader
 from tandem.api.tokenizer import Tokenizer
@@ -265,20 +266,21 @@ def running(
     keys: ApiKeys | None = None,
     limits: LimitsSection | None = None,
     tls: Tls | None = None,
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     operator: EngineOperator | None = None,
     source: GenerationSource = "auto",
 ) -> Iterator[Api]:
     """The application in a thread of its own, until the block ends."""
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    loop = asyncio.new_event_loop()
+    loop = new_loop()
     stop = asyncio.Event()
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        loader = ModelLoader(backend, source)
-        app = create_app(backend, loader, kind=kind, keys=keys, limits=limits, operator=operator)
-        loop.run_until_complete(serve(app, listener, stop, grace=1, limits=limits, tls=tls))
+        loader, refusals = ModelLoader(backend, source), Refusals()
+        app = create_app(backend, loader, kind=kind, keys=keys, limits=limits, refusals=refusals, operator=operator)
+        loop.run_until_complete(serve(app, listener, stop, grace=1, limits=limits, tls=tls, refusals=refusals))
         loop.close()
 
     thread = threading.Thread(target=work)

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tandem.api.backend import TokenDelta
+from tandem.api.backend import TokenDelta, TokenRequest
 from tandem.wire.messages import TokenLogprobs
 from tests.api.conftest import END, EOS, MODEL, MODEL_LEN, START, Api, deltas, details, ids
 
@@ -154,8 +154,9 @@ def test_a_stop_token_that_the_client_named_is_told_and_is_no_text(api: Api) -> 
     ("fields", "param"),
     [
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
@@ -264,3 +265,59 @@ def test_a_chat_is_cut_as_its_prompt_is(api: Api) -> None:
     api.chat(truncate_prompt_tokens=3)
     whole = ids(f"{START}user\nhello{END}\n{START}assistant\n")
     assert api.backend.requests[0].token_ids == whole[-3:]
+
+
+def scored(request: TokenRequest) -> list[TokenDelta]:
+    """An engine's answer: place i of the prompt has -i, and the most likely one was token 0."""
+    count = len(request.token_ids)
+    scores = [TokenLogprobs(-float(place), [(0, -0.5), (1, -1.5)], place + 2) for place in range(1, count)]
+    first = [TokenLogprobs(-7.0, [(0, -0.5), (1, -1.5)])] if request.sampling.logprobs is not None else None
+    return [TokenDelta(ids("!"), first, "length", details=details(), prompt_logprobs=scores)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["köln the", ids("köln the")])
+def test_an_echoed_prompt_has_logprobs_of_its_own(api: Api, prompt: Any, stream: bool) -> None:
+    api.backend.script = scored
+    reply = api.complete(prompt=prompt, echo=True, logprobs=2, max_tokens=1, stream=stream)
+    choice = (reply.events[0] if stream else reply.json)["choices"][0]
+    found, count = choice["logprobs"], len(ids("köln the"))
+    assert choice["text"] == "köln the!"
+    assert found["token_logprobs"] == [None, *(-float(place) for place in range(1, count)), -7.0]
+    assert [found["top_logprobs"][0], len(found["top_logprobs"]), len(found["tokens"])] == [None, count + 1, count + 1]
+    assert [len(one) for one in found["top_logprobs"][1:]] == [
+        2 if token in (0, 1) else 3 for token in (*ids("köln the")[1:], *ids("!"))
+    ]
+    assert [offset for offset in found["text_offset"]] == sorted(found["text_offset"])
+    assert found["text_offset"][-1] == len("köln the")
+    assert api.backend.requests[0].sampling.prompt_logprobs == 2
+
+
+def test_prompt_logprobs_alone_are_vllms(api: Api) -> None:
+    api.backend.script = scored
+    choice = api.complete(prompt="the", prompt_logprobs=1, max_tokens=1).json["choices"][0]
+    first, *others = choice["prompt_logprobs"]
+    assert (first, len(others)) == (None, len(ids("the")) - 1)
+    for place, told in enumerate(others, 1):
+        token = str(ids("the")[place])
+        assert told[token] == {"logprob": -place, "rank": place + 2, "decoded_token": told[token]["decoded_token"]}
+        assert told["0"]["rank"] == 1
+    assert choice["logprobs"] is None
+    assert "prompt_logprobs" not in api.complete(max_tokens=1).json["choices"][0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_length_of_0_shows_the_prompt_alone(api: Api, stream: bool) -> None:
+    api.backend.script = scored
+    reply = api.complete(prompt="the", echo=True, logprobs=0, max_tokens=0, stream=stream, return_token_ids=True)
+    choice = (reply.events[0] if stream else reply.json)["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("the", "length", [])
+    assert len(choice["logprobs"]["tokens"]) == len(ids("the"))
+    assert api.backend.requests[0].sampling.max_tokens == 1
+    assert stream or reply.json["usage"]["completion_tokens"] == 0
+
+
+def test_a_foreign_proxys_request_brings_no_prompt_logprobs(engine_api: Api) -> None:
+    for fields in ({"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}):
+        reply = engine_api.complete(kv_transfer_params={"do_remote_decode": True}, **fields)
+        assert (reply.status, reply.error["param"]) == (400, "prompt_logprobs")

@@ -7,12 +7,13 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
@@ -414,9 +415,17 @@ def test_requests_that_are_cancelled_as_the_server_stops_are_told_so(folder: Pat
 # --- TLS -----------------------------------------------------------------------------------------------------------
 
 
-def test_with_a_certificate_the_api_speaks_tls_and_nothing_else(backend: FakeBackend, certificate: Tls) -> None:
+Loop = Callable[[], asyncio.AbstractEventLoop]
+LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+@LOOPS
+def test_with_a_certificate_the_api_speaks_tls_and_nothing_else(
+    loop: Loop, backend: FakeBackend, certificate: Tls
+) -> None:
     context = ssl.create_default_context(cafile=certificate[0])
-    with running(backend, tls=certificate, limits=LimitsSection(head_timeout=0.5, max_body=1000)) as api:
+    limits = LimitsSection(head_timeout=0.5, max_body=1000)
+    with running(backend, tls=certificate, limits=limits, new_loop=loop) as api:
         with connected(api) as plain, context.wrap_socket(plain, server_hostname="localhost") as client:
             client.sendall(request(b'{"prompt": "x"}'))
             assert answer(client)[0].status == 200
@@ -427,3 +436,16 @@ def test_with_a_certificate_the_api_speaks_tls_and_nothing_else(backend: FakeBac
             assert not client.recv(9).startswith(b"HTTP")
         with connected(api) as client:  # who never shakes hands
             assert ended(client)
+
+
+def test_what_is_refused_at_the_door_is_counted_by_reason(backend: FakeBackend) -> None:
+    with running(backend, limits=LimitsSection(max_connections=1, max_head=1024)) as api:
+        with connected(api, b"GET /" + b"x" * 2000) as client:
+            assert answer(client)[0].status == 431
+        with connected(api, request(b'{"prompt": "x"}')) as first:
+            assert answer(first)[0].status == 200
+            with connected(api, request(b'{"prompt": "x"}')) as second:
+                assert answer(second)[0].status == 503
+        text = api.get("/metrics").body.decode()
+    assert 'tandem_connections_refused_total{reason="overloaded"} 1.0' in text
+    assert 'tandem_connections_refused_total{reason="headers_too_large"} 1.0' in text

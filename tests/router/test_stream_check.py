@@ -10,7 +10,7 @@ import pytest
 
 from tandem.errors import EngineFailed
 from tandem.router.stream_check import StreamCheck
-from tandem.wire.messages import Address, Generate, Local, Prefill, PullKv, TokenLogprobs, Tokens
+from tandem.wire.messages import Address, Generate, Local, Prefill, PromptScores, PullKv, TokenLogprobs, Tokens
 from tandem.wire.sampling import SamplingParams
 
 VOCABULARY = 100
@@ -97,3 +97,46 @@ def test_everything_else_fails_the_engine_with_a_short_word_of_what_came(problem
         stream.take(messages[-1])
     assert problem in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+def scores(start: int, *values: float, top: int = 0) -> PromptScores:
+    return PromptScores("r", start, [TokenLogprobs(value, [(5, -0.5)] * top) for value in values])
+
+
+def scored(**fields: Any) -> StreamCheck:
+    made = check(Prefill())
+    sampling = msgspec.structs.replace(made.generate.sampling, prompt_logprobs=1)
+    return StreamCheck(msgspec.structs.replace(made.generate, sampling=sampling, **fields), "e0", VOCABULARY)
+
+
+def test_the_prompts_log_probabilities_come_in_order_before_the_first_token() -> None:
+    stream = scored()
+    stream.take_scores(scores(1, -0.5, top=1))
+    stream.take_scores(scores(2, -math.inf))
+    stream.take(tokens(0, 5, done=True))
+    assert stream.ended
+
+
+@pytest.mark.parametrize(
+    ("stream", "message", "why"),
+    [
+        (check(), scores(1, -1.0), "nobody asked for"),
+        (scored(), scores(2, -1.0), "where 1 was next"),
+        (scored(), scores(1, -1.0, -1.0, -1.0), "where 1 was next"),
+        (scored(), scores(1, math.nan), "not a number"),
+        (scored(), scores(1, -1.0, top=2), "at most 1"),
+        (scored(), PromptScores("r", 1, [TokenLogprobs(-1.0, [(100, -1.0)])]), "vocabulary"),
+    ],
+)
+def test_log_probabilities_of_a_prompt_that_cannot_be_are_refused(
+    stream: StreamCheck, message: PromptScores, why: str
+) -> None:
+    with pytest.raises(EngineFailed, match=why):
+        stream.take_scores(message)
+
+
+def test_a_prompt_is_not_scored_again_after_its_first_token() -> None:
+    stream = scored()
+    stream.take(tokens(0, 5, done=True))
+    with pytest.raises(EngineFailed, match="after its first token"):
+        stream.take_scores(scores(1, -1.0))

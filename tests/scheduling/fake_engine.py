@@ -244,7 +244,7 @@ class FakeEngine:
             return None
         if row.request_id in self.broken:
             return row_failed(self.broken[row.request_id])
-        return Sampled(next_token(digest, row.sample.stop_ids))
+        return Sampled(next_token(digest, row.sample.banned_ids))
 
     def write(self, allocated: BlocksAllocated, values: list[int]) -> None:
         for place in range(allocated.num_cached_tokens, allocated.num_tokens):

@@ -124,6 +124,23 @@ def test_only_requests_with_the_same_salt_find_each_others_kv() -> None:
         assert record.tokens == expected(record)
 
 
+def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whatever_is_cached() -> None:
+    engine = FakeEngine(max_batched_tokens=4)
+    plain = generate("a", [1, 2, 3, 4, 1, 2, 3, 4, 1], max_tokens=1)
+    engine.add(plain)
+    engine.run_until_done()
+    sampling = msgspec.structs.replace(plain.sampling, prompt_logprobs=2)
+    engine.add(msgspec.structs.replace(plain, request_id="b", sampling=sampling))
+    targets = []
+    for start in (0, 4, 8):
+        batch = engine.step()
+        assert batch is not None
+        [row] = batch.rows
+        assert row.start == start
+        targets.append(row.score.targets if row.score else None)
+    assert targets == [[2, 3, 4, 1], [2, 3, 4, 1], None]
+
+
 def test_nothing_is_found_in_the_cache_before_it_is_computed() -> None:
     engine = FakeEngine(pipeline_depth=2)
     engine.add(generate("a", PROMPT))
@@ -196,7 +213,7 @@ def test_stop_tokens_end_a_request_but_not_before_min_tokens() -> None:
     batch = engine.scheduler.schedule(0.0)
     assert batch is not None
     assert batch.rows[0].sample is not None
-    assert batch.rows[0].sample.stop_ids == [EOS, 3]
+    assert batch.rows[0].sample.banned_ids == [EOS, 3]
     engine.scheduler.apply(StepResult(0, [Sampled(EOS)]), 0.0)
     (first,) = engine.scheduler.drain()
     assert isinstance(first, TokenOut)

@@ -157,7 +157,7 @@ class SimPipeline:
             memory.write(row.block_ids, row.start, end, digests)
         if row.sample is None:
             return None
-        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.stop_ids))
+        return Sampled(next_token(digests[end - 1], engine.spec.salt, row.sample.banned_ids))
 
 
 class SimEngine:

@@ -36,7 +36,7 @@ from tandem.router.engine_connections import EngineConnections, Stalled, StreamQ
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import ANY_PROMPT, NoRoute, Prompt, Route
 from tandem.router.request_router import RequestRouter
-from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, Tokens
+from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, PromptScores, Tokens
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import Sockets
 
@@ -115,10 +115,10 @@ class Fleet:
 
         self._call(send())
 
-    def send(self, name: str, message: Generate) -> Tokens | RequestError:
+    def send(self, name: str, message: Generate) -> Tokens | PromptScores | RequestError:
         """What the engine answers first to a message of a frontend; the request is then left to itself."""
 
-        async def first() -> Tokens | RequestError:
+        async def first() -> Tokens | PromptScores | RequestError:
             queue: StreamQueue = asyncio.Queue()
             self._connections.open(message, self._engine(name), queue)
             _, answer = await queue.get()

@@ -241,7 +241,6 @@ def test_a_context_with_a_key_ends_at_once(key: ClusterKey) -> None:
 HANGS_UP = """
 import time, zmq
 from tandem.wire import sockets
-sockets.HEARTBEAT_INTERVAL_MS = 100
 made = sockets.Sockets(zmq.Context(), None)
 listener, port = made.bind(zmq.ROUTER, "127.0.0.1", 0, sockets.SocketOptions(hwm=4, handover={same_name}))
 def stranger():
@@ -260,6 +259,17 @@ first.close(linger=0)
 time.sleep(2.0)
 print(heard)
 """
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_no_socket_sends_heartbeats_by_which_a_peer_could_end_the_process(context: Context, patient: bool) -> None:
+    options = SocketOptions(patient=patient)
+    listener, port = Sockets(context, None).bind(zmq.ROUTER, HOST, 0, options)
+    dialler = Sockets(context, None).connect(zmq.DEALER, HOST, port, options)
+    for socket in (listener, dialler):
+        assert socket.get(zmq.HEARTBEAT_IVL) == 0
+        assert socket.get(zmq.TCP_KEEPALIVE) == 1
+        assert socket.get(zmq.TCP_MAXRT) in (6_000, 10_000)
 
 
 @pytest.mark.parametrize("same_name", [False, True])

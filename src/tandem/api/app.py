@@ -14,10 +14,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tandem import __version__
+from tandem.api import messages_api, openapi_page, responses_api
 from tandem.api.api_keys import ApiKeys
 from tandem.api.backend import Backend, EngineOperator, KnownEngine, ModelCard
 from tandem.api.chat import ChatBuilder, count_chats, prepare_chat
 from tandem.api.completions import CompletionBuilder, count_completions, prepare_completion
+from tandem.api.connections import Refusals
 from tandem.api.door import Door
 from tandem.api.endpoint import GenerateEndpoint
 from tandem.api.http_errors import (
@@ -30,12 +32,15 @@ from tandem.api.http_errors import (
     unexpected,
 )
 from tandem.api.loaded_model import ModelLoader
+from tandem.api.messages_api import MessagesBody
 from tandem.api.metrics import CONTENT_TYPE, Metrics
 from tandem.api.middleware import ApiMiddleware
 from tandem.api.openai import ChatBody, CompletionBody
 from tandem.api.operator_endpoints import operator_routes
 from tandem.api.request_frame import Kind, Services
+from tandem.api.responses_api import ResponsesBody
 from tandem.api.text_endpoints import DetokenizeEndpoint, TokenizeEndpoint
+from tandem.api.translated import TranslatedEndpoint
 from tandem.api.turnstile import Turnstile
 from tandem.config_limits import LimitsSection
 from tandem.errors import RequestError, Unavailable
@@ -48,6 +53,7 @@ def create_app(
     kind: Kind,
     keys: ApiKeys | None = None,
     limits: LimitsSection | None = None,
+    refusals: Refusals | None = None,
     operator: EngineOperator | None = None,
 ) -> Starlette:
     """Return the application in front of `backend`.
@@ -57,18 +63,26 @@ def create_app(
         kind: "router" has /tandem/engines and refuses kv_transfer_params; "engine" has /tandem/engine.
         keys: clients must bring one of them for /v1/ and to run engines; None for no keys.
         limits: what clients may ask for.
+        refusals: of the server, which its metrics show.
         operator: runs the engines; a router has one.
     """
-    services = Services(backend, loader, Metrics(backend), kind, Door(limits or LimitsSection()), Turnstile())
+    metrics = Metrics(backend, refusals or Refusals())
+    services = Services(backend, loader, metrics, kind, Door(limits or LimitsSection()), Turnstile())
     completions = GenerateEndpoint(
         "completions", services, CompletionBody, count_completions, prepare_completion, CompletionBuilder
     )
     chat = GenerateEndpoint("chat", services, ChatBody, count_chats, prepare_chat, ChatBuilder)
+    responses = TranslatedEndpoint(
+        "responses", services, ResponsesBody, responses_api.to_chat, responses_api.ResponsesAnswer
+    )
+    messages = TranslatedEndpoint("messages", services, MessagesBody, messages_api.to_chat, messages_api.MessagesAnswer)
     info = InfoEndpoints(services)
     return Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
+            Route("/v1/messages", messages, methods=["POST"]),
             Route("/tokenize", TokenizeEndpoint("tokenize", services), methods=["POST"]),
             Route("/detokenize", DetokenizeEndpoint("detokenize", services), methods=["POST"]),
             _get("/v1/models", info.models),
@@ -76,6 +90,8 @@ def create_app(
             _get("/health", info.health),
             _get("/ping", info.health),
             Route("/ping", info.health, methods=["POST"]),
+            _get("/openapi.json", openapi_page.document),
+            _get("/docs", openapi_page.page),
             _get("/version", info.version),
             _get("/load", info.load),
             _get("/metrics", info.metrics),

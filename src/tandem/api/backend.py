@@ -82,6 +82,7 @@ class TokenDelta(msgspec.Struct, frozen=True):
     Attributes:
         finish_reason: "stop" (eos or stop token id, which is then the last of `token_ids` and `stop_token_id`),
             "length", or None.
+        prompt_logprobs: of the prompt's tokens after the first, if asked for; with the first token.
         details: how the sequence was made so far; on the first and last delta, and whenever more is known.
     """
 
@@ -91,6 +92,7 @@ class TokenDelta(msgspec.Struct, frozen=True):
     stop_token_id: int | None = None
     details: ServingDetails | None = None
     kv_transfer_params: KvTransferParams | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from tandem.api.openai import (
     ChatChunkChoice,
     ChatDelta,
     ChatLogprobs,
+    PromptLogprobs,
     TokenLogprob,
     TopLogprob,
 )
@@ -93,6 +94,11 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
 
     def prompt_token_ids(self) -> list[int] | UnsetType:
         return self.request.sequences[0].prompt.token_ids if self.body.return_token_ids else UNSET
+
+    def prompt_logprobs(self, chunk: TextChunk) -> PromptLogprobs | UnsetType:
+        if self.body.prompt_logprobs is None:
+            return UNSET
+        return self.ranked(self.request.sequences[chunk.index].prompt, chunk, self.body.prompt_logprobs)
 
     def _logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
         if not self.body.logprobs:

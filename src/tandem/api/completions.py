@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import UNSET
 
+from tandem.api.detokenizer import text_offsets
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import CompletionBody, CompletionChoice, CompletionLogprobs
-from tandem.api.output_processor import TextChunk, Token
+from tandem.api.output_processor import TextChunk
 from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
 from tandem.api.response_builder import ResponseBuilder, finite, with_chosen
 from tandem.api.structured import checked_grammar
 from tandem.errors import InvalidRequest
+from tandem.wire.messages import TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
@@ -26,8 +29,6 @@ async def prepare_completion(request_id: str, body: CompletionBody, model: Loade
     """Raises InvalidRequest."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not supported, unless it equals n", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo together with logprobs is not supported: prompts get no logprobs", param="echo")
     grammar = await checked_grammar(body, model)
     prompts = await _encoded(body, model)
     sampled = [(prompt, _sampling(body, prompt, model)) for prompt in prompts]
@@ -40,11 +41,14 @@ class CompletionBuilder(ResponseBuilder[CompletionBody]):
 
     def choice(self, chunk: TextChunk, first: bool) -> CompletionChoice:
         prompt = self.request.sequences[chunk.index].prompt
+        echoes = first and bool(self.body.echo)
+        wants_scores = first and self.body.prompt_logprobs is not None
         return CompletionChoice(
             **self.choice_fields(chunk),
-            text=self._prompt_text(prompt) + chunk.text if first and self.body.echo else chunk.text,
-            logprobs=self._logprobs(chunk.tokens) if self.body.logprobs is not None else None,
+            text=self._prompt_text(prompt) + chunk.text if echoes else chunk.text,
+            logprobs=self._logprobs(chunk, prompt, echoes) if self.body.logprobs is not None else None,
             prompt_token_ids=prompt.token_ids if first and self.body.return_token_ids else UNSET,
+            prompt_logprobs=self.ranked(prompt, chunk, self.body.prompt_logprobs or 0) if wants_scores else UNSET,
         )
 
     chunk_choice = choice
@@ -52,22 +56,33 @@ class CompletionBuilder(ResponseBuilder[CompletionBody]):
     def _prompt_text(self, prompt: Prompt) -> str:
         return self.request.model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
-    def _logprobs(self, tokens: list[Token]) -> CompletionLogprobs:
+    def _logprobs(self, chunk: TextChunk, prompt: Prompt, echoes: bool) -> CompletionLogprobs:
+        """Return the chunk's, after the prompt's own if that is echoed in it."""
+        shift = len(self._prompt_text(prompt)) if self.body.echo else 0
+        told: list[tuple[int, int, TokenLogprobs | None]] = []
+        if echoes:
+            offsets = text_offsets(self.request.model.tokenizer, prompt.token_ids)
+            told += zip(prompt.token_ids, offsets, [None, *(chunk.prompt_logprobs or [])], strict=True)
+        told += [(token.id, token.offset + shift, token.logprobs) for token in chunk.tokens if token.logprobs]
         text = self.request.model.tokenizer.token_text
-        known = [(token, token.logprobs) for token in tokens if token.logprobs is not None]
+        most = self.body.logprobs or 0
         return CompletionLogprobs(
-            tokens=[text(token.id) for token, _ in known],
-            token_logprobs=[finite(logprobs.logprob) for _, logprobs in known],
+            tokens=[text(token) for token, _, _ in told],
+            token_logprobs=[None if one is None else finite(one.logprob) for _, _, one in told],
             top_logprobs=[
-                {text(i): finite(value) for i, value in with_chosen(token.id, logprobs)} for token, logprobs in known
+                None if one is None else {text(i): finite(value) for i, value in with_chosen(token, one, most)}
+                for token, _, one in told
             ],
-            text_offset=[token.offset for token, _ in known],
+            text_offset=[offset for _, offset, _ in told],
         )
 
 
 def _sampling(body: CompletionBody, prompt: Prompt, model: LoadedModel) -> SamplingParams:
     limit = model.output_limit(len(prompt.token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
-    return sampling_params(body, limit, body.logprobs, model.card.seed, model.defaults.sampling)
+    found = sampling_params(body, limit, body.logprobs, model.card.seed, model.defaults.sampling)
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        return msgspec.structs.replace(found, prompt_logprobs=body.logprobs)
+    return found
 
 
 def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -14,6 +14,16 @@ RESERVED_FILES = 256
 """Open files that are left for all but clients: sockets to engines, the model's files."""
 
 
+class Refusals:
+    """Counts the connections that were refused at the door, before they asked for anything, by reason."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+
+    def add(self, reason: str) -> None:
+        self.count[reason] += 1
+
+
 class Connections:
     """Connections that are open, and which of them may ask for more than /health and /metrics.
 

@@ -26,6 +26,16 @@ def new_detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -
     return kind(tokenizer, tokenizer.special_ids if skip_special_tokens else frozenset())
 
 
+def text_offsets(tokenizer: Tokenizer, token_ids: list[int]) -> list[int]:
+    """Return for each token how many characters the text has before it."""
+    detokenizer = new_detokenizer(tokenizer)
+    offsets, length = [], 0
+    for token_id in token_ids:
+        offsets.append(length)
+        length += len(detokenizer.push(token_id))
+    return offsets
+
+
 class ByteDetokenizer:
     """For byte-level tokenizers, where every token is some bytes wherever it stands."""
 

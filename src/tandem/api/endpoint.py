@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -79,16 +79,23 @@ class GenerateEndpoint(FramedEndpoint, Generic[Body]):
 async def _stream(
     chunks: AsyncGenerator[TextChunk, None], builder: ResponseBuilder[Any], writer: ResponseWriter
 ) -> None:
-    keeping_alive = asyncio.create_task(writer.keep_alive())
-    try:
+    async with keeping_alive(writer):
         async for chunk in chunks:
             await writer.event(builder.event(chunk))
         if builder.usage_at_end:
             await writer.event(builder.usage_event())
         await writer.end(DONE)
+
+
+@asynccontextmanager
+async def keeping_alive(writer: ResponseWriter) -> AsyncIterator[None]:
+    """Begin a stream in time, and send comments where nothing else comes, until the block ends."""
+    task = asyncio.create_task(writer.keep_alive())
+    try:
+        yield
     finally:
-        keeping_alive.cancel()
-        await asyncio.gather(keeping_alive, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _collect(chunks: AsyncGenerator[TextChunk, None], choices: int) -> list[TextChunk]:

@@ -39,7 +39,8 @@ async def _generate_one(
                 timer.record(len(chunk.tokens))
                 if chunk.finish_reason is not None:
                     ending = chunk.finish_reason
-                if chunk.text or chunk.finish_reason is not None or (wants_tokens and chunk.tokens):
+                says = chunk.text or chunk.finish_reason is not None or chunk.prompt_logprobs is not None
+                if says or (wants_tokens and chunk.tokens):
                     yield chunk
                 if chunk.finish_reason is not None:
                     return

@@ -19,6 +19,7 @@ RequestError
 from __future__ import annotations
 
 import http
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -108,8 +109,8 @@ def clipped(text: str, most: int = MAX_NAME) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def error_response(error: RequestError) -> Response:
-    return json_response(error_body(error), error.status, _headers(error))
+def error_response(error: RequestError, shape: Callable[[RequestError], dict[str, Any]] = error_body) -> Response:
+    return json_response(shape(error), error.status, _headers(error))
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

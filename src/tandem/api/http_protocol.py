@@ -16,7 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from tandem.api.connections import Connections, client_of
+from tandem.api.connections import Connections, Refusals, client_of
 from tandem.api.http_errors import HeadTooLarge, TooSlow, raw_response
 from tandem.config_limits import LimitsSection
 from tandem.errors import InvalidRequest, Overloaded, RequestError
@@ -40,12 +40,18 @@ class BoundedProtocol(HttpToolsProtocol):
     """A connection; a request that is too large, or on a connection too many, does not reach the application."""
 
     def __init__(
-        self, config: uvicorn.Config, state: ServerState, limits: LimitsSection, connections: Connections
+        self,
+        config: uvicorn.Config,
+        state: ServerState,
+        limits: LimitsSection,
+        connections: Connections,
+        refusals: Refusals,
     ) -> None:
         super().__init__(config, state, {})
         self._limits = limits
         self._max_head = limits.max_head
         self._connections = connections
+        self._refusals = refusals
         self._client: str | None = None
         self._in_message = False  # from the end of a head to the end of its body
         self._unparsed = 0  # bytes since the parser last came to the end of something
@@ -60,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answer = _Answer(self)
         count = self._connections.opened()
         if count > self._connections.most:
+            self._refusals.add("files")
             transport.abort()
             return
         if count > self._limits.max_connections:
@@ -108,6 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if refusal is not None:
             self.cycle.keep_alive = False
         if len(self.pipeline) > MAX_PIPELINED:
+            self._refusals.add("pipelined")
             self.transport.abort()
         elif self.pipeline:
             self.flow.resume_reading()  # uvicorn stops, and would not notice that the client is gone
@@ -184,6 +192,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
         It takes a fraction of what it takes to call the application, and there may be thousands of them at once.
         """
+        self._refusals.add(error.code)
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()
             return

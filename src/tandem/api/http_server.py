@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from tandem.api.connections import Connections
+from tandem.api.connections import Connections, Refusals
 from tandem.api.http_protocol import BoundedProtocol
 from tandem.config_limits import LimitsSection
 from tandem.errors import ConfigError
@@ -55,6 +55,7 @@ async def serve(
     grace: float = GRACE_S,
     limits: LimitsSection | None = None,
     tls: Tls | None = None,
+    refusals: Refusals | None = None,
 ) -> None:
     """Answer requests on `listener` until `stop` is set, and close it.
 
@@ -79,7 +80,7 @@ async def serve(
         config.load()
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(f"--tls-cert and --tls-key cannot be used: {error}") from error
-    server = _Server(config, limits or LimitsSection())
+    server = _Server(config, limits or LimitsSection(), refusals or Refusals())
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     stopping = asyncio.ensure_future(stop.wait())
     try:
@@ -95,9 +96,10 @@ async def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, limits: LimitsSection) -> None:
+    def __init__(self, config: uvicorn.Config, limits: LimitsSection, refusals: Refusals) -> None:
         super().__init__(config)
         self._limits = limits
+        self._refusals = refusals
         self.open_connections = Connections(limits)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -120,7 +122,7 @@ class _Server(uvicorn.Server):
         yield
 
     def _connection(self) -> BoundedProtocol:
-        return BoundedProtocol(self.config, self.server_state, self._limits, self.open_connections)
+        return BoundedProtocol(self.config, self.server_state, self._limits, self.open_connections, self._refusals)
 
 
 async def _cancel_requests(server: _Server) -> None:

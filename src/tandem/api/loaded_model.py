@@ -47,10 +47,11 @@ class LoadedModel:
         """Return the number of tokens that may follow the prompt.
 
         Args:
-            asked: by the client; it must fit.
+            asked: by the client; it must fit. 0 is 1 here.
             default: for a client that does not say, or less where less fits; None for all that fits.
             field: of the body, where the prompt is.
         """
+        asked = 1 if asked == 0 else asked  # engines make one token at least
         room = self.card.max_model_len - prompt_len
         if room < 1 or (asked is not None and asked > room):
             output = f"max_tokens is {asked}" if asked is not None else "max_tokens is not set"

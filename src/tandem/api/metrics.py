@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tandem.api.backend import Backend, EngineState, ServingDetails
+from tandem.api.connections import Refusals
 from tandem.api.vllm_metrics import AnswerMetrics, VllmCollector
 from tandem.wire.messages import EngineCounters
 
@@ -30,14 +31,16 @@ class Metrics:
 
     Names: `tandem_requests_total{endpoint,outcome}` (outcome: ok, aborted or the error's code),
     `tandem_requests_running`, `tandem_time_to_first_token_seconds`, `tandem_inter_token_latency_seconds`,
-    `tandem_request_seconds`, `tandem_prompt_tokens_total`, `tandem_output_tokens_total`, and from every engine's
+    `tandem_request_seconds`, `tandem_prompt_tokens_total`, `tandem_output_tokens_total`,
+    `tandem_connections_refused_total{reason}` (what `refusals` counts), and from every engine's
     status `tandem_engine_ready`, `_kv_blocks{state}`, `_live_requests{state}` and its counters. Beside them the same
     under vLLM's names (`tandem.api.vllm_metrics`).
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, refusals: Refusals) -> None:
         self.registry = registry = CollectorRegistry()
         registry.register(_EngineCollector(backend))
+        registry.register(_RefusalCollector(refusals))
         self._requests = Counter("tandem_requests", "Requests that ended.", ["endpoint", "outcome"], registry=registry)
         self._running = Gauge("tandem_requests_running", "Requests being answered.", ["endpoint"], registry=registry)
         self.first_token = _histogram(registry, "time_to_first_token", "Request to first token.", FIRST_TOKEN_S)
@@ -123,6 +126,18 @@ class TokenTimer:
         if finish_reason in ("stop", "length"):
             seconds = self._last - self._first if self._last is not None and self._first is not None else 0.0
             answers.observe(self._prompt_tokens, self._tokens, seconds, details)
+
+
+class _RefusalCollector(Collector):
+    def __init__(self, refusals: Refusals) -> None:
+        self._refusals = refusals
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Connections and heads of requests that were refused at the door."
+        refused = CounterMetricFamily("tandem_connections_refused", text, labels=("reason",))
+        for reason, count in self._refusals.count.items():
+            refused.add_metric((reason,), count)
+        return [refused]
 
 
 class _EngineCollector(Collector):

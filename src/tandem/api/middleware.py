@@ -54,7 +54,9 @@ class ApiMiddleware:
         client: str | None = client_of(host)
         runs_engine = scope["path"].startswith("/tandem/") and scope["method"] == "POST"
         if self._keys is not None and (scope["path"].startswith(GUARDED) or runs_engine):
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            own = headers.get(b"x-api-key")  # as Anthropic's clients send it
+            given = headers.get(b"authorization", b"" if own is None else b"Bearer " + own)
+            scheme, _, key = given.partition(b" ")
             client = self._keys.client(key.strip()) if scheme.lower() == b"bearer" else None
             if client is None:
                 raise Unauthorized("this server needs an API key: send `Authorization: Bearer KEY` with the right one")

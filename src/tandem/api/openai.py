@@ -59,6 +59,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     logit_bias: dict[int, float] | None = None
     stop_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
+    prompt_logprobs: LogprobCount | None = None
     bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -177,12 +178,27 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """One entry a token, in parallel lists. `text_offset`: characters of the choice's text before the token."""
+    """One entry a token, in parallel lists. `text_offset`: characters of the choice's text before the token.
+
+    With `echo` the prompt's tokens come first, the first of them with null.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class RankedLogprob(msgspec.Struct, frozen=True):
+    """How likely one token was in the prompt's place; `rank` 1 is the most likely (vLLM)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, RankedLogprob] | None]
+"""For each token of a prompt what could have stood there, by token id; null for the first."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -229,6 +245,7 @@ class CompletionChoice(Choice, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
@@ -263,7 +280,7 @@ class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
         usage: null in the events before the usage event, if that was asked for.
         tandem: how the response was made: an object, or for several choices a list in the order of their index; in a
             stream in the event that finishes a choice (of that choice), and in the usage event.
-        prompt_token_ids: of a chat; completions have it in each choice.
+        prompt_token_ids, prompt_logprobs: of a chat; completions have them in each choice.
     """
 
     id: str
@@ -274,4 +291,5 @@ class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     tandem: ServingDetails | list[ServingDetails | None] | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     kv_transfer_params: KvTransferParams | UnsetType = UNSET

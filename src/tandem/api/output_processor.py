@@ -30,6 +30,7 @@ class TextChunk:
         text: may be shorter than the tokens' text (held back, or cut at a stop string), then or later.
         tokens: new tokens, the one that ended the sequence too.
         stop_reason: the stop string or stop token id.
+        prompt_logprobs: of the prompt's tokens after the first, once.
     """
 
     index: int
@@ -39,6 +40,7 @@ class TextChunk:
     stop_reason: str | int | None = None
     details: ServingDetails | None = None
     kv_transfer_params: KvTransferParams | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class OutputProcessor:
@@ -50,6 +52,7 @@ class OutputProcessor:
         stops: stop strings, if there are any.
         sampling: text of the first `min_tokens` tokens is not searched for stop strings; `stop_token_ids` tell a stop
             token that the client named from end-of-sequence.
+        silent: the client wants no output at all, though engines make one token at least.
         keeps_stop: the stop string or stop token is part of the text.
 
     Attributes:
@@ -64,12 +67,14 @@ class OutputProcessor:
         stops: StopPatterns | None,
         sampling: SamplingParams,
         keeps_stop: bool = False,
+        silent: bool = False,
     ) -> None:
         self.token_count = 0
         self.details: ServingDetails | None = None
         self._index = index
         self._sampling = sampling
         self._keeps_stop = keeps_stop
+        self._silent = silent
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops) if stops is not None else None
         self._length = 0
@@ -77,6 +82,14 @@ class OutputProcessor:
     def process(self, delta: TokenDelta) -> TextChunk:
         """Return the next chunk. Tokens after one that completes a stop string are dropped, however they came."""
         self.details = delta.details or self.details
+        if self._silent:
+            reason = None if delta.finish_reason is None else "length"
+            chunk = TextChunk(self._index, "", [], reason, details=self.details)
+        else:
+            chunk = self._process(delta)
+        return dataclasses.replace(chunk, prompt_logprobs=delta.prompt_logprobs) if delta.prompt_logprobs else chunk
+
+    def _process(self, delta: TokenDelta) -> TextChunk:
         text, tokens, hit = "", [], None
         for place, token_id in enumerate(delta.token_ids):
             tokens.append(Token(token_id, self._length, delta.logprobs[place] if delta.logprobs else None))
@@ -116,4 +129,5 @@ def joined(chunks: list[TextChunk]) -> TextChunk:
         chunks[-1],
         text="".join(chunk.text for chunk in chunks),
         tokens=[token for chunk in chunks for token in chunk.tokens],
+        prompt_logprobs=next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs), None),
     )

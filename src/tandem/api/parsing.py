@@ -24,7 +24,7 @@ Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 
 # Fields of OpenAI and vLLM that are not served, each with the values that ask for nothing; null is always one of them.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("chat_template", "prompt_logprobs"), ()),
+    "chat_template": (),
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     **dict.fromkeys(("documents", "functions"), ([],)),
     "use_beam_search": (False,),
@@ -33,6 +33,11 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "suffix": ("",),
     "function_call": ("none", "auto"),  # OpenAI's old way; `tools` is the new one
+    # Chats have these.
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
 }
 # Fields that ask for nothing of the model, of any value: they are for the provider's books, or hints how to serve.
 WITHOUT_EFFECT = (
@@ -49,7 +54,7 @@ NOT_SERVED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
 WHOLE_FIELDS = frozenset(
     (
         *("n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "seed"),
-        *("logprobs", "top_logprobs", "truncate_prompt_tokens"),
+        *("logprobs", "top_logprobs", "truncate_prompt_tokens", "prompt_logprobs", "max_output_tokens"),
     )
 )
 MIN_LIST = 65536  # numbers: block ids of a foreign proxy are a list too
@@ -76,7 +81,7 @@ def parse(body: bytes | bytearray, kind: type[Parsed], max_list: int = MAX_NUMBE
         raise _invalid(str(error), _shown(body)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
-    _check_not_served(read, NOT_SERVED, "")
+    _check_not_served(read, {name: NOT_SERVED[name] for name in _others(kind, NOT_SERVED)}, "")
     return kind(**{name: _served(name, getattr(read, name)) for name in kind.__struct_fields__})
 
 
@@ -169,7 +174,7 @@ def _asks_for_nothing(raw: bytes, neutral: tuple[Any, ...]) -> bool:
 
 
 def _served(name: str, value: Any) -> Any:
-    if name == "messages" and value is not None:
+    if name == "messages" and value is not None and not isinstance(value[0], dict):
         return [_served_message(one, place) for place, one in enumerate(value)]
     if name in WHOLE_FIELDS and isinstance(value, float):
         if not value.is_integer():
@@ -204,13 +209,23 @@ def _decoder(kind: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
     fields: list[tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(kind):
         hint = hints[field.name]
-        if field.name == "messages":
+        if field.name == "messages" and ChatMessage in _inside(hint):
             messages: Any = Annotated[list[_message_type()], Meta(min_length=1)]  # type: ignore[misc]
             hint = messages if field.required else messages | None
         elif field.name in WHOLE_FIELDS:
             hint = _or_float(hint)
         fields.append((field.name, hint, field.default))
-    return msgspec.json.Decoder(_struct(kind.__name__, fields, (*NOT_SERVED, *WITHOUT_EFFECT)))
+    return msgspec.json.Decoder(_struct(kind.__name__, fields, _others(kind, (*NOT_SERVED, *WITHOUT_EFFECT))))
+
+
+def _others(kind: type[msgspec.Struct], names: Iterable[str]) -> list[str]:
+    """Return the names that are no fields of `kind`."""
+    return [name for name in names if name not in kind.__struct_fields__]
+
+
+def _inside(hint: Any) -> set[Any]:
+    """Return a type and those that it is made of."""
+    return {hint}.union(*(_inside(one) for one in get_args(hint)))
 
 
 def _message_type() -> type[msgspec.Struct]:

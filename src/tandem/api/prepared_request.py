@@ -80,6 +80,7 @@ async def prepare_request(
     kv = kv_transfer_params(body.kv_transfer_params) if body.kv_transfer_params is not None else None
     stop_list = [body.stop] if isinstance(body.stop, str) else body.stop
     stops = StopPatterns(stop_list) if stop_list else None
+    silent = asks_for_none(body)
     skips, keeps = body.skip_special_tokens is not False, bool(body.include_stop_str_in_output)
     sequences: list[PreparedSequence] = []
     for prompt, sampling in prompts:
@@ -89,12 +90,17 @@ async def prepare_request(
             seed = (sampling.seed + copy) % 2**63  # each choice has its own
             own = msgspec.structs.replace(sampling, seed=seed, banned_runs=banned)
             request = TokenRequest(own_id, prompt.token_ids, own, kv, body.cache_salt, grammar)
-            output = OutputProcessor(
-                new_detokenizer(model.tokenizer, skip_special_tokens=skips), index, stops, own, keeps
-            )
+            detokenizer = new_detokenizer(model.tokenizer, skip_special_tokens=skips)
+            output = OutputProcessor(detokenizer, index, stops, own, keeps, silent)
             sequences.append(PreparedSequence(request, prompt, copy == 0, output))
-    wants_tokens = bool(body.return_token_ids) or prompts[0][1].logprobs is not None
+    first = prompts[0][1]
+    wants_tokens = bool(body.return_token_ids) or first.logprobs is not None or first.prompt_logprobs is not None
     return PreparedRequest(request_id, model, sequences, wants_tokens)
+
+
+def asks_for_none(body: GenerateBody) -> bool:
+    """Return whether the prompt alone is wanted: a length of 0. Engines make one token, which is not shown."""
+    return body.max_tokens == 0 or getattr(body, "max_completion_tokens", None) == 0
 
 
 def _check(body: GenerateBody, model: LoadedModel, sampling: SamplingParams, count: int) -> None:
@@ -109,6 +115,12 @@ def _check(body: GenerateBody, model: LoadedModel, sampling: SamplingParams, cou
     if body.stream_options is not None and body.stream_options.include_obfuscation:
         raise InvalidRequest(
             "stream_options.include_obfuscation is not supported; leave it out", param="stream_options"
+        )
+    if body.kv_transfer_params is not None and sampling.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "kv_transfer_params brings no log-probabilities of the prompt: leave out prompt_logprobs, and echo with"
+            " logprobs",
+            param="prompt_logprobs",
         )
     if body.kv_transfer_params is not None and count > 1:
         raise InvalidRequest("kv_transfer_params goes with one prompt and n of 1", param="kv_transfer_params")

@@ -9,9 +9,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from tandem.api.backend import ServingDetails
-from tandem.api.openai import Body, Choice, PromptTokensDetails, ResponseBody, Usage
+from tandem.api.openai import Body, Choice, PromptLogprobs, PromptTokensDetails, RankedLogprob, ResponseBody, Usage
 from tandem.api.output_processor import TextChunk
-from tandem.api.prepared_request import PreparedRequest
+from tandem.api.prepared_request import PreparedRequest, Prompt
 from tandem.wire.messages import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
@@ -59,6 +59,7 @@ class ResponseBuilder(ABC, Generic[Body]):
             usage=self._usage(),
             tandem=self._details(),
             prompt_token_ids=self.prompt_token_ids(),
+            prompt_logprobs=self.prompt_logprobs(chunks[0]),
             kv_transfer_params=chunks[0].kv_transfer_params or UNSET,
         )
 
@@ -72,6 +73,7 @@ class ResponseBuilder(ABC, Generic[Body]):
             usage=self._usage() if self._usage_always else None if self.usage_at_end else UNSET,
             tandem=UNSET if chunk.finish_reason is None else chunk.details,
             prompt_token_ids=self.prompt_token_ids() if first_event else UNSET,
+            prompt_logprobs=self.prompt_logprobs(chunk) if first_event else UNSET,
             kv_transfer_params=chunk.kv_transfer_params or UNSET,
         )
 
@@ -88,6 +90,22 @@ class ResponseBuilder(ABC, Generic[Body]):
     def prompt_token_ids(self) -> list[int] | UnsetType:
         """Return what the whole response has, beside its choices."""
         return UNSET
+
+    def prompt_logprobs(self, chunk: TextChunk) -> PromptLogprobs | UnsetType:
+        """Return what the whole response has, beside its choices."""
+        return UNSET
+
+    def ranked(self, prompt: Prompt, chunk: TextChunk, most: int) -> PromptLogprobs:
+        """Return how likely the prompt's tokens were, and up to `most` others, as vLLM writes it."""
+        text = self.request.model.tokenizer.token_text
+        found: PromptLogprobs = [None]
+        for token, one in zip(prompt.token_ids[1:], chunk.prompt_logprobs or [], strict=True):
+            ranked = {str(other): (value, rank) for rank, (other, value) in enumerate(one.top[:most], 1)}
+            ranked.setdefault(str(token), (one.logprob, one.rank))
+            found.append(
+                {other: RankedLogprob(finite(value), rank, text(int(other))) for other, (value, rank) in ranked.items()}
+            )
+        return found
 
     def choice_fields(self, chunk: TextChunk) -> ChoiceFields:
         ids = [token.id for token in chunk.tokens] if self.body.return_token_ids else UNSET
@@ -117,11 +135,12 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
-def with_chosen(token_id: int, logprobs: TokenLogprobs) -> list[tuple[int, float]]:
-    """Return the most likely tokens, and the chosen one if it is none of them."""
-    if any(other == token_id for other, _ in logprobs.top):
-        return logprobs.top
-    return [*logprobs.top, (token_id, logprobs.logprob)]
+def with_chosen(token_id: int, logprobs: TokenLogprobs, most: int) -> list[tuple[int, float]]:
+    """Return up to `most` of the most likely tokens, and the chosen one if it is none of them."""
+    top = logprobs.top[:most]
+    if any(other == token_id for other, _ in top):
+        return top
+    return [*top, (token_id, logprobs.logprob)]
 
 
 encode = msgspec.json.Encoder().encode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -46,9 +47,16 @@ class ResponseWriter:
         self._sending = asyncio.Lock()
         self._streaming = False
         self._sent_at = 0.0
+        self._shape: Callable[[RequestError], dict[str, Any]] = error_body
+        self._error_prefix = b""
 
-    async def event(self, content: ResponseBody | dict[str, Any]) -> None:
-        await self._stream(b"data: " + encode(content) + b"\n\n")
+    def shape_errors(self, shape: Callable[[RequestError], dict[str, Any]], prefix: bytes) -> None:
+        """Write errors as another API does. `prefix`: of the event that ends a stream."""
+        self._shape, self._error_prefix = shape, prefix
+
+    async def event(self, content: ResponseBody | dict[str, Any], name: str | None = None) -> None:
+        prefix = b"" if name is None else b"event: " + name.encode() + b"\n"
+        await self._stream(prefix + b"data: " + encode(content) + b"\n\n")
 
     async def end(self, last: bytes) -> None:
         async with self._sending:
@@ -70,16 +78,16 @@ class ResponseWriter:
             if now() - self._sent_at >= self._comment_every:
                 await self._stream(COMMENT)
 
-    async def whole(self, content: msgspec.Struct) -> None:
+    async def whole(self, content: msgspec.Struct | dict[str, Any]) -> None:
         response = json_response(content)
         self.answered = True
         await response(self._scope, self._receive, self._send)
 
     async def error(self, error: RequestError) -> None:
         if not self._streaming:
-            await error_response(error)(self._scope, self._receive, self._send)
+            await error_response(error, self._shape)(self._scope, self._receive, self._send)
             return
-        await self.event(error_body(error))
+        await self._stream(self._error_prefix + b"data: " + encode(self._shape(error)) + b"\n\n")
         await self.end(b"")
 
     async def _stream(self, content: bytes) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded, ShortOfBlocks
-from tandem.wire.messages import EngineCounters, Failed, KvUsage, RequestCounts, Tokens
+from tandem.wire.messages import EngineCounters, KvUsage, Output, RequestCounts
 
-Outputs = dict[int, list[Tokens | Failed]]
+Outputs = dict[int, list[Output]]
 """By the number of the frontend that they go to."""
 
 KvEvent = ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded | ShortOfBlocks

@@ -19,7 +19,8 @@ from tandem.router.first_token import OutputMerger
 from tandem.router.foreign_proxy import published_params, requested_kv
 from tandem.router.policy import Route
 from tandem.router.serving_details import serving_details
-from tandem.wire.messages import Generate, Local, Prefill, PullKv, RequestStats, Tokens
+from tandem.wire.messages import Generate, Local, Prefill, PromptScores, PullKv, RequestStats, TokenLogprobs, Tokens
+from tandem.wire.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +63,23 @@ class Attempt:
         try:
             while True:
                 message = await self._receive()
+                if isinstance(message, PromptScores):
+                    self.merger.add_scores(message)
+                    continue
+                first = not self.merger.tokens
                 tokens, logprobs = self.merger.add(message)
+                scores = self._scores() if first and tokens else None
                 if message.finish_reason is not None:
                     last = message
                 if last is not None and len(self.merger.tokens) >= last.index + len(last.token_ids):
                     params = published_params(last.kv_transfer_params, self.route.decode.register.peer_address)
-                    yield TokenDelta(tokens, logprobs, last.finish_reason, last.stop_token_id, self._details(), params)
+                    yield TokenDelta(
+                        tokens, logprobs, last.finish_reason, last.stop_token_id, self._details(), params, scores
+                    )
                     return
                 if tokens or message.stats is not None:
-                    yield TokenDelta(tokens, logprobs, details=self._details() if message.stats is not None else None)
+                    details = self._details() if message.stats is not None else None
+                    yield TokenDelta(tokens, logprobs, details=details, prompt_logprobs=scores)
         finally:
             # A decode engine that is done has let go of the KV on the prefill engine; else that may wait for a reader.
             for stream in streams:
@@ -84,7 +93,7 @@ class Attempt:
             request_id=f"{request.request_id}-{uuid.uuid4().hex[:8]}",
             token_ids=request.token_ids + self.merger.tokens,
             prompt_len=len(request.token_ids),
-            sampling=request.sampling,
+            sampling=self._sampling(),
             time_left=max(0.0, self._seconds_left()),
             cache_salt=request.cache_salt,
             grammar=request.grammar,
@@ -96,12 +105,17 @@ class Attempt:
         prefill = self._send(generate, Prefill(), route.prefill, route.prompt_tokens)
         return [prefill, self._send(generate, pull, route.decode)]
 
+    def _sampling(self) -> SamplingParams:
+        """Return the request's sampling, less the prompt's log-probabilities if the client has them already."""
+        sampling = self.request.sampling
+        return msgspec.structs.replace(sampling, prompt_logprobs=None) if self.merger.tokens else sampling
+
     def _send(
         self, generate: Generate, kv: Local | Prefill | PullKv, engine: EngineEntry, prompt_tokens: int = 0
     ) -> EngineStream:
         return self.connections.open(msgspec.structs.replace(generate, kv=kv), engine, self._queue, prompt_tokens)
 
-    async def _receive(self) -> Tokens:
+    async def _receive(self) -> Tokens | PromptScores:
         """Return the next message of either engine. Raises the RequestError that ends the attempt."""
         while True:
             if self._prefill_error is not None and (self.merger.has_gap or self._awaits_first_token):
@@ -111,6 +125,8 @@ class Attempt:
                     stream, message = await self._queue.get()
             except TimeoutError:
                 raise TimedOut(f"the request did not end in {self.timeout:.0f} s") from None
+            if isinstance(message, PromptScores):
+                return message
             if isinstance(message, Tokens):
                 if message.stats is not None:
                     self._stats[stream.engine.incarnation] = message.stats
@@ -129,6 +145,15 @@ class Attempt:
                 raise message
             log.warning("request %s: %s; the decode engine goes on alone", self.request.request_id, message)
             self._prefill_error = message
+
+    def _scores(self) -> list[TokenLogprobs] | None:
+        """Return the prompt's log-probabilities, all of which come before the first token. Raises EngineFailed."""
+        if self.request.sampling.prompt_logprobs is None:
+            return None
+        found, wanted = self.merger.prompt_logprobs, len(self.request.token_ids) - 1
+        if len(found) != wanted:
+            raise EngineFailed(f"of {wanted} log-probabilities of the prompt only {len(found)} came before its answer")
+        return found
 
     def _seconds_left(self) -> float:
         return self.merger.started + self.timeout - time.monotonic()

@@ -25,8 +25,10 @@ from tandem.wire.messages import (
     Generate,
     Goodbye,
     Introduce,
+    Output,
     Outputs,
     PeerAddress,
+    PromptScores,
     Register,
     Registered,
     ToEngine,
@@ -47,7 +49,7 @@ class Stalled:
     reason: str
 
 
-StreamMessage = Tokens | RequestError | Stalled
+StreamMessage = Tokens | PromptScores | RequestError | Stalled
 StreamQueue = asyncio.Queue[tuple["EngineStream", StreamMessage]]
 
 
@@ -227,7 +229,7 @@ class EngineConnections:
         for engine in self.registry.present("decode"):
             self.send(engine.sender, Introduce(prefills))
 
-    def _deliver(self, sender: bytes, item: Tokens | Failed) -> None:
+    def _deliver(self, sender: bytes, item: Output) -> None:
         stream = self._streams.get((sender, item.request_id))
         if stream is None:
             return
@@ -239,12 +241,15 @@ class EngineConnections:
             stream.put(error)
             return
         try:
-            stream.check.take(item)
+            if isinstance(item, PromptScores):
+                stream.check.take_scores(item)
+            else:
+                stream.check.take(item)
         except EngineFailed as error:
             self.close(stream)  # nothing that it says is heard any more
             stream.put(error)
             return
-        if item.done:
+        if isinstance(item, Tokens) and item.done:
             stream.finish()
         stream.put(item)
 

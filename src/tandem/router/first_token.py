@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 
 from tandem.errors import Diverged
 from tandem.ids import output_digest
-from tandem.wire.messages import TokenLogprobs, Tokens
+from tandem.wire.messages import PromptScores, TokenLogprobs, Tokens
 
 
 @dataclass(slots=True)
@@ -28,11 +28,13 @@ class OutputMerger:
     Attributes:
         tokens: the output so far, as the client has it.
         first_token_at: 0 until there is one.
+        prompt_logprobs: of the prompt's tokens after the first; whichever engine sent each first.
     """
 
     started: float
     tokens: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     _digests: list[int] = field(default_factory=lambda: [0])  # by number of tokens, from none to all
     _early: list[tuple[int, int, Tokens]] = field(default_factory=list)
     _arrivals: Iterator[int] = field(default_factory=itertools.count)
@@ -64,6 +66,11 @@ class OutputMerger:
         if self.tokens and not self.first_token_at:
             self.first_token_at = time.monotonic()
         return self.tokens[begin:], logprobs or None
+
+    def add_scores(self, message: PromptScores) -> None:
+        """Take the log-probabilities that are next; those of a prompt that is computed again are known."""
+        known = len(self.prompt_logprobs) + 1 - message.start
+        self.prompt_logprobs += message.logprobs[known:] if known >= 0 else []
 
     def _append(self, token_ids: list[int]) -> None:
         for token in token_ids:

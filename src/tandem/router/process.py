@@ -15,6 +15,7 @@ import zmq.asyncio
 from tandem import logs
 from tandem.api.api_keys import ApiKeys
 from tandem.api.app import create_app
+from tandem.api.connections import Refusals
 from tandem.api.http_server import Tls, serve
 from tandem.api.loaded_model import ModelLoader
 from tandem.config import RouterConfig
@@ -78,8 +79,9 @@ async def _serve(
     http = config.http
     keys = ApiKeys(http.api_key, http.api_key_file) if http.has_key else None
     warn_if_open(listener, keys)
+    refusals = Refusals()
     operator = EngineOperator(connections) if kind == "router" else None
-    app = create_app(backend, loader, kind=kind, keys=keys, limits=config.limits, operator=operator)
+    app = create_app(backend, loader, kind=kind, keys=keys, limits=config.limits, refusals=refusals, operator=operator)
     health = _HealthReporter(report, backend)
     connections.on_change = health.update
     stop = asyncio.Event()
@@ -89,7 +91,7 @@ async def _serve(
     loading = asyncio.create_task(_load_early(loader, health.first_engine))
     report(ControlPort(port))
     try:
-        await serve(app, listener, stop, grace=1.0, limits=config.limits, tls=_tls(http))
+        await serve(app, listener, stop, grace=1.0, limits=config.limits, tls=_tls(http), refusals=refusals)
     finally:
         loading.cancel()
         receiving.cancel()

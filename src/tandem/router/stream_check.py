@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from tandem.errors import EngineFailed
-from tandem.wire.messages import Generate, Prefill, PullKv, TokenLogprobs, Tokens
+from tandem.wire.messages import Generate, Prefill, PromptScores, PullKv, TokenLogprobs, Tokens
 
 FINISH_REASONS = ("stop", "length")
 _SHOWN = 40  # characters of a text that came
@@ -24,6 +24,7 @@ class StreamCheck:
         engine_id: for people.
         vocab_size: of its registration.
         next: position in the output of the next token; None before the first message.
+        scored: position in the prompt of the token whose log-probability is next.
         ended: nothing may follow.
     """
 
@@ -31,6 +32,7 @@ class StreamCheck:
     engine_id: str
     vocab_size: int
     next: int | None = None
+    scored: int = 1
     ended: bool = False
 
     def take(self, message: Tokens) -> None:
@@ -42,6 +44,25 @@ class StreamCheck:
             self.next = message.index + len(message.token_ids)
         self.ended = message.done
 
+    def take_scores(self, message: PromptScores) -> None:
+        """Take note of log-probabilities of the prompt. Raises EngineFailed if they are out of bounds."""
+        problem = self._scores(message)
+        if problem is not None:
+            raise EngineFailed(f"engine {self.engine_id} sent what no engine may send: {problem}")
+        self.scored += len(message.logprobs)
+
+    def _scores(self, message: PromptScores) -> str | None:
+        wanted, end = self.generate.sampling.prompt_logprobs, message.start + len(message.logprobs)
+        if wanted is None:
+            return "log-probabilities of the prompt that nobody asked for"
+        if self.ended or self.next is not None:
+            return "log-probabilities of the prompt after its first token"
+        if message.start != self.scored or end > self.generate.prompt_len:
+            return (
+                f"log-probabilities of tokens {message.start} to {end - 1} of the prompt where {self.scored} was next"
+            )
+        return next((problem for one in message.logprobs if (problem := self._logprobs(one, wanted))), None)
+
     def is_copy(self, message: Tokens) -> bool:
         """Return whether a decode engine has ended with the first token, of which it does not know how likely it was.
 
@@ -49,7 +70,10 @@ class StreamCheck:
         """
         pulled_first = isinstance(self.generate.kv, PullKv) and message.index == self._start
         ended = message.finish_reason is not None and len(message.token_ids) == 1
-        return pulled_first and ended and self.generate.sampling.logprobs is not None and message.logprobs is None
+        sampling = self.generate.sampling
+        lacks_own = sampling.logprobs is not None and message.logprobs is None
+        lacks_prompts = sampling.prompt_logprobs is not None and self.scored < self.generate.prompt_len
+        return pulled_first and ended and (lacks_own or lacks_prompts)
 
     @property
     def _start(self) -> int:
@@ -98,8 +122,8 @@ class StreamCheck:
         if reason is None:
             if message.stop_token_id is not None:
                 return "a stop token without an end"
-            hands_over = isinstance(self.generate.kv, Prefill) and (last or self.next is not None)
-            return None if hands_over or not message.done else "the end of its part without a finish reason"
+            ends_early = message.done and not self._leaves_rest(message)
+            return "the end of its part without a finish reason" if ends_early else None
         if reason not in FINISH_REASONS:
             return f"finish reason {reason[:_SHOWN]!r}, which is none of {', '.join(FINISH_REASONS)}"
         if not message.done or not last:
@@ -107,6 +131,10 @@ class StreamCheck:
         if message.stop_token_id not in (None, *last):
             return f"stop token {message.stop_token_id}, which is not the last token"
         return None
+
+    def _leaves_rest(self, message: Tokens) -> bool:
+        """Return whether the other engine has to send the end of the request."""
+        return isinstance(self.generate.kv, Prefill) and (bool(message.token_ids) or self.next is not None)
 
     def _foreign(self, token_ids: list[int]) -> int | None:
         """Return the first id that is not in the vocabulary."""

@@ -27,20 +27,27 @@ class SampleAt(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         position: index of the new token in the whole request (prompt and output); keys the random generator.
         output_len: output tokens before it, for `min_tokens`.
-        stop_ids: tokens that may not be chosen before `min_tokens`, unless the grammar leaves nothing else.
         banned_ids: tokens that may not be chosen here.
         constrained: only tokens that the request's grammar allows may be chosen.
-        mask: which ones those are, one bit a token, lowest bit first, or why it could not be made; set on the rank
+        stop_ids: with a grammar, tokens that may not be chosen here unless it leaves nothing else.
+        mask: what the grammar allows, one bit a token, lowest bit first, or why it could not be made; set on the rank
             that samples, as it is made while the model runs.
     """
 
     params: SamplingParams
     position: int
     output_len: int
-    stop_ids: list[int] = []
     banned_ids: list[int] = []
     constrained: bool = False
+    stop_ids: list[int] = []
     mask: bytes | RowError | None = None
+
+
+class ScoreAt(msgspec.Struct, frozen=True, array_like=True):
+    """Tell how likely the prompt's `targets` were, each after one of the row's tokens, and the `top` most likely."""
+
+    top: int
+    targets: list[int]
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -58,6 +65,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     block_ids: list[int]
     sample: SampleAt | None = None
     history: list[int] | None = None
+    score: ScoreAt | None = None
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
@@ -90,7 +98,11 @@ def row_failed(error: RequestError) -> Sampled:
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag="result"):
-    """One entry per row of the batch: None where nothing was to be sampled, and all went well."""
+    """One entry per row of the batch: None where nothing was to be sampled, and all went well.
+
+    `scores`: by row, for those that ask for them.
+    """
 
     batch_id: int
     sampled: list[Sampled | None]
+    scores: dict[int, list[TokenLogprobs]] = {}

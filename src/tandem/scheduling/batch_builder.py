@@ -128,7 +128,7 @@ class BatchBuilder:
     def _admit_local(self, request: Request) -> None:
         length = len(request.tokens)
         # The last token is always computed, as the next one is sampled from it.
-        if not self._start_with_cached_prefix(request, length - 1, length):
+        if not self._start_with_cached_prefix(request, 0 if request.needs_scores else length - 1, length):
             return
         count = min(request.num_pending, self._tokens_left)
         self._state.move(request, RequestState.RUNNING)

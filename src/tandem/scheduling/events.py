@@ -38,6 +38,14 @@ class TokenOut(msgspec.Struct, frozen=True):
         return self.token_id if self.finish_reason == "stop" else None
 
 
+class PromptScored(msgspec.Struct, frozen=True):
+    """Log-probabilities of the prompt's tokens from position `start` on; before the request's first TokenOut."""
+
+    request_id: str
+    start: int
+    logprobs: list[TokenLogprobs]
+
+
 class Finished(msgspec.Struct, frozen=True):
     """This engine's part of the request ended well.
 
@@ -119,4 +127,14 @@ class ShortOfBlocks(msgspec.Struct, frozen=True):
     short: bool
 
 
-Event = TokenOut | Finished | Failed | ChunkComputed | PrefillEnded | BlocksAllocated | PullEnded | ShortOfBlocks
+Event = (
+    TokenOut
+    | PromptScored
+    | Finished
+    | Failed
+    | ChunkComputed
+    | PrefillEnded
+    | BlocksAllocated
+    | PullEnded
+    | ShortOfBlocks
+)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tandem.ids import output_digest
 from tandem.kv.blocks import PrefixChain
-from tandem.scheduling.batch import Row, SampleAt
+from tandem.scheduling.batch import Row, SampleAt, ScoreAt
 from tandem.scheduling.events import FinishReason
 from tandem.wire.grammar import Grammar
 from tandem.wire.messages import Local, Prefill, PullKv, RequestStats
@@ -54,6 +54,7 @@ class Request:
             replaced, never emptied, when the blocks go.
         num_published: full blocks that were offered to the prefix cache.
         num_announced: tokens of a Prefill request that ChunkComputed events have announced.
+        num_scored: tokens of the prompt after the first whose log-probabilities are out.
         num_cached: tokens that the prefix cache had when it was admitted last.
         shortage: why it was not admitted the last time; None if it was, or was not tried yet.
         prefilled: a Prefill request whose whole prompt is computed and whose token is sampled.
@@ -78,6 +79,7 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     num_published: int = 0
     num_announced: int = 0
+    num_scored: int = 0
     num_cached: int = 0
     shortage: Shortage | None = None
     prefilled: bool = False
@@ -108,15 +110,28 @@ class Request:
         end = start + count
         sample = self._sample_at() if end == len(self.tokens) else None
         history = self.tokens if sample is not None and self.sampling.uses_history else None
-        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample, history)
+        score = self._score_at(start, end)
+        return Row(self.request_id, self.tokens[start:end], start, self.block_ids, sample, history, score)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the prompt must be computed for its log-probabilities, whatever the prefix cache has."""
+        return self.sampling.prompt_logprobs is not None and self.num_scored < self.prompt_len - 1
+
+    def _score_at(self, start: int, end: int) -> ScoreAt | None:
+        top = self.sampling.prompt_logprobs
+        targets = self.tokens[start + 1 : min(end + 1, self.prompt_len)] if self.needs_scores else []
+        return ScoreAt(top, targets) if top is not None and targets else None
 
     def _sample_at(self) -> SampleAt:
         params, output_len = self.sampling, self.output_len
         constrained = self.grammar is not None
         goes_on = output_len < params.min_tokens or (constrained and params.ignore_eos)
-        stop_ids = sorted(self.stop_tokens) if goes_on else []
-        banned = _run_ends(params.banned_runs, self.tokens, output_len)
-        return SampleAt(params, len(self.tokens), output_len, stop_ids, banned, constrained)
+        stops = sorted(self.stop_tokens) if goes_on else []
+        banned = [] if constrained else stops
+        if params.banned_runs:
+            banned = banned + _run_ends(params.banned_runs, self.tokens, output_len)
+        return SampleAt(params, len(self.tokens), output_len, banned, constrained, stops if constrained else [])
 
     def finish_reason(self) -> FinishReason | None:
         """Return the reason if the last token, an output token, ends the request.

@@ -16,11 +16,11 @@ from tandem.kv.blocks import BlockPool
 from tandem.scheduling.admission import Limits, new_request
 from tandem.scheduling.batch import Batch, RowError, Sampled, StepResult
 from tandem.scheduling.batch_builder import BatchBuilder, BatchEntry
-from tandem.scheduling.events import ChunkComputed, Event, FinishReason, TokenOut
+from tandem.scheduling.events import ChunkComputed, Event, FinishReason, PromptScored, TokenOut
 from tandem.scheduling.preemption import recompute
 from tandem.scheduling.request import Request, RequestState
 from tandem.scheduling.state import SchedulerState, Totals
-from tandem.wire.messages import Generate, KvUsage, Prefill, PullKv, RequestCounts
+from tandem.wire.messages import Generate, KvUsage, Prefill, PullKv, RequestCounts, TokenLogprobs
 
 _RETRY_AFTER = 1  # seconds
 _NO_TOKEN = RowError(EngineFailed.code, "no token came back from the engine's step")
@@ -111,9 +111,10 @@ class Scheduler:
             )
         self.in_flight.popleft()
         self.state.totals.steps += 1
-        for entry, sampled in zip(expected.entries, result.sampled, strict=True):
+        for index, (entry, sampled) in enumerate(zip(expected.entries, result.sampled, strict=True)):
             entry.request.inflight -= 1
             if entry.request.state is not RequestState.FINISHED:
+                self._note_scores(entry, result.scores.get(index, []))
                 self._apply_row(entry, sampled, now)
             elif not entry.request.inflight:
                 self.state.release_blocks(entry.request)
@@ -147,6 +148,7 @@ class Scheduler:
             self.kv_failed(request_id, reason, now, reading=False)
             return
         request.kv_arrived_at = now
+        request.num_scored = request.prompt_len - 1  # the prefill engine's affair, which has computed the prompt
         request.num_computed = length if first_token is not None else length - 1
         self._publish(request, request.num_computed)
         self.state.move(request, RequestState.WAITING_FOR_SLOT)
@@ -256,6 +258,13 @@ class Scheduler:
         elif isinstance(request.kv, Prefill):
             self._announce(request, entry.end, None)
 
+    def _note_scores(self, entry: BatchEntry, scores: list[TokenLogprobs]) -> None:
+        """Pass on the log-probabilities that are new: what was preempted computes its prompt again."""
+        request, start = entry.request, entry.end - entry.count + 1
+        if new := scores[max(0, request.num_scored + 1 - start) :]:
+            self.state.events.append(PromptScored(request.request_id, request.num_scored + 1, new))
+            request.num_scored += len(new)
+
     def _append(self, request: Request, sampled: Sampled, now: float) -> FinishReason | None:
         index, token, before = request.output_len, sampled.token_id, request.digest
         request.append(token)
@@ -271,6 +280,7 @@ class Scheduler:
         index, before = request.output_len, request.digest
         request.append(token)
         request.first_token_at = now
+        request.num_scored = request.prompt_len - 1
         reason = request.finish_reason()
         if reason is not None:
             self.state.events.append(TokenOut(request.request_id, index, token, None, reason, before))

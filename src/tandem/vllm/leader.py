@@ -215,7 +215,7 @@ def _connect_to_workers(context: zmq.asyncio.Context, ranks: Sequence[RankHandsh
     """Return a ROUTER that knows each worker by its rank, as the workers' sockets say it on being connected to."""
     sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, ClusterKey(ranks[0].engine_key))
     first, *others = [rank.transfer for rank in ranks]
-    socket = sockets.connect(zmq.ROUTER, first.host, first.port, SocketOptions(handover=True, kernel_watches=True))
+    socket = sockets.connect(zmq.ROUTER, first.host, first.port, SocketOptions(handover=True, patient=True))
     for address in others:
         socket.connect(f"tcp://{endpoint(address.host, address.port)}")
     return socket

@@ -73,7 +73,7 @@ class RankTransfer:
         self._endpoint.set_result(transport.describe())
         layouts, key = _result(self._ranks, "the other ranks did not publish their memory")
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        options = SocketOptions(identity=b"%d" % agent.rank, kernel_watches=True, monitor=LEADER_EVENTS)
+        options = SocketOptions(identity=b"%d" % agent.rank, patient=True, monitor=LEADER_EVENTS)
         socket, port = Sockets(context, key).bind(zmq.DEALER, agent.host, 0, options)
         socket.set(zmq.SNDTIMEO, SEND_MS)
         self._address.set_result(Address(agent.host, port))

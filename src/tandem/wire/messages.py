@@ -2,7 +2,8 @@
 
 Grouped by receiver, one tagged union for each: `ToEngine` and `ToFrontend`. A frontend binds; engines connect to it and
 register. Token ids only: no prompt or output text crosses this channel. The bounds here hold for any sender that has
-proved the cluster key; the engine's own limits (model length, queue) are tighter.
+proved the cluster key; the engine's own limits (model length, queue) are tighter. The status of an engine and the
+fields that messages have in common stand beside it, and are imported from here.
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ from msgspec import Meta
 
 from tandem.ids import EngineIdentity
 from tandem.wire.control_messages import EngineControl
+from tandem.wire.engine_status import MAX_PEERS as MAX_PEERS
+from tandem.wire.engine_status import MAX_RANKS as MAX_RANKS
+from tandem.wire.engine_status import EngineCounters as EngineCounters
+from tandem.wire.engine_status import EngineStatus as EngineStatus
+from tandem.wire.engine_status import KvUsage as KvUsage
+from tandem.wire.engine_status import PeerInfo as PeerInfo
+from tandem.wire.engine_status import RankInfo as RankInfo
+from tandem.wire.engine_status import Refusal as Refusal
+from tandem.wire.engine_status import RequestCounts as RequestCounts
+from tandem.wire.fields import MAX_TEXT as MAX_TEXT
+from tandem.wire.fields import Count as Count
+from tandem.wire.fields import Name as Name
+from tandem.wire.fields import Seconds as Seconds
+from tandem.wire.fields import Text as Text
+from tandem.wire.fields import clip as clip
 from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams, TokenId
 
 MAX_PROMPT_TOKENS = 4_194_304
-MAX_RANKS = 4096
-MAX_PEERS = 4096
 
 MAX_SALT = 256
 MAX_ALIASES = 64
-MAX_TEXT = 4096
-Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=MAX_SALT)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Count = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-
-
-def clip(text: str) -> str:
-    """Shorten a text of any length to fit a `Text` field."""
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 4]} ..."
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
@@ -156,106 +160,6 @@ ToEngine = Registered | Generate | Abort | Introduce | EngineControl
 # --- received by a frontend -------------------------------------------------------------------------------------
 
 
-class RankInfo(msgspec.Struct, frozen=True):
-    """A rank; `openmp` (a file name, or none) and `threads` are what it computes with on the CPU."""
-
-    rank: Count
-    tp_rank: Count
-    pp_rank: Count
-    node: Text
-    pid: Count
-    engine_id: Name
-    incarnation: Name
-    openmp: Name = "none"
-    threads: Count = 1
-
-
-class KvUsage(msgspec.Struct, frozen=True):
-    """Blocks by state: `free + cached + leased + in_use == blocks`. Cached blocks are held by nobody and reusable."""
-
-    block_size: Count
-    blocks: Count
-    free: Count
-    cached: Count
-    leased: Count
-    in_use: Count
-
-
-class RequestCounts(msgspec.Struct, frozen=True):
-    waiting: Count = 0
-    waiting_for_kv: Count = 0
-    running: Count = 0
-
-
-class Refusal(msgspec.Struct, frozen=True):
-    """Two engines cannot share KV, because `field` differs. `ours` is the value of the engine that reports it."""
-
-    field: Name
-    ours: Text
-    theirs: Text
-
-
-class PeerInfo(msgspec.Struct, frozen=True):
-    """A peer session. `state` is connecting, ready, refused or lost; `error` says why, `refusal` what differs.
-
-    `handshake_time`: seconds until it was ready.
-    """
-
-    engine_id: Text
-    incarnation: Text
-    state: Text
-    error: Text | None = None
-    handshake_time: Seconds | None = None
-    refusal: Refusal | None = None
-
-
-class EngineCounters(msgspec.Struct, frozen=True):
-    """Totals since the engine started, for /metrics."""
-
-    requests: Count = 0
-    requests_failed: Count = 0
-    prompt_tokens: Count = 0
-    output_tokens: Count = 0
-    prefix_tokens: Count = 0
-    preemptions: Count = 0
-    kv_bytes: Count = 0
-    kv_descriptors: Count = 0
-    kv_failures: Count = 0
-    kv_corrupt: Count = 0
-    leases_expired: Count = 0
-    published_dropped: Count = 0
-    bad_messages: Count = 0
-    steps: Count = 0
-
-
-class EngineStatus(msgspec.Struct, frozen=True, tag="status"):
-    """The heartbeat, and the content of GET /tandem/engine.
-
-    Attributes:
-        identity_time: seconds that the ranks took to agree on the engine's identity.
-        draining: it takes no new requests, finishes those that it has, and ends.
-        step_seconds: for which the step that runs now has run, on any rank; 0 without one.
-    """
-
-    engine_id: Name
-    incarnation: Name
-    role: Name
-    model: Text
-    fingerprint: Text
-    tp: Count
-    pp: Count
-    nnodes: Count
-    connector: Name
-    ranks: Annotated[list[RankInfo], Meta(max_length=MAX_RANKS)]
-    kv: KvUsage
-    requests: RequestCounts
-    peers: Annotated[list[PeerInfo], Meta(max_length=MAX_PEERS)]
-    counters: EngineCounters = EngineCounters()
-    identity_time: Seconds = 0.0
-    draining: bool = False
-    step_seconds: Seconds = 0.0
-
-
 class Register(msgspec.Struct, frozen=True, tag="register"):
     """The first message of an engine to a frontend, repeated until it is answered and after every reconnect.
 
@@ -290,10 +194,14 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """The log-probability of a chosen token and the `top` most likely ones (id, natural log), most likely first."""
+    """The log-probability of a token and the `top` most likely ones (id, natural log), most likely first.
+
+    `rank`: of a prompt's token, its place among all; 1 is the most likely.
+    """
 
     logprob: float
     top: list[tuple[int, float]]
+    rank: Count = 0
 
 
 class RequestStats(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -337,6 +245,17 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     digest: Count = 0
 
 
+class PromptScores(msgspec.Struct, frozen=True, tag="prompt_scores"):
+    """Log-probabilities of the prompt's tokens from position `start` on; the first token, 0, has none.
+
+    They go on from each other, and come before the first token.
+    """
+
+    request_id: Name
+    start: Annotated[int, Meta(ge=1)]
+    logprobs: list[TokenLogprobs]
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The request ended without an answer; `code` is one of tandem.errors.REQUEST_ERRORS."""
 
@@ -348,10 +267,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     stats: RequestStats | None = None
 
 
+Output = Tokens | PromptScores | Failed
+
+
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """The output of one step for one frontend."""
 
-    items: list[Tokens | Failed]
+    items: list[Output]
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):

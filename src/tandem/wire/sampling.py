@@ -36,6 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
         logprobs: number of most likely tokens to report beside the chosen one; None for no logprobs at all.
         allowed_token_ids: no others are chosen; None for all.
         banned_runs: runs of tokens that the output must not have; the API makes them of vLLM's `bad_words`.
+        prompt_logprobs: the same for each token of the prompt but the first.
         stop_token_ids: end the request with finish reason "stop", as the model's end-of-sequence tokens do.
     """
 
@@ -55,6 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     ] = {}
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] = []
     ignore_eos: bool = False
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
     banned_runs: Annotated[
         list[Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_RUN_TOKENS)]], Meta(max_length=MAX_BANNED_RUNS)

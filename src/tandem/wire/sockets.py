@@ -1,4 +1,4 @@
-"""The ZeroMQ sockets of everything inside a cluster: CURVE, bounded, with heartbeats.
+"""The ZeroMQ sockets of everything inside a cluster: CURVE, bounded, watched by the kernel.
 
 With a cluster key every socket encrypts, and a listener lets in only clients that hold the key. Without one,
 sockets bind and connect on loopback alone.
@@ -19,14 +19,18 @@ from tandem.wire.addresses import endpoint, is_loopback, resolve
 from tandem.wire.codec import MAX_MESSAGE_BYTES
 from tandem.wire.keys import ClusterKey
 
-# A peer that is silent for HEARTBEAT_TIMEOUT_MS is disconnected. libzmq's own thread answers heartbeats, so a
-# process that computes for long is not taken for dead; one that is stopped, or whose machine is gone, is.
-HEARTBEAT_INTERVAL_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 6_000
+# No socket sends ZeroMQ's heartbeats: libzmq 4.3.5 ends the process (`!_io_error`) when it is to send one over a
+# connection whose peer has hung up while what it sent cannot be taken: its queue is full, or another with its identity
+# has taken its place. Anybody who is let in could have that happen. The kernels notice a machine that is gone; that a
+# process hangs or is stopped is noticed by what processes say themselves.
+IDLE_SECONDS = 2
+PROBE_SECONDS = 2
+PROBES = 2
+GONE_TIMEOUT_MS = 6_000
 CONNECT_TIMEOUT_MS = 5_000
 
-# Between the ranks of an engine a pause of all of them (SIGSTOP, a laptop's lid, a virtual machine that migrates) must
-# not end the engine. libzmq counts it as silence of the others, as its timers run on; the kernels go on answering.
+# Between the ranks of an engine they are given longer: all other connections are made again when they break, and one of
+# these ends the engine.
 KERNEL_IDLE_SECONDS = 4
 KERNEL_PROBE_SECONDS = 2
 KERNEL_PROBES = 3
@@ -48,7 +52,7 @@ class SocketOptions:
         handover: a new connection to a ROUTER with an `identity` already in use replaces the old one.
         identity: under which a ROUTER addresses this socket; chosen by the ROUTER if None.
         reconnect: connect again when the connection breaks.
-        kernel_watches: whether the other side is there is for the kernels to find out, not for the processes.
+        patient: a machine that does not answer is given up after 10 s, not 6.
         monitor: `zmq.EVENT_...` that `socket.get_monitor_socket()` is to report, from before the first can happen.
     """
 
@@ -58,23 +62,11 @@ class SocketOptions:
     handover: bool = False
     identity: bytes | None = None
     reconnect: bool = True
-    kernel_watches: bool = False
+    patient: bool = False
     monitor: int = 0
 
 
 DEFAULT_OPTIONS = SocketOptions()
-
-# Only the side that connects sends ZeroMQ's heartbeats; a listener leaves it to TCP to notice a machine that is gone,
-# in the same time. libzmq 4.3.5 ends the process (`!_io_error`) when it is to send a heartbeat over a connection whose
-# peer has hung up while what it sent cannot be taken: its queue is full, or another with its identity has taken its
-# place. Anybody who is let in could have a listener do so.
-_LISTENER = {
-    zmq.HEARTBEAT_IVL: 0,
-    zmq.TCP_KEEPALIVE_IDLE: 2,
-    zmq.TCP_KEEPALIVE_INTVL: 2,
-    zmq.TCP_KEEPALIVE_CNT: 2,
-    zmq.TCP_MAXRT: HEARTBEAT_TIMEOUT_MS,
-}
 
 
 class Sockets(Generic[S]):
@@ -104,7 +96,7 @@ class Sockets(Generic[S]):
         """
         address = self._permitted(host, port, "listen on")
         socket = self._open(kind, ":" in address, options)
-        for option, value in _LISTENER.items():
+        for option, value in _watching(patient=False).items():
             socket.set(option, value)
         if self._key is not None:
             socket.curve_server = True
@@ -173,7 +165,7 @@ def _settings(kind: zmq.SocketType, ipv6: bool, options: SocketOptions) -> dict[
         zmq.CONNECT_TIMEOUT: CONNECT_TIMEOUT_MS,
         zmq.RECONNECT_IVL: 100 if options.reconnect else -1,
         zmq.RECONNECT_IVL_MAX: 2_000 if options.reconnect else 0,
-        **_watching(options.kernel_watches),
+        **_watching(patient=options.patient),
         zmq.BACKLOG: 1_024,
         zmq.IPV6: int(ipv6),
     }
@@ -185,24 +177,18 @@ def _settings(kind: zmq.SocketType, ipv6: bool, options: SocketOptions) -> dict[
     return settings
 
 
-def _watching(kernel: bool) -> dict[int, int | bytes]:
-    """Return the options by which a connection to a peer that is gone is noticed."""
-    if kernel:
-        return {
-            zmq.TCP_KEEPALIVE: 1,
-            zmq.TCP_KEEPALIVE_IDLE: KERNEL_IDLE_SECONDS,
-            zmq.TCP_KEEPALIVE_INTVL: KERNEL_PROBE_SECONDS,
-            zmq.TCP_KEEPALIVE_CNT: KERNEL_PROBES,
-            zmq.TCP_MAXRT: KERNEL_TIMEOUT_MS,
-        }
+def _watching(*, patient: bool) -> dict[int, int | bytes]:
+    """Return the options by which the kernel notices a peer whose machine is gone, within 6 s or 10 s."""
+    idle, probe, probes, timeout = IDLE_SECONDS, PROBE_SECONDS, PROBES, GONE_TIMEOUT_MS
+    if patient:
+        idle, probe, probes, timeout = KERNEL_IDLE_SECONDS, KERNEL_PROBE_SECONDS, KERNEL_PROBES, KERNEL_TIMEOUT_MS
     return {
-        zmq.HEARTBEAT_IVL: HEARTBEAT_INTERVAL_MS,
-        zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
-        zmq.HEARTBEAT_TTL: HEARTBEAT_TIMEOUT_MS,
+        zmq.HEARTBEAT_IVL: 0,
         zmq.TCP_KEEPALIVE: 1,
-        zmq.TCP_KEEPALIVE_IDLE: 30,
-        zmq.TCP_KEEPALIVE_INTVL: 10,
-        zmq.TCP_KEEPALIVE_CNT: 3,
+        zmq.TCP_KEEPALIVE_IDLE: idle,
+        zmq.TCP_KEEPALIVE_INTVL: probe,
+        zmq.TCP_KEEPALIVE_CNT: probes,
+        zmq.TCP_MAXRT: timeout,
     }
 
 

@@ -115,7 +115,7 @@ def masked(*tokens: int, stop_ids: list[int] | None = None, temperature: float =
     for token in tokens:
         mask[token // 8] |= 1 << token % 8
     params = SamplingParams(temperature=temperature, **fields)
-    return SampleAt(params, 5, 1, stop_ids or [], [], True, bytes(mask))
+    return SampleAt(params, 5, 1, [], True, stop_ids or [], bytes(mask))
 
 
 def test_only_allowed_tokens_are_chosen_and_other_rows_do_not_notice() -> None:

@@ -38,8 +38,7 @@ class Bench:
         return made
 
     def pipeline(self, ranks: int) -> LeaderPipeline:
-        runner: Any = object()
-        return LeaderPipeline(runner, StepEncoder(4), self.listener, ranks, no_grammars(), 0)
+        return LeaderPipeline(object(), StepEncoder(4), self.listener, ranks, no_grammars(), 0)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -142,7 +141,8 @@ class Broken:
 
 def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Bench) -> None:
     follower = bench.follower(1)
-    pipeline = LeaderPipeline(Broken(follower.close), StepEncoder(4), bench.listener, 2, no_grammars(), 0)  # type: ignore[arg-type]
+    broken: Any = Broken(follower.close)
+    pipeline = LeaderPipeline(broken, StepEncoder(4), bench.listener, 2, no_grammars(), 0)
     pipeline.wait_for_followers()
     with pytest.raises(RankLost, match="rank 1 of this engine was lost"):
         pipeline.submit(Batch(1, []))
@@ -151,7 +151,8 @@ def test_a_collective_that_fails_with_a_rank_that_goes_names_the_rank(bench: Ben
 def test_a_collective_that_fails_for_another_reason_says_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipelines, "CAUSE_SECONDS", 0)
     follower = bench.follower(1)
-    pipeline = LeaderPipeline(Broken(lambda: None), StepEncoder(4), bench.listener, 2, no_grammars(), 0)  # type: ignore[arg-type]
+    broken: Any = Broken(lambda: None)
+    pipeline = LeaderPipeline(broken, StepEncoder(4), bench.listener, 2, no_grammars(), 0)
     pipeline.wait_for_followers()
     assert not follower.closed
     with pytest.raises(EngineFailed, match="connection closed by peer"):

@@ -20,10 +20,10 @@ VOCABULARY = 32
 
 def at(
     position: int = 7,
-    stop_ids: list[int] | None = None,
+    banned_ids: list[int] | None = None,
     **params: Any,
 ) -> SampleAt:
-    return SampleAt(SamplingParams(**params), position, 0, stop_ids or [])
+    return SampleAt(SamplingParams(**params), position, 0, banned_ids or [])
 
 
 def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_the_given_logits_are_not_changed() -> None:
     logits = random_logits(4)
     before = logits.clone()
     everything = at(
-        stop_ids=[4], temperature=0.7, min_p=0.01, top_k=9, top_p=0.9, logprobs=3,
+        banned_ids=[4], temperature=0.7, min_p=0.01, top_k=9, top_p=0.9, logprobs=3,
         repetition_penalty=1.2, frequency_penalty=0.5, presence_penalty=0.5, logit_bias={5: 2.0},
     )  # fmt: skip
     sample(logits, [everything] * 4, {row: TokenCounts([1, 2, 3], 1) for row in range(4)})
@@ -176,8 +176,8 @@ def test_top_p_holds_where_it_needs_more_tokens_than_the_first_look() -> None:
 
 
 def test_min_tokens_bans_what_would_stop() -> None:
-    assert sample(torch.tensor([[5.0, 1.0, 0.0]]), [at(temperature=0.0, stop_ids=[0])])[0].token_id == 1
-    assert support([5.0, 1.0, 0.0], stop_ids=[0, 99]) == {1, 2}
+    assert sample(torch.tensor([[5.0, 1.0, 0.0]]), [at(temperature=0.0, banned_ids=[0])])[0].token_id == 1
+    assert support([5.0, 1.0, 0.0], banned_ids=[0, 99]) == {1, 2}
 
 
 def test_a_bias_can_force_and_ban() -> None:
@@ -195,7 +195,7 @@ def test_only_allowed_tokens_are_chosen_greedily_or_not() -> None:
     logits = torch.tensor([[9.0, 5.0, 1.0, 0.0]])
     assert sample(logits, [at(temperature=0.0, allowed_token_ids=[2, 3, 99])])[0].token_id == 2
     assert support([9.0, 5.0, 1.0, 0.0], allowed_token_ids=[2, 3]) == {2, 3}
-    error = sample(logits, [at(allowed_token_ids=[1], stop_ids=[1])])[0].error
+    error = sample(logits, [at(allowed_token_ids=[1], banned_ids=[1])])[0].error
     assert error is not None
     assert error.code == "no_token_left"
 
@@ -267,7 +267,7 @@ def test_bad_logits_fail_their_row_only(bad: float, temperature: float) -> None:
 def test_a_row_without_any_token_left_fails() -> None:
     nothing = torch.full((1, 3), -math.inf)
     assert sample(nothing, [at()])[0].error is not None
-    (result,) = sample(torch.zeros(1, 3), [at(stop_ids=[0, 1, 2])])
+    (result,) = sample(torch.zeros(1, 3), [at(banned_ids=[0, 1, 2])])
     assert result.error is not None
     assert result.error.code == "no_token_left"
 
@@ -280,7 +280,7 @@ def test_tokens_that_the_model_rules_out_do_not_come() -> None:
 row_strategy = st.builds(
     at,
     position=st.integers(0, 1000),
-    stop_ids=st.sampled_from([[], [4, 5]]),
+    banned_ids=st.sampled_from([[], [4, 5]]),
     seed=st.integers(0, 5),
     temperature=st.sampled_from([0.0, 0.6, 1.0]),
     top_k=st.sampled_from([0, 1, 5]),

@@ -43,6 +43,7 @@ from tandem.wire.messages import (
     KvTransferParams,
     KvUsage,
     Local,
+    Output,
     Prefill,
     PullKv,
     RequestCounts,
@@ -90,7 +91,7 @@ class FakeOutbox:
         self.order: list[str] = []
         self.kv: list[KvEvent] = []
         self.counters: list[EngineCounters] = []
-        self.outputs: list[tuple[int, Tokens | Failed]] = []
+        self.outputs: list[tuple[int, Output]] = []
         self.changed = threading.Condition()
 
     def post_kv(self, events: list[KvEvent]) -> None:
@@ -99,7 +100,7 @@ class FakeOutbox:
             self.kv += events
             self.changed.notify_all()
 
-    def post_outputs(self, outputs: dict[int, list[Tokens | Failed]]) -> None:
+    def post_outputs(self, outputs: dict[int, list[Output]]) -> None:
         with self.changed:
             self.order.append("outputs")
             self.outputs += [(frontend, item) for frontend, items in outputs.items() for item in items]
@@ -160,10 +161,10 @@ class Rig:
         with self.outbox.changed:
             assert self.outbox.changed.wait_for(found, 20.0)
 
-    def of(self, request_id: str) -> list[Tokens | Failed]:
+    def of(self, request_id: str) -> list[Output]:
         return [item for _, item in self.outbox.outputs if item.request_id == request_id]
 
-    def end_of(self, request_id: str) -> Tokens | Failed:
+    def end_of(self, request_id: str) -> Output:
         """The terminal message, once it has come."""
         self.until(lambda: any(ends(item) for item in self.of(request_id)))
         return self.of(request_id)[-1]
@@ -182,8 +183,8 @@ class Rig:
         check_scheduler(self.scheduler)
 
 
-def ends(item: Tokens | Failed) -> bool:
-    return isinstance(item, Failed) or item.done
+def ends(item: Output) -> bool:
+    return isinstance(item, Failed) or (isinstance(item, Tokens) and item.done)
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def arrived(request_id: str, blocks: list[int], tokens: int, first_token: int) -
     return pull
 
 
-def tokens_of(items: list[Tokens | Failed]) -> list[int]:
+def tokens_of(items: list[Output]) -> list[int]:
     places = [(item.index + n, token) for item in items for n, token in enumerate(item.token_ids)]  # type: ignore[union-attr]
     assert [place for place, _ in places] == sorted({place for place, _ in places})
     return [token for _, token in places]

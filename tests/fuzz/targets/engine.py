@@ -40,6 +40,7 @@ from tandem.wire.messages import (
     KvTransferParams,
     KvUsage,
     Local,
+    Output,
     Prefill,
     PullKv,
     RequestCounts,
@@ -217,8 +218,8 @@ class _Surroundings:
             for item in items:
                 self._count(item)
 
-    def _count(self, item: Tokens | Failed) -> None:
-        if isinstance(item, Failed) or item.done:
+    def _count(self, item: Output) -> None:
+        if isinstance(item, Failed) or (isinstance(item, Tokens) and item.done):
             self._ends[item.request_id] += 1
             if self._ends[item.request_id] > self._started[item.request_id]:
                 raise Defect(f"{item.request_id} has ended twice")

@@ -21,6 +21,7 @@ from tandem.wire.messages import (
     Failed,
     Generate,
     Goodbye,
+    Output,
     Outputs,
     PeerInfo,
     PullKv,
@@ -151,7 +152,7 @@ class Router(Target):
     def _answer(self, sender: bytes, message: Generate) -> None:
         """Answer as engines do; sometimes one fails."""
         if self.rng.random() < 0.1:
-            said: list[Tokens | Failed] = [Failed(message.request_id, "engine_failed", "it broke")]
+            said: list[Output] = [Failed(message.request_id, "engine_failed", "it broke")]
         else:
             said = list(_said(message))
         self._put(sender, Outputs(said))

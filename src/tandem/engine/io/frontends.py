@@ -25,6 +25,7 @@ from tandem.wire.messages import (
     Generate,
     Goodbye,
     Introduce,
+    Output,
     Outputs,
     Register,
     Registered,
@@ -103,10 +104,10 @@ class Frontend:
             self._socket.disable_monitor()
             self._socket.close(linger=200)
 
-    def send(self, items: list[Tokens | Failed]) -> None:
+    def send(self, items: list[Output]) -> None:
         """Send what a step has for this frontend."""
         for item in items:
-            if isinstance(item, Failed) or item.done:
+            if isinstance(item, Failed) or (isinstance(item, Tokens) and item.done):
                 self._active.discard(item.request_id)
         self._send(Outputs(items))
 

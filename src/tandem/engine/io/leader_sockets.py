@@ -55,7 +55,7 @@ class LeaderSockets:
         """
         engine_key = key or new_key()
         asynchronous = zmq.asyncio.Context()
-        transfer_options = SocketOptions(handover=True, kernel_watches=True)
+        transfer_options = SocketOptions(handover=True, patient=True)
         step, step_port = Sockets(context, engine_key).bind(zmq.ROUTER, host, 0, LEADER_SOCKET)
         transfer, transfer_port = Sockets(asynchronous, engine_key).bind(zmq.ROUTER, host, 0, transfer_options)
         transfer.bind(INSIDE)
@@ -103,5 +103,5 @@ class FollowerSockets:
     def connect_transfer_thread(self) -> zmq.Socket[bytes]:
         """Return the socket of this rank's transfer thread."""
         address = self._leader.transfer
-        options = SocketOptions(identity=b"%d" % self._rank, kernel_watches=True, monitor=LEADER_EVENTS)
+        options = SocketOptions(identity=b"%d" % self._rank, patient=True, monitor=LEADER_EVENTS)
         return self._sockets.connect(zmq.DEALER, address.host, address.port, options)

@@ -53,10 +53,10 @@ class Leader:
         self._start_timeout = config.time.start_timeout
         self.mailbox: Mailbox[Command] = Mailbox()
         size = len(engine.ranks)
-        steps = StepEncoder(config.batch.max_num_seqs)
         self._masks = MaskMaker(
             functools.partial(load_compiler, Path(rank.placement.model.path), rank.model.eos_token_ids)
         )
+        steps = StepEncoder(config.batch.max_num_seqs)
         sampler = size - config.parallel.tp  # the first rank of the last stage
         self._pipeline = (
             LeaderPipeline(runner, steps, sockets.step, size, self._masks, sampler)

@@ -23,7 +23,7 @@ from tandem.wire.sockets import SocketOptions
 log = logging.getLogger(__name__)
 
 # Monitored from before the first connection, as a connection that nobody saw begin could be lost unseen.
-LEADER_SOCKET = SocketOptions(handover=True, kernel_watches=True, monitor=zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+LEADER_SOCKET = SocketOptions(handover=True, patient=True, monitor=zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
 
 
 def follower_socket(rank: int) -> SocketOptions:
@@ -32,7 +32,7 @@ def follower_socket(rank: int) -> SocketOptions:
     The leader was listening before it told its address: where a connection fails, the leader is lost.
     """
     return SocketOptions(
-        identity=b"%d" % rank, kernel_watches=True, monitor=zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+        identity=b"%d" % rank, patient=True, monitor=zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
     )
 
 

@@ -9,11 +9,12 @@ import msgspec
 import torch
 from torch import Tensor
 
+from tandem.engine.step.prompt_scorer import score_prompts
 from tandem.engine.step.rank_requests import RankRequests
 from tandem.engine.step.sampler import sample
 from tandem.engine.step.step_message import Step, StepRow
 from tandem.engine.world import SoloWorld, TorchWorld
-from tandem.errors import ConfigError, RequestError
+from tandem.errors import ConfigError, EngineFailed, RequestError
 from tandem.kv.checksums import checksum_layout, checksum_offset
 from tandem.kv.layout import KvLayout
 from tandem.models.decoder import Decoder
@@ -22,12 +23,17 @@ from tandem.models.kv_cache import PagedKvCache
 from tandem.models.kv_checksums import KvChecksums
 from tandem.scheduling.batch import Mask, RowError, SampleAt, Sampled, StepResult, row_failed
 from tandem.transfer.transports.base import Region
+from tandem.wire.messages import TokenLogprobs
 
 CPU_KV_BYTES = 1 << 30
 CUDA_KV_SHARE = 0.85
 NO_MASK = RowError(RequestError.code, "the mask of the tokens that the request's grammar allows did not come")
 
 TakeMasks = Callable[[], Mapping[str, Mask]]
+
+
+Computed = tuple[list[Sampled | None], dict[int, list[TokenLogprobs]]]
+"""Of each row the token, where one is chosen; by row the log-probabilities of its prompt, where they are asked for."""
 
 
 class KvMemory:
@@ -92,18 +98,22 @@ class Runner:
         block_size = self._cache.block_size
         problems = [row_problem(self._forward_row(row), block_size) for row in step.rows]
         whole = [row for row, why in zip(step.rows, problems, strict=True) if why is None]
-        computed = self._compute(whole, masks) if whole else []
+        computed = self._compute(whole, masks) if whole else ([], {})
         if computed is None or not self._samples:
             return None
-        sampled = iter(computed)
+        sampled, scores = computed
+        chosen = iter(sampled)
+        places = [index for index, why in enumerate(problems) if why is None]
         return StepResult(
-            step.batch_id, [next(sampled) if why is None else row_failed(RequestError(why)) for why in problems]
+            step.batch_id,
+            [next(chosen) if why is None else row_failed(RequestError(why)) for why in problems],
+            {places[index]: found for index, found in scores.items()},
         )
 
     def _forward_row(self, row: StepRow) -> ForwardRow:
         return ForwardRow(row.tokens, row.start, self._requests[row.request_id].table)
 
-    def _compute(self, rows: list[StepRow], masks: TakeMasks) -> list[Sampled | None] | None:
+    def _compute(self, rows: list[StepRow], masks: TakeMasks) -> Computed | None:
         forward = build_forward_batch([self._forward_row(row) for row in rows], self._device, self._cache.block_size)
         width = self._decoder.config.hidden_size
         hidden = self._world.receive_from_last_stage(forward.num_tokens, width, self._dtype)
@@ -113,16 +123,14 @@ class Runner:
             return None
         return self._sample(rows, hidden, forward.last_tokens, masks)
 
-    def _sample(
-        self, rows: list[StepRow], hidden: Tensor, last_tokens: Tensor, masks: TakeMasks
-    ) -> list[Sampled | None]:
+    def _sample(self, rows: list[StepRow], hidden: Tensor, last_tokens: Tensor, masks: TakeMasks) -> Computed:
         wanted = [index for index, row in enumerate(rows) if row.sample is not None]
         sampled: list[Sampled | None] = [None] * len(rows)
         if wanted:
             picked = last_tokens if len(wanted) == len(rows) else last_tokens[wanted]
             logits = self._decoder.logits(hidden, picked)
             if logits is not None:
-                requested = _with_masks([row for row in rows if row.sample is not None], masks)
+                requested = _with_masks(rows, masks)
                 counted = {
                     place: counts
                     for place, index in enumerate(wanted)
@@ -133,11 +141,17 @@ class Runner:
                     sampled[index] = token
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a chunk is announced for others to read: it must be written
-        return sampled
+        scores = {}
+        for index, found in score_prompts(self._decoder, rows, hidden, last_tokens).items():
+            if found is None:
+                sampled[index] = row_failed(EngineFailed("the model's logits of the prompt are not numbers"))
+            else:
+                scores[index] = found
+        return sampled, scores
 
 
 def _with_masks(rows: list[StepRow], take: TakeMasks) -> list[SampleAt]:
-    """Return the sampling of rows that all have one, with their masks."""
+    """Return the sampling of the rows that have one, with their masks."""
     wanted = [(row.request_id, row.sample) for row in rows if row.sample is not None]
     if not any(at.constrained for _, at in wanted):
         return [at for _, at in wanted]

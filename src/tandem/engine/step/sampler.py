@@ -103,8 +103,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    plain = not at.stop_ids and not at.banned_ids and not params.rules_out and at.mask is None
-    return params.temperature < _GREEDY and plain
+    return params.temperature < _GREEDY and not at.banned_ids and not params.rules_out and at.mask is None
 
 
 def _choose(
@@ -141,9 +140,7 @@ def _adjust(logits: Tensor, at: SampleAt, counts: TokenCounts | None) -> Invalid
         kept = logits[allowed]
         logits.fill_(-math.inf)
         logits[allowed] = kept
-    stops = [token for token in at.stop_ids if token < vocabulary]
     banned = [token for token in at.banned_ids if token < vocabulary]
-    banned += stops if at.mask is None else []
     if banned:
         logits[banned] = -math.inf
     if params.logit_bias:
@@ -155,20 +152,20 @@ def _adjust(logits: Tensor, at: SampleAt, counts: TokenCounts | None) -> Invalid
     if counts is not None:
         _penalise(logits, params, counts)
     if isinstance(at.mask, bytes):
-        logits.masked_fill_(~_allowed(at.mask, stops, logits), -math.inf)
+        logits.masked_fill_(~_allowed(at.mask, at.stop_ids, logits), -math.inf)
     return None
 
 
-def _allowed(mask: bytes, stops: list[int], logits: Tensor) -> Tensor:
+def _allowed(mask: bytes, stop_ids: list[int], logits: Tensor) -> Tensor:
     """Return which tokens [vocabulary] a mask allows, less the stop tokens unless it allows nothing else."""
     bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8).to(logits.device)
     spread = (bits.unsqueeze(-1) >> torch.arange(8, device=logits.device)) & 1
     allowed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     count = min(spread.numel(), len(allowed))
     allowed[:count] = spread.flatten()[:count].bool()
-    if stops:
+    if stop_ids:
         others = allowed.clone()
-        others[stops] = False
+        others[[token for token in stop_ids if token < len(allowed)]] = False
         return others if bool(others.any()) else allowed
     return allowed
 

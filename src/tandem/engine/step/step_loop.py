@@ -41,6 +41,7 @@ from tandem.scheduling.events import (
     Event,
     Finished,
     PrefillEnded,
+    PromptScored,
     PullEnded,
     ShortOfBlocks,
     TokenOut,
@@ -52,6 +53,7 @@ from tandem.wire.messages import (
     Failed,
     KvTransferParams,
     Prefill,
+    PromptScores,
     RequestStats,
     Tokens,
     clip,
@@ -260,6 +262,9 @@ class StepLoop:
                     if (waiting := last.pop(request_id, None)) is not None:
                         self._add_token(outputs, waiting, None)
                     last[request_id] = event
+                case PromptScored(request_id=request_id):
+                    if (open_request := self._requests.get(request_id)) is not None:
+                        outputs[open_request.frontend].append(PromptScores(request_id, event.start, event.logprobs))
                 case Finished(request_id=request_id):
                     self._finish(outputs, event, last.pop(request_id, None))
                 case Failed(request_id=request_id):

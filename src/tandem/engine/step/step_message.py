@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tandem.scheduling.batch import Batch, Row, SampleAt
+from tandem.scheduling.batch import Batch, Row, SampleAt, ScoreAt
 
 
 class Appended(msgspec.Struct, frozen=True, array_like=True):
@@ -36,6 +36,7 @@ class StepRow(msgspec.Struct, frozen=True, array_like=True):
     blocks: Appended
     sample: SampleAt | None = None
     history: Appended | None = None
+    score: ScoreAt | None = None
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
@@ -87,7 +88,7 @@ class StepEncoder:
             if told is None or told.items is not row.history:
                 told = self._histories[row.request_id] = _Sent(row.history)
             history = _appended(told)
-        return StepRow(row.request_id, row.tokens, row.start, _appended(sent), row.sample, history)
+        return StepRow(row.request_id, row.tokens, row.start, _appended(sent), row.sample, history, row.score)
 
     def _forget(self, in_use: int) -> list[str]:
         forgotten = []
