@@ -60,7 +60,8 @@ class Proxy:
     async def relay(self, request: web.Request) -> web.Response:
         """What needs no prefill is the decode engine's."""
         async with self.http.get(self.decode + request.path) as answer:
-            kind = {"Content-Type": answer.headers["Content-Type"]}
+            # An empty body has no type: vLLM's /health answers so.
+            kind = {name: answer.headers[name] for name in ("Content-Type",) if name in answer.headers}
             return web.Response(body=await answer.read(), status=answer.status, headers=kind)
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from tandem.vllm.pages import VEC
 from tandem.vllm.scheduler import NewRequest, Scheduled
-from tests.vllm.engine import Engine
-from tests.vllm.test_handoff import prompt
+from tests.vllm.engine import Engine, true_kv
+from tests.vllm.test_handoff import arena_block, prompt
 
 BLOCKS = [4, 5, 6, 7]
 
@@ -41,6 +41,28 @@ def test_an_engine_that_is_gone_fails_the_request_and_not_the_engine() -> None:
         decode.claim("d", tokens, params, BLOCKS)
         decode.wait_for(lambda: "d" in decode.received)
         assert decode.failed == {"d"}
+        decode.wait_idle()
+
+
+def test_an_engine_that_restarts_under_its_id_and_port_is_another_one() -> None:
+    old, new = prompt(70), prompt(70, seed=1)
+    with Engine(VEC) as decode:
+        with Engine(VEC, engine_id="same") as prefill:
+            port = prefill.port
+            first, kept = (prefill.prefill(name, old, [0, 1, 2], chunk=70) for name in ("first", "kept"))
+            assert first is not None
+            assert kept is not None
+            decode.claim("first", old, first, BLOCKS)
+            decode.wait_for(lambda: "first" in decode.received)
+        with Engine(VEC, engine_id="same", port=port) as again:
+            fresh = again.prefill("kept", new, [0, 1, 2], chunk=70)
+            assert fresh is not None
+            assert fresh["remote_engine_id"] == kept["remote_engine_id"]
+            decode.claim("old", old, kept, BLOCKS)
+            decode.claim("new", new, fresh, [8, 9, 10])
+            decode.wait_for(lambda: {"old", "new"} <= decode.received)
+            assert decode.failed == {"old"}
+            assert decode.holds(new, [8, 9, 10])
         decode.wait_idle()
 
 
@@ -121,6 +143,24 @@ def test_a_request_that_ends_while_its_kv_is_awaited_gives_vllm_its_blocks_back(
         decode.wait_idle()
 
 
+def test_an_error_of_our_own_fails_the_request_and_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with Engine(VEC) as prefill, Engine(VEC) as decode:
+        params = prefill.prefill("p", prompt(70), [0, 1, 2], chunk=70)
+        assert params is not None
+        assert decode.side._leader is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(decode.side._leader.dialer, "open", broken)
+            decode.claim("d", prompt(70), params, BLOCKS)
+            decode.wait_for(lambda: "d" in decode.failed or computed_here(decode, "d"))
+        decode.wait_idle()
+        decode.claim("next", prompt(70), params, BLOCKS)
+        decode.wait_for(lambda: "next" in decode.received)
+        assert decode.holds(prompt(70), BLOCKS[:3])
+
+
 def test_a_prefill_that_ends_early_fails_its_reader() -> None:
     with Engine(VEC) as prefill, Engine(VEC) as decode:
         tokens = prompt(70)
@@ -147,6 +187,28 @@ def test_a_lease_that_nobody_renews_ends() -> None:
         prefill.side.on_new_request(NewRequest("q", prompt(300), {"do_remote_decode": True}))
         prefill.step([Scheduled("q", 300, list(range(10)))])  # finds no room: what is published gives way
         prefill.wait_idle()
+
+
+def test_a_reader_that_falls_silent_keeps_the_blocks_for_one_lease() -> None:
+    tokens = prompt(70)
+    with Engine(VEC, lease_ttl=1.0) as prefill:
+        prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
+        with Engine(VEC) as decode:
+            params = {
+                "do_remote_prefill": True,
+                "transfer_id": "t",
+                "remote_engine_id": "e",
+                "remote_host": "127.0.0.1",
+                "remote_port": prefill.port,
+            }
+            decode.claim("d", tokens, params, BLOCKS)
+            kv = true_kv(tokens)
+            prefill.step([Scheduled("p", 40, [0, 1, 2])], lambda: prefill.ranks[0].compute(kv, [0, 1, 2], 0, 40))
+            decode.wait_for(lambda: bool(arena_block(decode, 0).any()))
+        prefill.step([Scheduled("p", 70, [0, 1, 2])])
+        assert prefill.side.finished("p", aborted=False) is not None
+        prefill.wait_idle()
+        assert prefill.side.take_counts()["leases_ended"] == 1
 
 
 def test_two_engines_that_read_from_each_other_do_not_wait_for_ever() -> None:

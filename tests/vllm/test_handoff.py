@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from torch import Tensor
 
 from tandem.vllm.pages import AMX, VEC
 from tandem.vllm.scheduler import NewRequest, Scheduled
+from tandem.wire.keys import new_key_file
 from tests.vllm.engine import Engine, true_kv
 
 PROMPTS = (1, 31, 32, 33, 150)
@@ -83,6 +86,43 @@ def test_a_prompt_that_is_here_entirely_is_released() -> None:
         assert params is not None
         assert decode.claim("d", tokens, params, [4, 5], cached=64) == 0
         decode.wait_idle()
+
+
+def test_a_cluster_key_is_needed_by_both(tmp_path: Path) -> None:
+    tokens = prompt(40)
+    keys = [str(tmp_path / name) for name in ("ours", "theirs")]
+    for key in keys:
+        new_key_file(Path(key))
+    with (
+        Engine(VEC, tp=2, cluster_key_file=keys[0]) as prefill,
+        Engine(VEC, tp=2, cluster_key_file=keys[0]) as member,
+        Engine(VEC, cluster_key_file=keys[1]) as stranger,
+    ):
+        params = prefill.prefill("p", tokens, [3, 1], chunk=40)
+        assert params is not None
+        for engine in (stranger, member):
+            engine.claim("d", tokens, params, [5, 9])
+            engine.wait_for(lambda engine=engine: "d" in engine.received)  # type: ignore[misc]
+        assert stranger.failed == {"d"}
+        assert not member.failed
+        assert member.holds(tokens, [5, 9])
+
+
+@pytest.mark.parametrize(("producer", "consumer"), [(True, False), (False, True)])
+def test_an_engine_of_one_role_has_the_whole_arena_for_it(producer: bool, consumer: bool) -> None:
+    tokens = prompt(96)
+    other = {"producer": True, "consumer": True}
+    roles = {"producer": producer, "consumer": consumer, "arena_blocks": 3}
+    with (
+        Engine(VEC, **(roles if producer else other)) as prefill,
+        Engine(VEC, **(roles if consumer else other)) as decode,
+    ):
+        params = prefill.prefill("p", tokens, [3, 1, 2], chunk=96)
+        assert params is not None
+        assert decode.claim("d", tokens, params, [5, 9, 7]) == 96
+        decode.wait_for(lambda: "d" in decode.received)
+        assert not decode.failed
+        assert decode.holds(tokens, [5, 9, 7])
 
 
 def arena_block(engine: Engine, place: int) -> Tensor:

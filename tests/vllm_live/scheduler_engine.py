@@ -52,25 +52,7 @@ class SchedulerEngine:
     ) -> None:
         block_bytes = max(1, KV_HEADS // tp) * LAYERS * 2 * block_size * DIM * 4
         options = {"connector": "tcp", "arena_gib": (arena_blocks + 0.5) * block_bytes / (1 << 30), **options}
-        arguments = EngineArgs(
-            model=str(model),
-            dtype="float32",
-            enforce_eager=True,
-            block_size=block_size,
-            max_model_len=1024,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=16,
-            async_scheduling=False,
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="TandemConnector",  # known by the entry point
-                kv_role="kv_both",
-                kv_load_failure_policy=policy,
-                kv_connector_extra_config=options,
-            ),
-        )
-        config = arguments.create_engine_config()
-        config.cache_config.num_gpu_blocks = blocks
-        config.cache_config.block_size = block_size
+        config = _config(model, block_size, blocks, max_num_batched_tokens, policy, options)
         spec = FullAttentionSpec(block_size=block_size, num_kv_heads=KV_HEADS // tp, head_size=DIM, dtype=torch.float32)
         names = [f"model.layers.{layer}.self_attn.attn" for layer in range(LAYERS)]
         cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
@@ -188,6 +170,31 @@ class SchedulerEngine:
         self.wait_for(lambda: request_id in self.finished)
         params: dict[str, Any] | None = self.finished[request_id].kv_transfer_params
         return params
+
+
+def _config(
+    model: Path, block_size: int, blocks: int, max_num_batched_tokens: int, policy: str, options: dict[str, Any]
+) -> Any:
+    arguments = EngineArgs(
+        model=str(model),
+        dtype="float32",
+        enforce_eager=True,
+        block_size=block_size,
+        max_model_len=1024,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=16,
+        async_scheduling=False,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="TandemConnector",  # known by the entry point
+            kv_role="kv_both",
+            kv_load_failure_policy=policy,
+            kv_connector_extra_config=options,
+        ),
+    )
+    config = arguments.create_engine_config()
+    config.cache_config.num_gpu_blocks = blocks
+    config.cache_config.block_size = block_size
+    return config
 
 
 def prompts(count: int, length: Callable[[int], int]) -> Sequence[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -10,9 +11,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 START_SECONDS = 400.0
 MODEL = "m"
@@ -49,10 +53,16 @@ class Server:
 
     def complete(self, prompt: list[int], **fields: Any) -> dict[str, Any]:
         """POST /v1/completions, greedy, 12 tokens."""
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **fields}
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
+        return self._post("/v1/completions", {"prompt": prompt, **fields})
+
+    def chat(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """POST /v1/chat/completions, greedy, 12 tokens."""
+        return self._post("/v1/chat/completions", {"messages": messages})
+
+    def _post(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+        body = {"model": MODEL, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **fields}
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=120) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
@@ -61,6 +71,19 @@ class Server:
         """Return the sum of all samples of a metric."""
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stop all its processes meanwhile."""
+        own = psutil.Process(self.process.pid)
+        everything = [own, *own.children(recursive=True)]
+        for process in everything:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in everything:
+                process.resume()
 
     def stop(self) -> None:
         self.process.terminate()
@@ -106,6 +129,19 @@ class Servers:
             *("--dtype", "float32", "--port", str(port), "--kv-memory", "32MiB", "--max-model-len", "1024", *arguments),
         ]
         return self._start(name, port, command, {"OMP_NUM_THREADS": "1"})
+
+    def proxy(self, name: str, prefill: Server, decode: Server) -> Server:
+        """Start a PD proxy that knows nothing of Tandem."""
+        port = free_port()
+        script = Path(__file__).parents[2] / "examples/pd_proxy.py"
+        command = [
+            *(sys.executable, str(script), "--port", str(port)),
+            "--prefill",
+            prefill.url,
+            "--decode",
+            decode.url,
+        ]
+        return self._start(name, port, command, {})
 
     def _start(self, name: str, port: int, command: list[str], environment: dict[str, str]) -> Server:
         log = self.folder / f"{name}.log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_a_prefix_that_the_decode_side_has_is_not_read_again(pair: tuple[Server,
     assert read == (len(longer) - 128) * 4 * 2 * 2 * 32 * 4  # layers, K and V, heads, dim, bytes
 
 
+def test_a_proxy_that_knows_nothing_of_tandem_serves_a_chat(pair: tuple[Server, Server], servers: Servers) -> None:
+    prefill, decode = pair
+    proxy = servers.proxy("proxy", prefill, decode)
+    proxy.wait_ready()
+    before = decode.metric("vllm:tandem_handoffs_total")
+    said = [{"role": "user", "content": "What is a tandem?"}]
+    answer = proxy.chat(said)["choices"][0]["message"]["content"]
+    assert answer == prefill.chat(said)["choices"][0]["message"]["content"]
+    assert decode.metric("vllm:tandem_handoffs_total") == before + 1
+
+
 def test_many_at_once(pair: tuple[Server, Server], model: Path) -> None:
     prefill, decode = pair
     prompts = [prompt(40 + 13 * number, seed=10 + number) for number in range(12)]
@@ -105,6 +117,29 @@ def test_tandem_and_vllm_hand_off_to_each_other(pair: tuple[Server, Server], ser
         answer = hand_off(tandem, vllm, tokens, return_token_ids=True)
         assert answer["choices"][0]["token_ids"] == greedy(model, tokens)
         assert vllm.metric("vllm:tandem_handoffs_total") == before + 1
+
+
+@pytest.mark.timeout(600)
+def test_an_engine_that_stands_still_is_given_up_and_used_again(
+    pair: tuple[Server, Server], servers: Servers, model: Path
+) -> None:
+    """SIGSTOP between prefill and decode, for longer than a lease."""
+    _, decode = pair
+    tandem = servers.tandem("stopped")
+    tandem.wait_ready()
+    hand_off(tandem, decode, prompt(40, seed=7))
+    tokens = prompt(150, seed=7)
+    first = tandem.complete(tokens, max_tokens=1, kv_transfer_params={"do_remote_decode": True})
+    with tandem.standing_still():
+        answer = decode.complete(tokens, kv_transfer_params=first["kv_transfer_params"], return_token_ids=True)
+    assert answer["choices"][0]["token_ids"] == greedy(model, tokens)
+    before = decode.metric("vllm:tandem_handoffs_total")
+    for seed in range(50):  # until the session is tried again
+        hand_off(tandem, decode, prompt(70, seed=100 + seed))
+        if decode.metric("vllm:tandem_handoffs_total") > before:
+            return
+        time.sleep(0.2)
+    raise AssertionError("the engine was not used again")
 
 
 def test_kv_of_another_engine_that_is_gone_is_computed_here(

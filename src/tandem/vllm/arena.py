@@ -7,7 +7,7 @@ from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from tandem.errors import ConfigError
 from tandem.kv.layout import KvLayout, Shard, block_major
 from tandem.transfer.transports.base import Region
-from tandem.vllm.pages import PageLayout, to_pages, to_rows
+from tandem.vllm.pages import PageLayout, paired
 
 
 class Arena:
@@ -61,17 +61,18 @@ class Arena:
 
     def export(self, vllm_blocks: Sequence[int], arena_blocks: Sequence[int]) -> None:
         """Copy whole blocks from vLLM's cache into the arena."""
-        source, target = torch.tensor(vllm_blocks), torch.tensor(arena_blocks)
-        for layer, cache in enumerate(self._caches):
-            pages = cache[source]
-            for kind, order in enumerate((self._pages.keys, self._pages.values)):
-                rows = to_rows(pages[:, :, kind], order, self.block_size, self._head_dim)
-                self.kv[target, :, layer, kind] = rows
+        for pages, rows in self._paired(vllm_blocks, arena_blocks):
+            rows.copy_(pages)
 
     def load(self, vllm_blocks: Sequence[int], arena_blocks: Sequence[int]) -> None:
         """Copy whole blocks from the arena into vLLM's cache."""
-        source, target = torch.tensor(arena_blocks), torch.tensor(vllm_blocks)
+        for pages, rows in self._paired(vllm_blocks, arena_blocks):
+            pages.copy_(rows)
+
+    def _paired(self, vllm_blocks: Sequence[int], arena_blocks: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what belongs together, by layer, block and kind: one copy each, without a copy in between."""
+        orders = (self._pages.keys, self._pages.values)
         for layer, cache in enumerate(self._caches):
-            rows = self.kv[source, :, layer]
-            for kind, order in enumerate((self._pages.keys, self._pages.values)):
-                cache[target, :, kind] = to_pages(rows[:, :, kind], order)
+            for theirs, ours in zip(vllm_blocks, arena_blocks, strict=True):
+                for kind, order in enumerate(orders):
+                    yield paired(cache[theirs, :, kind], self.kv[ours, :, layer, kind], order)

@@ -43,9 +43,14 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class OffersEnded:
-    """The arena blocks of these exported requests may be used again."""
+    """The arena blocks of these exported requests may be used again.
+
+    Attributes:
+        expired: readers so far that had claimed KV here and then fell silent.
+    """
 
     request_ids: list[str]
+    expired: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +125,9 @@ class Leader:
         socket_options = SocketOptions(handover=True, max_message=MAX_PEER_MESSAGE, hwm=MAX_PEER_MESSAGES)
         socket, port = peers.bind(zmq.ROUTER, options.host, options.port, socket_options)
         self.address = Address(options.host, port)
-        put = self.events.put
+        layouts = [each.layout for each in descriptors]
         self.dialer = PeerDialer(
-            self.identity,
-            envelope,
-            [each.layout for each in descriptors],
-            self._transfer_threads,
-            peers,
-            PullEvents(
-                arrived=lambda pull: put(PullArrived(pull.request_id, pull.bytes, pull.descriptors, pull.read_seconds)),
-                failed=lambda request_id, reason, _: put(PullFailed(request_id, reason)),
-                quiet=lambda request_id: put(PullQuiet(request_id)),
-            ),
+            self.identity, envelope, layouts, self._transfer_threads, peers, _pull_events(self.events.put)
         )
         self.listener = PeerListener(
             socket,
@@ -140,7 +136,7 @@ class Leader:
             descriptor,
             options.lease_ttl,
             max_published,
-            on_ended=lambda request_ids: put(OffersEnded(request_ids)),
+            on_ended=lambda request_ids: self.events.put(OffersEnded(request_ids, self.listener.expired)),
             on_corrupt=lambda request_ids: None,  # nothing of the arena is ever found again
         )
         self._thread = threading.Thread(target=self._run, name="tandem-leader", daemon=True)
@@ -205,6 +201,14 @@ class Leader:
     async def _wait_for_workers(self) -> None:
         await self._transfer_threads.ready.wait()
         self._ready.set()
+
+
+def _pull_events(put: Callable[[LeaderEvent], None]) -> PullEvents:
+    return PullEvents(
+        arrived=lambda pull: put(PullArrived(pull.request_id, pull.bytes, pull.descriptors, pull.read_seconds)),
+        failed=lambda request_id, reason, _: put(PullFailed(request_id, reason)),
+        quiet=lambda request_id: put(PullQuiet(request_id)),
+    )
 
 
 def _connect_to_workers(context: zmq.asyncio.Context, ranks: Sequence[RankHandshake]) -> zmq.asyncio.Socket:

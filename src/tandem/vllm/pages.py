@@ -55,21 +55,33 @@ AMX = PageLayout(
 KNOWN_LAYOUTS = (VEC, AMX)
 
 
+def paired(pages: Tensor, rows: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+    """Return views of one shape in which elements at the same place belong together, so that `copy_` converts.
+
+    Args:
+        pages: [..., block_size * head_dim] in `order`, the last axis dense.
+        rows: [..., block_size, head_dim], the last two axes dense.
+    """
+    lead, (block_size, head_dim) = rows.shape[:-2], rows.shape[-2:]
+    sizes, places = _sizes(order, block_size, head_dim), _rows_first(order)
+    split = pages.view(*lead, *sizes).permute(*range(len(lead)), *(len(lead) + place for place in places))
+    return split, rows.view(*lead, *(sizes[place] for place in places))
+
+
 def to_rows(pages: Tensor, order: Order, block_size: int, head_dim: int) -> Tensor:
-    """[..., block_size * head_dim] in `order` -> a view or copy [..., block_size, head_dim]."""
-    lead = pages.shape[:-1]
-    split = pages.reshape(*lead, *_sizes(order, block_size, head_dim))
-    places = [len(lead) + place for place in _rows_first(order)]
-    return split.permute(*range(len(lead)), *places).reshape(*lead, block_size, head_dim)
+    """[..., block_size * head_dim] in `order` -> a copy [..., block_size, head_dim]."""
+    rows = pages.new_empty(*pages.shape[:-1], block_size, head_dim)
+    source, target = paired(pages, rows, order)
+    target.copy_(source)
+    return rows
 
 
 def to_pages(rows: Tensor, order: Order) -> Tensor:
-    """[..., block_size, head_dim] -> a copy or view [..., block_size * head_dim] in `order`."""
-    lead, (block_size, head_dim) = rows.shape[:-2], rows.shape[-2:]
-    sizes, places = _sizes(order, block_size, head_dim), _rows_first(order)
-    split = rows.reshape(*lead, *(sizes[place] for place in places))
-    back = [len(lead) + places.index(place) for place in range(len(order))]
-    return split.permute(*range(len(lead)), *back).reshape(*lead, block_size * head_dim)
+    """[..., block_size, head_dim] -> a copy [..., block_size * head_dim] in `order`."""
+    pages = rows.new_empty(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
+    target, source = paired(pages, rows, order)
+    target.copy_(source)
+    return pages
 
 
 def fits(layout: PageLayout, block_size: int, head_dim: int) -> bool:

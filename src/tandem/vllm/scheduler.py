@@ -66,6 +66,7 @@ class SchedulerSide:
         self._arena: ArenaBlocks | None = None
         self._step = 0
         self._counts: dict[str, float] = {}
+        self._expired = 0
 
     def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call."""
@@ -209,7 +210,9 @@ class SchedulerSide:
     def _handle(self, event: LeaderEvent) -> None:
         exports, imports, _ = self._started
         match event:
-            case OffersEnded(request_ids=request_ids):
+            case OffersEnded(request_ids=request_ids, expired=expired):
+                self._count(leases_ended=expired - self._expired)
+                self._expired = expired
                 for remote_id in request_ids:
                     exports.ended(remote_id)
                 imports.make_room()
@@ -253,7 +256,15 @@ class _Pulling:
         self._leader = leader
 
     def open(self, request_id: str, source: PullKv, prompt: str, num_tokens: int) -> None:
-        self._leader.call(lambda: self._leader.dialer.open(request_id, source, prompt, num_tokens))
+        def claim() -> None:
+            try:
+                self._leader.dialer.open(request_id, source, prompt, num_tokens)
+            except Exception:  # our own error: vLLM must not wait for ever
+                log.exception("request %s: its KV cannot be claimed", request_id)
+                self._leader.events.put(PullFailed(request_id, "it could not be claimed"))
+                self._leader.events.put(PullQuiet(request_id))
+
+        self._leader.call(claim)
 
     def allocated(self, request_id: str, blocks: list[int], cached: int, num_tokens: int) -> None:
         self._leader.call(lambda: self._leader.dialer.allocated(request_id, blocks, cached, num_tokens))

@@ -14,6 +14,7 @@ COUNTERS = {
     "read_seconds": "Seconds that the reads of a prompt took, each as long as on the slowest rank.",
     "failures": "Prompts whose KV should have come from another engine and did not.",
     "exports": "Prompts whose KV was offered to other engines.",
+    "leases_ended": "Offered prompts that a reader had claimed before it fell silent.",
     "exports_refused": "Prompts whose KV was asked for and not offered, as the arena had no room.",
 }
 """By name; each is a counter `vllm:tandem_<name>_total`."""
