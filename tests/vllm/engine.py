@@ -209,6 +209,15 @@ class Engine:
             self.side.allocated(request_id, blocks, wanted)
         return wanted
 
+    def claim_fails(
+        self, request_id: str, tokens: Sequence[int], params: dict[str, Any], blocks: Sequence[int]
+    ) -> None:
+        """A request comes whose KV does not, as is known before it gets blocks or later; then vLLM computes it."""
+        if self.claim(request_id, tokens, params, blocks):
+            self.wait_for(lambda: request_id in self.received)
+            assert request_id in self.failed
+        assert self.side.matched_tokens(request_id, 0) == 0
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Run empty steps until then."""
         deadline = time.monotonic() + WAIT_SECONDS
