@@ -52,7 +52,7 @@ def start_engine(
 
 def wait_healthy(made: Lab, router: Node) -> None:
     url = f"http://{router.address}:{HTTP_PORT}/health"
-    made.until(lambda: router.ask(url)[0] == 200, START_SECONDS, "the router has no path")
+    made.until(lambda: router.ask(url)[1].get("detail") == "ready", START_SECONDS, "the router has no whole path")
 
 
 def complete(router: Node, tokens: list[int], count: int) -> dict[str, object]:

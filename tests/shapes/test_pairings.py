@@ -167,11 +167,15 @@ def test_a_prefill_engine_that_dies_is_done_without(family: ChildProcesses, mode
     engines["source"].ranks[0].process.kill()
     fresh = [token + 1 for token in PROMPT]
     status, answer = complete(router, fresh)
-    if status == 200:  # it was still thought to be there
-        assert answer["choices"][0]["token_ids"] == greedy(model, fresh, 6)
-        assert not answer["tandem"]["disaggregated"]
-        assert answer["tandem"]["reason"]
-    until(lambda: complete(router)[0] == 503, "the router still counts on an engine that is gone")
+    assert status == 200
+    assert answer["choices"][0]["token_ids"] == greedy(model, fresh, 6)
+    assert not answer["tandem"]["disaggregated"]
+    assert answer["tandem"]["reason"]
+
+    def alone() -> bool:
+        return str(complete(router)[1]["tandem"]["reason"]) == "no prefill engine is ready"
+
+    until(alone, "the router still counts on an engine that is gone")
 
 
 @pytest.mark.parametrize("policy", ["retry", "fail"])

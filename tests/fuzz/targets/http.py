@@ -40,7 +40,15 @@ class Echo:
             top = request.sampling.logprobs
             logprobs = None if top is None else [TokenLogprobs(-0.5, [(one, -1.0) for one in range(top)])]
             last = place == wanted - 1
-            yield TokenDelta([token], logprobs, "length" if last else None, details=details() if last else None)
+            scores = self._scores(request) if place == 0 else None
+            reason, how = ("length", details()) if last else (None, None)
+            yield TokenDelta([token], logprobs, reason, details=how, prompt_logprobs=scores)
+
+    def _scores(self, request: TokenRequest) -> list[TokenLogprobs] | None:
+        top = request.sampling.prompt_logprobs
+        if top is None:
+            return None
+        return [TokenLogprobs(-0.5, [(one, -1.0) for one in range(top)]) for _ in request.token_ids[1:]]
 
     def health(self) -> Health:
         return Health(True, "ready")
