@@ -22,6 +22,17 @@ PLAIN: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "logprobs": True, "top_logprobs": 3},
     {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b", "name": "c"}], "stream": True},
+    {"input": "hello", "instructions": "be brief", "max_output_tokens": 4, "stream": True},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]},
+    {"messages": [{"role": "user", "content": "a"}], "system": "b", "max_tokens": 4, "stop_sequences": ["c"]},
+    {"tokens": [1, 2, 3], "messages": [{"role": "user", "content": "a"}], "return_token_strs": True},
+    {"prompt": "x", "guided_regex": "[ab]+", "max_tokens": 4},
+    {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}, "max_tokens": 4},
+    {
+        "messages": [{"role": "user", "content": "a"}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        "tool_choice": "required",
+    },
     {"prompt": "x", "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}},
     {
         "prompt": [5, 6],

@@ -76,6 +76,7 @@ def parse(body: bytes | bytearray, kind: type[Parsed], max_list: int = MAX_NUMBE
     """
     check_structure(body, max(max_list, MIN_LIST))
     try:
+        str(body, "utf-8")  # the decoder does not look into what is only kept, or taken without an effect
         read = _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
         raise _invalid(str(error), _shown(body)) from None

@@ -22,7 +22,18 @@ from tests.support.families import DEMO_MODEL
 from tests.support.registrations import make_register
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
-OTHERS = ["/health", "/metrics", "/v1/models", "/v1/models/demo", "/tandem/engines", "/tandem/engine", "/", "/v1/\x00"]
+TRANSLATED = ["/v1/responses", "/v1/messages", "/tokenize", "/detokenize"]
+OTHERS = [
+    "/health",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/demo",
+    "/tandem/engines",
+    "/tandem/engine",
+    "/",
+    "/openapi.json",
+    "/v1/\x00",
+]
 CARD = ModelCard("demo", str(DEMO_MODEL), 256, 1)
 _LOADED: list[LoadedModel] = []
 
@@ -83,7 +94,7 @@ class HttpApi(Target):
             self.last = path = rng.choice(OTHERS)
             method, body, headers = rng.choice(["GET", "POST", "HEAD", "PUT", "\xff"]), b"", {}
         else:
-            method, path, body = "POST", rng.choice(PATHS), self._bodies.body(rng)
+            method, path, body = "POST", rng.choice(PATHS * 2 + TRANSLATED), self._bodies.body(rng)
             headers = self._bodies.headers(rng)
             self.last = path, headers, body
         answer = await call(self._app, method, path, body, headers)
