@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from tandem.bounded_writer import BoundedWriter
 from tandem.errors import TandemError
-from tandem.wire.messages import EngineStatus
+from tandem.wire.engine_status import EngineStatus
 
 STDOUT = 1
 LAST_SECONDS = 1.0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from tandem.errors import RankLost
-from tandem.wire.messages import EngineStatus
+from tandem.wire.engine_status import EngineStatus
 
 DRAIN_SIGNAL = signal.SIGUSR1
 """Sent to a leader that is ready: it ends once it has drained. (SIGTERM ends it at once, in good order.)"""

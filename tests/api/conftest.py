@@ -26,7 +26,8 @@ from tandem.api.tokenizer import Tokenizer
 from tandem.config import GenerationSource
 from tandem.config_limits import LimitsSection
 from tandem.ids import EngineIdentity
-from tandem.wire.messages import EngineStatus, Register, RequestCounts
+from tandem.wire.engine_status import EngineStatus, RequestCounts
+from tandem.wire.messages import Register
 from tests.support.registrations import make_register
 
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

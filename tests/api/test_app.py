@@ -10,7 +10,8 @@ from tandem.api.api_keys import ApiKeys
 from tandem.api.backend import Health, TokenDelta
 from tandem.config_limits import LimitsSection
 from tandem.errors import Unavailable
-from tandem.wire.messages import MAX_TEXT, KvTransferParams
+from tandem.wire.fields import MAX_TEXT
+from tandem.wire.messages import KvTransferParams
 from tests.api.conftest import MODEL, MODEL_LEN, Api, FakeBackend, details, ids, running
 
 

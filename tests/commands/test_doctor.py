@@ -19,7 +19,8 @@ import tandem
 from tandem.commands.doctor import run_doctor
 from tandem.commands.doctor_options import DoctorOptions
 from tandem.errors import ConfigError, StartError, WireError
-from tandem.wire.messages import Address, EngineStatus, KvUsage, PeerInfo, RankInfo, Refusal, RequestCounts
+from tandem.wire.engine_status import EngineStatus, KvUsage, PeerInfo, RankInfo, Refusal, RequestCounts
+from tandem.wire.messages import Address
 
 Answers = dict[str, tuple[int, Any]]
 Serve = Callable[[Answers], str]

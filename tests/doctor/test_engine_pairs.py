@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tandem.doctor.engine_pairs import ListedEngine, Pair, PairState, engine_pairs, why_unserved
-from tandem.wire.messages import KvUsage, PeerInfo, RankInfo, Refusal, RequestCounts
+from tandem.wire.engine_status import KvUsage, PeerInfo, RankInfo, Refusal, RequestCounts
 
 
 def engine(engine_id: str, role: str, *, peers: tuple[PeerInfo, ...] = (), dtype: str = "?") -> ListedEngine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tandem.api.backend import EngineState
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import ALIVE_SECONDS, MAX_ENGINES, EngineRegistry
-from tandem.wire.messages import PeerInfo
+from tandem.wire.engine_status import PeerInfo
 from tests.support.registrations import make_register, make_status
 
 FIRST, SECOND = EngineIdentity("d0", "first"), EngineIdentity("d0", "second")

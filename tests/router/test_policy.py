@@ -7,7 +7,7 @@ from dataclasses import replace
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import ANY_PROMPT, NoRoute, OneModelPolicy, Prompt, Route, SingleEnginePolicy, choose_route
-from tandem.wire.messages import PeerInfo, RequestCounts
+from tandem.wire.engine_status import PeerInfo, RequestCounts
 from tests.support.registrations import make_register
 
 PAIRS = ("p0", "p1", "d0", "d1")

@@ -22,7 +22,8 @@ from tandem.errors import (
 )
 from tandem.ids import EngineIdentity
 from tandem.router.engine_registry import ALIVE_SECONDS, EngineRegistry
-from tandem.wire.messages import Abort, Generate, Local, PeerInfo, Prefill, PullKv
+from tandem.wire.engine_status import PeerInfo
+from tandem.wire.messages import Abort, Generate, Local, Prefill, PullKv
 from tests.router.running_router import PROMPT, RunningRouter, ScriptedEngine, assert_one_hand_off, running_router
 
 pytestmark = pytest.mark.anyio

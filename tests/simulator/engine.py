@@ -25,7 +25,8 @@ from tandem.scheduling.request import Request
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.handshake import PROTOCOL, EngineDescriptor, RankDescriptor
 from tandem.transfer.thread.transfer_thread import BEAT_SECONDS, TransferThread
-from tandem.wire.messages import Address, EngineStatus, KvTransferParams, Register
+from tandem.wire.engine_status import EngineStatus
+from tandem.wire.messages import Address, KvTransferParams, Register
 from tandem.wire.peer_messages import Envelope
 from tests.scheduling.invariants import check_scheduler
 from tests.simulator.model import EOS, ITEM, VOCABULARY, Memory, extend_digests, next_token

@@ -36,7 +36,8 @@ from tandem.router.engine_connections import EngineConnections, Stalled, StreamQ
 from tandem.router.engine_registry import EngineEntry, EngineRegistry
 from tandem.router.policy import ANY_PROMPT, NoRoute, Prompt, Route
 from tandem.router.request_router import RequestRouter
-from tandem.wire.messages import Address, EngineStatus, Generate, Introduce, PeerAddress, PeerInfo, PromptScores, Tokens
+from tandem.wire.engine_status import EngineStatus, PeerInfo
+from tandem.wire.messages import Address, Generate, Introduce, PeerAddress, PromptScores, Tokens
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import Sockets
 

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from tandem.ids import EngineIdentity
-from tandem.wire.messages import Address, EngineStatus, KvUsage, Register, RequestCounts
+from tandem.wire.engine_status import EngineStatus, KvUsage, RequestCounts
+from tandem.wire.messages import Address, Register
 
 VOCABULARY = 1000
 STEP_TIMEOUT = 20.0

@@ -17,7 +17,8 @@ from tandem.transfer.handshake import check_hello
 from tandem.transfer.prefill import offers
 from tandem.transfer.prefill.offers import Offers
 from tandem.transfer.thread.thread_messages import ClosePeer, OpenPeer, PeerOpened, ReadEnded, ReadOrder, ReadQuiet
-from tandem.wire.messages import Address, Introduce, PeerAddress, PeerInfo, PullKv
+from tandem.wire.engine_status import PeerInfo
+from tandem.wire.messages import Address, Introduce, PeerAddress, PullKv
 from tandem.wire.peer_messages import Claim, Envelope, Hello, Refused, Release, Renew, ToDecode, ToPrefill, Welcome
 from tests.transfer.engines import ENVELOPE, descriptor
 

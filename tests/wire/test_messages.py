@@ -12,19 +12,21 @@ from hypothesis import strategies as st
 from tandem.errors import WireError
 from tandem.ids import EngineIdentity
 from tandem.transfer.thread import thread_messages as t
+from tandem.wire import engine_status as s
 from tandem.wire import messages as m
 from tandem.wire import peer_messages as p
 from tandem.wire.codec import Codec
 from tandem.wire.control_messages import ChangeRole, DrainEngine
+from tandem.wire.fields import MAX_TEXT, clip
 from tandem.wire.sampling import MAX_LOGPROBS, SamplingParams
 
 IDENTITY = EngineIdentity("p0", "incarnation")
 ADDRESS = m.Address("127.0.0.1", 1)
 ENVELOPE = p.Envelope((1, 2), "f", "float32", "tcp", "tandem 1")
-STATUS = m.EngineStatus(
-    "p0", "incarnation", "prefill", "m", "f", 1, 1, 1, "tcp", [m.RankInfo(0, 0, 0, "n", 1, "p0", "incarnation")],
-    m.KvUsage(16, 8, 5, 1, 1, 1), m.RequestCounts(1, 2, 3), [m.PeerInfo("d0", "x", "lost", "gone", 0.5)],
-    m.EngineCounters(requests=3),
+STATUS = s.EngineStatus(
+    "p0", "incarnation", "prefill", "m", "f", 1, 1, 1, "tcp", [s.RankInfo(0, 0, 0, "n", 1, "p0", "incarnation")],
+    s.KvUsage(16, 8, 5, 1, 1, 1), s.RequestCounts(1, 2, 3), [s.PeerInfo("d0", "x", "lost", "gone", 0.5)],
+    s.EngineCounters(requests=3),
 )  # fmt: skip
 TOKENS = m.Tokens(
     "r", 2, [5], [m.TokenLogprobs(-0.5, [(5, -0.5)])], "stop", 5, True, m.RequestStats(queue_time=0.5),
@@ -203,7 +205,7 @@ OUT_OF_BOUNDS = [
     (m.ToEngine, generate(sampling=SamplingParams(logit_bias={1: 101.0}))),
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 0), "r"))),
     (m.ToEngine, generate(kv=m.PullKv("p", None, m.Address("h", 65536), "r"))),
-    (m.ToEngine, m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)] * (m.MAX_PEERS + 1))),
+    (m.ToEngine, m.Introduce([m.PeerAddress(IDENTITY, ADDRESS)] * (s.MAX_PEERS + 1))),
     (m.ToEngine, m.Introduce([m.PeerAddress(EngineIdentity("", "incarnation"), ADDRESS)])),
     (m.ToEngine, m.Introduce([m.PeerAddress(EngineIdentity("p0", "i" * 257), ADDRESS)])),
     (p.ToPrefill, p.Claim("", "r")),
@@ -224,10 +226,10 @@ def test_a_value_out_of_bounds_is_refused(union: Any, message: Any) -> None:
         codec.decode(codec.encode(message))
 
 
-@pytest.mark.parametrize("length", [0, m.MAX_TEXT, m.MAX_TEXT + 1, 10 * m.MAX_TEXT])
+@pytest.mark.parametrize("length", [0, MAX_TEXT, MAX_TEXT + 1, 10 * MAX_TEXT])
 def test_a_text_of_any_length_fits_a_message_once_it_is_clipped(length: int) -> None:
-    text = m.clip("x" * length)
+    text = clip("x" * length)
     assert (
-        Codec(m.PeerInfo).decode(Codec(m.PeerInfo).encode(m.PeerInfo("p", "incarnation", "lost", text))).error == text
+        Codec(s.PeerInfo).decode(Codec(s.PeerInfo).encode(s.PeerInfo("p", "incarnation", "lost", text))).error == text
     )
     assert text[:4000] == ("x" * length)[:4000]

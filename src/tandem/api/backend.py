@@ -9,8 +9,9 @@ from typing import Protocol
 import msgspec
 
 from tandem.wire.control_messages import Role
+from tandem.wire.engine_status import EngineStatus
 from tandem.wire.grammar import Grammar
-from tandem.wire.messages import EngineStatus, KvTransferParams, Register, TokenLogprobs
+from tandem.wire.messages import KvTransferParams, Register, TokenLogprobs
 from tandem.wire.sampling import SamplingParams
 
 

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from tandem.api.backend import Backend, EngineState, ServingDetails
 from tandem.api.connections import Refusals
 from tandem.api.vllm_metrics import AnswerMetrics, VllmCollector
-from tandem.wire.messages import EngineCounters
+from tandem.wire.engine_status import EngineCounters
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30, 60, 120)

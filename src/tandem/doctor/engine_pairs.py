@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.wire.addresses import is_loopback
-from tandem.wire.messages import EngineStatus, PeerInfo
+from tandem.wire.engine_status import EngineStatus, PeerInfo
 
 SHORT = 12
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded, ShortOfBlocks
-from tandem.wire.messages import EngineCounters, KvUsage, Output, RequestCounts
+from tandem.wire.engine_status import EngineCounters, KvUsage, RequestCounts
+from tandem.wire.messages import Output
 
 Outputs = dict[int, list[Output]]
 """By the number of the frontend that they go to."""

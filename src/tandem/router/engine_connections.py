@@ -18,9 +18,9 @@ from tandem.router.connection_monitor import ConnectionMonitor
 from tandem.router.engine_registry import MAX_ENGINES, EngineEntry, EngineRegistry
 from tandem.router.stream_check import StreamCheck
 from tandem.wire.codec import Codec
+from tandem.wire.engine_status import EngineStatus
 from tandem.wire.messages import (
     Abort,
-    EngineStatus,
     Failed,
     Generate,
     Goodbye,

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tandem.api.backend import EngineState
-from tandem.wire.messages import EngineStatus, PeerInfo, Register
+from tandem.wire.engine_status import EngineStatus, PeerInfo
+from tandem.wire.messages import Register
 
 MAX_ENGINES = 1024
 ALIVE_SECONDS = 1.5

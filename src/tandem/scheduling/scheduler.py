@@ -20,7 +20,8 @@ from tandem.scheduling.events import ChunkComputed, Event, FinishReason, PromptS
 from tandem.scheduling.preemption import recompute
 from tandem.scheduling.request import Request, RequestState
 from tandem.scheduling.state import SchedulerState, Totals
-from tandem.wire.messages import Generate, KvUsage, Prefill, PullKv, RequestCounts, TokenLogprobs
+from tandem.wire.engine_status import KvUsage, RequestCounts
+from tandem.wire.messages import Generate, Prefill, PullKv, TokenLogprobs
 
 _RETRY_AFTER = 1  # seconds
 _NO_TOKEN = RowError(EngineFailed.code, "no token came back from the engine's step")

@@ -15,7 +15,8 @@ from tandem.kv.layout import MOST_BYTES, KvLayout, LayoutError
 from tandem.kv.plan import sources_of_all
 from tandem.transfer.transports.base import RankEndpoint
 from tandem.wire.codec import Codec
-from tandem.wire.messages import MAX_RANKS, Count, Text
+from tandem.wire.engine_status import MAX_RANKS
+from tandem.wire.fields import Count, Text
 from tandem.wire.peer_messages import Envelope, Hello
 
 PROTOCOL = (3, 3)

@@ -15,7 +15,8 @@ import msgspec
 
 from tandem.errors import StartError
 from tandem.ids import EngineIdentity
-from tandem.wire.messages import MAX_RANKS, Count, Name, RankInfo, Text
+from tandem.wire.engine_status import MAX_RANKS, RankInfo
+from tandem.wire.fields import Count, Name, Text
 
 COMPARED = (
     "engine_id",

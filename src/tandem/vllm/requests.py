@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from tandem.config_access import AccessSection
-from tandem.wire.messages import Address, KvTransferParams, Name, PullKv
+from tandem.wire.fields import Name
+from tandem.wire.messages import Address, KvTransferParams, PullKv
 
 
 class TransferParams(KvTransferParams, frozen=True, kw_only=True, omit_defaults=True):

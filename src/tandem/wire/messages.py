@@ -2,8 +2,8 @@
 
 Grouped by receiver, one tagged union for each: `ToEngine` and `ToFrontend`. A frontend binds; engines connect to it and
 register. Token ids only: no prompt or output text crosses this channel. The bounds here hold for any sender that has
-proved the cluster key; the engine's own limits (model length, queue) are tighter. The status of an engine and the
-fields that messages have in common stand beside it, and are imported from here.
+proved the cluster key; the engine's own limits (model length, queue) are tighter. The status of an engine is in
+`engine_status.py`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,12 @@ from msgspec import Meta
 
 from tandem.ids import EngineIdentity
 from tandem.wire.control_messages import EngineControl
-from tandem.wire.engine_status import MAX_PEERS as MAX_PEERS
-from tandem.wire.engine_status import MAX_RANKS as MAX_RANKS
-from tandem.wire.engine_status import EngineCounters as EngineCounters
-from tandem.wire.engine_status import EngineStatus as EngineStatus
-from tandem.wire.engine_status import KvUsage as KvUsage
-from tandem.wire.engine_status import PeerInfo as PeerInfo
-from tandem.wire.engine_status import RankInfo as RankInfo
-from tandem.wire.engine_status import Refusal as Refusal
-from tandem.wire.engine_status import RequestCounts as RequestCounts
-from tandem.wire.fields import MAX_TEXT as MAX_TEXT
-from tandem.wire.fields import Count as Count
-from tandem.wire.fields import Name as Name
-from tandem.wire.fields import Seconds as Seconds
-from tandem.wire.fields import Text as Text
-from tandem.wire.fields import clip as clip
+from tandem.wire.engine_status import MAX_PEERS, EngineStatus
+from tandem.wire.fields import Count, Name, Seconds, Text
 from tandem.wire.grammar import Grammar
 from tandem.wire.sampling import SamplingParams, TokenId
 
 MAX_PROMPT_TOKENS = 4_194_304
-
 MAX_SALT = 256
 MAX_ALIASES = 64
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=MAX_SALT)]

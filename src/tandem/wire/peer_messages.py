@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from tandem.ids import EngineIdentity
-from tandem.wire.messages import Count, Name, Seconds, Text
+from tandem.wire.fields import Count, Name, Seconds, Text
 from tandem.wire.sampling import TokenId
 
 MAX_BATCH = 65536

@@ -16,17 +16,8 @@ from tandem.errors import InvalidRequest
 from tandem.ids import EngineIdentity
 from tandem.wire.codec import Codec
 from tandem.wire.control_messages import ChangeRole, EngineControl
-from tandem.wire.messages import (
-    Address,
-    EngineStatus,
-    Failed,
-    Generate,
-    Goodbye,
-    Outputs,
-    Register,
-    Registered,
-    ToFrontend,
-)
+from tandem.wire.engine_status import EngineStatus
+from tandem.wire.messages import Address, Failed, Generate, Goodbye, Outputs, Register, Registered, ToFrontend
 from tandem.wire.sampling import SamplingParams
 from tandem.wire.sockets import SocketOptions, Sockets
 from tests.support.registrations import make_register

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tandem.engine.io.introductions import Introductions
 from tandem.ids import EngineIdentity
-from tandem.wire.messages import MAX_PEERS, Address, Introduce, PeerAddress
+from tandem.wire.engine_status import MAX_PEERS
+from tandem.wire.messages import Address, Introduce, PeerAddress
 
 
 def peer(name: str, life: str = "1") -> PeerAddress:

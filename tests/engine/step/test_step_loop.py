@@ -35,20 +35,8 @@ from tandem.scheduling.batch import Batch, Sampled, StepResult
 from tandem.scheduling.events import BlocksAllocated, ChunkComputed, PrefillEnded, PullEnded
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pull import Pull as Transfer
-from tandem.wire.messages import (
-    Address,
-    EngineCounters,
-    Failed,
-    Generate,
-    KvTransferParams,
-    KvUsage,
-    Local,
-    Output,
-    Prefill,
-    PullKv,
-    RequestCounts,
-    Tokens,
-)
+from tandem.wire.engine_status import EngineCounters, KvUsage, RequestCounts
+from tandem.wire.messages import Address, Failed, Generate, KvTransferParams, Local, Output, Prefill, PullKv, Tokens
 from tandem.wire.sampling import SamplingParams
 from tests.scheduling.invariants import check_scheduler
 from tests.support.grammars import no_grammars

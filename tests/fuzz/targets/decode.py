@@ -22,7 +22,8 @@ from tandem.transfer.thread.transfer_thread import TransferThread
 from tandem.transfer.transports.base import RankEndpoint, ReadState, Region
 from tandem.transfer.transports.bounds import runs_inside
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Address, Introduce, PeerAddress, PullKv, Text
+from tandem.wire.fields import Text
+from tandem.wire.messages import Address, Introduce, PeerAddress, PullKv
 from tandem.wire.peer_messages import (
     Claim,
     Claimed,

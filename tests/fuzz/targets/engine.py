@@ -31,19 +31,17 @@ from tandem.scheduling.events import BlocksAllocated, PrefillEnded, PullEnded
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pull import Pull
 from tandem.wire.codec import Codec
+from tandem.wire.engine_status import EngineCounters, KvUsage, RequestCounts
 from tandem.wire.messages import (
     Abort,
     Address,
-    EngineCounters,
     Failed,
     Generate,
     KvTransferParams,
-    KvUsage,
     Local,
     Output,
     Prefill,
     PullKv,
-    RequestCounts,
     ToEngine,
     ToFrontend,
     Tokens,

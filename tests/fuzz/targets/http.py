@@ -12,7 +12,8 @@ from tandem.api.app import create_app
 from tandem.api.backend import EngineState, Health, ModelCard, TokenDelta, TokenRequest
 from tandem.api.loaded_model import LoadedModel, ModelLoader
 from tandem.ids import EngineIdentity
-from tandem.wire.messages import MAX_TEXT, TokenLogprobs
+from tandem.wire.fields import MAX_TEXT
+from tandem.wire.messages import TokenLogprobs
 from tests.api.conftest import ListedEngine, details
 from tests.fuzz.asgi import ALLOWED, call
 from tests.fuzz.bodies import Bodies

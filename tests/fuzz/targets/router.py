@@ -17,13 +17,13 @@ from tandem.router.engine_registry import EngineRegistry
 from tandem.router.policy import OneModelPolicy
 from tandem.router.request_router import RequestRouter
 from tandem.wire.codec import Codec
+from tandem.wire.engine_status import PeerInfo
 from tandem.wire.messages import (
     Failed,
     Generate,
     Goodbye,
     Output,
     Outputs,
-    PeerInfo,
     PullKv,
     Register,
     RequestStats,

@@ -39,17 +39,8 @@ from tandem.transfer.handshake import EngineDescriptor
 from tandem.transfer.prefill.listener import PeerListener
 from tandem.transfer.thread.leader_side import TransferThreads
 from tandem.wire.control_messages import ChangeRole, DrainEngine, EngineControl
-from tandem.wire.messages import (
-    Address,
-    EngineCounters,
-    Generate,
-    Introduce,
-    KvUsage,
-    Prefill,
-    PullKv,
-    Register,
-    RequestCounts,
-)
+from tandem.wire.engine_status import EngineCounters, KvUsage, RequestCounts
+from tandem.wire.messages import Address, Generate, Introduce, Prefill, PullKv, Register
 from tandem.wire.peer_messages import Envelope
 
 log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from tandem.engine.timeouts import GOODBYE_SECONDS
 from tandem.errors import InvalidRequest, RequestError
 from tandem.wire.codec import Codec
 from tandem.wire.control_messages import ChangeRole, DrainEngine, EngineControl
+from tandem.wire.fields import clip
 from tandem.wire.messages import (
     Abort,
     Address,
@@ -32,7 +33,6 @@ from tandem.wire.messages import (
     ToEngine,
     ToFrontend,
     Tokens,
-    clip,
 )
 from tandem.wire.receiving import DroppedMessages, receive_messages
 from tandem.wire.silence import Silence

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.wire.messages import MAX_PEERS, Introduce, PeerAddress
+from tandem.wire.engine_status import MAX_PEERS
+from tandem.wire.messages import Introduce, PeerAddress
 
 
 class Introductions:

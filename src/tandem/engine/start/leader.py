@@ -26,7 +26,8 @@ from tandem.scheduling.admission import Limits
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.handshake import PROTOCOL, EngineDescriptor
 from tandem.transfer.identity import Agreement
-from tandem.wire.messages import EngineStatus, KvTransferParams, Register
+from tandem.wire.engine_status import EngineStatus
+from tandem.wire.messages import KvTransferParams, Register
 from tandem.wire.peer_messages import Envelope
 
 

@@ -32,7 +32,7 @@ from tandem.models.loader import load_decoder
 from tandem.reports import DRAIN_SIGNAL, Drained, Ended, Following, Loading, Ready, Reporter
 from tandem.transfer.handshake import RankDescriptor
 from tandem.transfer.identity import RankRecord, agree
-from tandem.wire.messages import EngineStatus
+from tandem.wire.engine_status import EngineStatus
 
 log = logging.getLogger(__name__)
 

@@ -48,16 +48,9 @@ from tandem.scheduling.events import (
 )
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pull import Pull
-from tandem.wire.messages import (
-    EngineCounters,
-    Failed,
-    KvTransferParams,
-    Prefill,
-    PromptScores,
-    RequestStats,
-    Tokens,
-    clip,
-)
+from tandem.wire.engine_status import EngineCounters
+from tandem.wire.fields import clip
+from tandem.wire.messages import Failed, KvTransferParams, Prefill, PromptScores, RequestStats, Tokens
 
 log = logging.getLogger(__name__)
 

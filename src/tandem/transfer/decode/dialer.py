@@ -20,7 +20,8 @@ from tandem.transfer.decode.pulls import Pulls
 from tandem.transfer.thread.leader_side import TransferThreads
 from tandem.transfer.thread.thread_messages import FromTransferThread
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Introduce, PeerInfo, PullKv
+from tandem.wire.engine_status import PeerInfo
+from tandem.wire.messages import Introduce, PullKv
 from tandem.wire.peer_messages import Envelope, ToDecode
 from tandem.wire.receiving import DroppedMessages, receive_messages
 from tandem.wire.sockets import SocketOptions, Sockets

@@ -27,7 +27,9 @@ from tandem.transfer.thread.thread_messages import (
     ReadOrder,
     ReadQuiet,
 )
-from tandem.wire.messages import Introduce, PeerInfo, PullKv, clip
+from tandem.wire.engine_status import PeerInfo
+from tandem.wire.fields import clip
+from tandem.wire.messages import Introduce, PullKv
 from tandem.wire.peer_messages import (
     Claimed,
     Envelope,

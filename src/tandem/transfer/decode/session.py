@@ -9,7 +9,9 @@ from tandem.errors import PeerRefused, TransferError, WireError
 from tandem.kv.lease import MAX_TTL, MIN_TTL, ReaderLeases
 from tandem.transfer.decode.pull import Pull
 from tandem.transfer.handshake import EngineDescriptor, check_envelopes, decode_descriptor
-from tandem.wire.messages import Address, PeerInfo, Refusal, clip
+from tandem.wire.engine_status import PeerInfo, Refusal
+from tandem.wire.fields import clip
+from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Claim, Claimed, Envelope, Release, Renew, Welcome
 
 HELLO_SECONDS = 10.0

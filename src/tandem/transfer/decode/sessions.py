@@ -8,7 +8,8 @@ from tandem.ids import EngineIdentity
 from tandem.transfer.decode.actions import Action, Connect, Disconnect, Order, Send
 from tandem.transfer.decode.session import Session, SessionState, Target
 from tandem.transfer.thread.thread_messages import ClosePeer
-from tandem.wire.messages import MAX_PEERS, Introduce, PeerInfo
+from tandem.wire.engine_status import MAX_PEERS, PeerInfo
+from tandem.wire.messages import Introduce
 from tandem.wire.peer_messages import Envelope, Hello
 
 MAX_FOREIGN_SESSIONS = 64

@@ -19,7 +19,7 @@ from tandem.transfer.thread.thread_messages import (
     ToTransferThread,
 )
 from tandem.wire.codec import Codec
-from tandem.wire.messages import clip
+from tandem.wire.fields import clip
 from tandem.wire.receiving import DroppedMessages, receive_messages
 from tandem.wire.silence import Silence
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from tandem.transfer.handshake import RankDescriptor
-from tandem.wire.messages import Count, Name, Seconds, Text
+from tandem.wire.fields import Count, Name, Seconds, Text
 
 # --- what a transfer thread receives ---------------------------------------------------------------------------
 

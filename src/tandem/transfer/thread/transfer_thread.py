@@ -30,7 +30,7 @@ from tandem.transfer.thread.thread_messages import (
 from tandem.transfer.thread.verification import PeerReads, Verification, Verifier
 from tandem.transfer.transports.base import Read, ReadState, Transport
 from tandem.wire.codec import Codec
-from tandem.wire.messages import clip
+from tandem.wire.fields import clip
 from tandem.wire.silence import Silence
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from tandem.errors import WireError
 from tandem.wire.codec import Codec
-from tandem.wire.messages import Count, Name, Port, Text
+from tandem.wire.fields import Count, Name, Text
+from tandem.wire.messages import Port
 
 PIECE_BYTES = 2 * 1024 * 1024
 PIECE_RUNS = 4096
