@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
 
 from tandem.api.openai import MAX_STOPS, ChatBody, ChatMessage, Stop
 from tandem.api.output_processor import TextChunk
-from tandem.api.translated import Answer, Fields, message, refuse, text_of
+from tandem.api.translated import Answer, Fields, message, text_of
 
 PARTS = ("text",)
 ROLES = ("user", "assistant")
 
 
 class MessagesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is refused unless it asks for nothing is below `stream`."""
+    NOT_SERVED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "container": (),
+        "mcp_servers": ([],),
+        "thinking": ({"type": "disabled"},),
+        "tool_choice": ({"type": "auto"}, {"type": "none"}),
+        "tools": ([],),
+    }
 
     model: str
     max_tokens: Annotated[int, Meta(ge=1)]
@@ -28,24 +34,10 @@ class MessagesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     top_k: Annotated[int, Meta(ge=0)] | None = None
     stop_sequences: Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
-    container: Any = None
-    mcp_servers: list[Any] | None = None
-    thinking: dict[str, Any] | None = None
-    tool_choice: Any = None
-    tools: list[Any] | None = None
 
 
 def to_chat(body: MessagesBody) -> ChatBody:
     """Return the chat that a body asks for; one that ends with the assistant goes on there. Raises InvalidRequest."""
-    refuse(
-        {
-            "container": (body.container, ()),
-            "mcp_servers": (body.mcp_servers, ([],)),
-            "thinking": (body.thinking, ({"type": "disabled"},)),
-            "tool_choice": (body.tool_choice, ({"type": "auto"}, {"type": "none"})),
-            "tools": (body.tools, ([],)),
-        }
-    )
     messages = [message(one, f"messages[{index}]", PARTS, ROLES) for index, one in enumerate(body.messages)]
     goes_on = messages[-1].role == "assistant"
     if body.system:

@@ -82,7 +82,7 @@ def parse(body: bytes | bytearray, kind: type[Parsed], max_list: int = MAX_NUMBE
         raise _invalid(str(error), _shown(body)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
-    _check_not_served(read, {name: NOT_SERVED[name] for name in _others(kind, NOT_SERVED)}, "")
+    _check_not_served(read, _not_served(kind), "")
     return kind(**{name: _served(name, getattr(read, name)) for name in kind.__struct_fields__})
 
 
@@ -216,12 +216,15 @@ def _decoder(kind: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
         elif field.name in WHOLE_FIELDS:
             hint = _or_float(hint)
         fields.append((field.name, hint, field.default))
-    return msgspec.json.Decoder(_struct(kind.__name__, fields, _others(kind, (*NOT_SERVED, *WITHOUT_EFFECT))))
+    without_effect = [name for name in WITHOUT_EFFECT if name not in kind.__struct_fields__]
+    return msgspec.json.Decoder(_struct(kind.__name__, fields, [*_not_served(kind), *without_effect]))
 
 
-def _others(kind: type[msgspec.Struct], names: Iterable[str]) -> list[str]:
-    """Return the names that are no fields of `kind`."""
-    return [name for name in names if name not in kind.__struct_fields__]
+@cache
+def _not_served(kind: type[msgspec.Struct]) -> dict[str, tuple[Any, ...]]:
+    """Return the fields that are not served in a `kind`; it may have a table of its own, `NOT_SERVED`."""
+    table = {**NOT_SERVED, **getattr(kind, "NOT_SERVED", {})}
+    return {name: neutral for name, neutral in table.items() if name not in kind.__struct_fields__}
 
 
 def _inside(hint: Any) -> set[Any]:

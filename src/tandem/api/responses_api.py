@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from tandem.api.openai import ChatBody, ChatMessage
 from tandem.api.output_processor import TextChunk
-from tandem.api.translated import Answer, Fields, message, refuse, text_of
+from tandem.api.translated import Answer, Fields, message, text_of
 from tandem.errors import InvalidRequest
 
 PARTS = ("input_text", "output_text", "text")
@@ -17,7 +17,20 @@ ROLES = ("system", "developer", "user", "assistant")
 
 
 class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is refused unless it asks for nothing is below `stream`."""
+    NOT_SERVED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "background": (False,),
+        "conversation": (),
+        "include": ([],),
+        "previous_response_id": (),
+        "prompt": (),
+        "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
+        "stream_options": ({}, {"include_obfuscation": False}),
+        "text": ({}, {"format": {"type": "text"}}),
+        "tool_choice": ("auto", "none"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    }
 
     model: str | None = None
     input: str | list[dict[str, Any]]
@@ -27,40 +40,12 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     top_p: float | None = None
     user: str | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    background: bool | None = None
-    conversation: Any = None
-    include: list[str] | None = None
     max_tool_calls: int | None = None
     parallel_tool_calls: bool | None = None
-    previous_response_id: str | None = None
-    prompt: Any = None
-    reasoning: dict[str, Any] | None = None
-    text: dict[str, Any] | None = None
-    tool_choice: Any = None
-    tools: list[Any] | None = None
-    top_logprobs: int | None = None
-    truncation: str | None = None
 
 
 def to_chat(body: ResponsesBody) -> ChatBody:
     """Return the chat that a body asks for. Raises InvalidRequest."""
-    refuse(
-        {
-            "stream_options": (body.stream_options, ({}, {"include_obfuscation": False})),
-            "background": (body.background, (False,)),
-            "conversation": (body.conversation, ()),
-            "include": (body.include, ([],)),
-            "previous_response_id": (body.previous_response_id, ()),
-            "prompt": (body.prompt, ()),
-            "reasoning": (body.reasoning, ({}, {"effort": None}, {"effort": None, "summary": None})),
-            "text": (body.text, ({}, {"format": {"type": "text"}})),
-            "tool_choice": (body.tool_choice, ("auto", "none")),
-            "tools": (body.tools, ([],)),
-            "top_logprobs": (body.top_logprobs, (0,)),
-            "truncation": (body.truncation, ("disabled",)),
-        }
-    )
     given = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     if not given:
         raise InvalidRequest("input is empty", param="input")

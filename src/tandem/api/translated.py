@@ -125,12 +125,5 @@ def message(one: Any, place: str, kinds: Sequence[str], roles: Sequence[str]) ->
     return ChatMessage(one["role"], text_of(one.get("content"), f"{place}.content", kinds))
 
 
-def refuse(fields: dict[str, tuple[Any, Sequence[Any]]]) -> None:
-    """Raise UnsupportedField for the first field whose value is neither null nor one of those that ask for nothing."""
-    for name, (value, neutral) in fields.items():
-        if value is not None and value not in neutral:
-            raise UnsupportedField(f"`{name}` is not supported here; leave it out", param=name)
-
-
 def _error(error: RequestError) -> Fields:
     return {"type": "error", **error_body(error)}
