@@ -148,6 +148,16 @@ class Engine:
         self.received: set[str] = set()
         self.failed: set[str] = set()
 
+    def transfer(self, transfer_id: str) -> dict[str, Any]:
+        """Return the parameters with which a decode engine claims a transfer of this engine before it is prefilled."""
+        return {
+            "do_remote_prefill": True,
+            "transfer_id": transfer_id,
+            "remote_engine_id": "e",
+            "remote_host": "127.0.0.1",
+            "remote_port": self.port,
+        }
+
     def __enter__(self) -> Engine:
         return self
 

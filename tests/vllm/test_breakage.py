@@ -116,13 +116,7 @@ def test_a_request_that_ends_while_its_kv_is_awaited_gives_vllm_its_blocks_back(
     with Engine(VEC) as prefill, Engine(VEC) as decode:
         tokens = prompt(70)
         prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
-        params = {
-            "do_remote_prefill": True,
-            "transfer_id": "t",
-            "remote_engine_id": "e",
-            "remote_host": "127.0.0.1",
-            "remote_port": prefill.port,
-        }
+        params = prefill.transfer("t")
         decode.claim("d", tokens, params, BLOCKS)
         decode.step()
         decode.side.finished("d", aborted=True)
@@ -152,13 +146,7 @@ def test_a_prefill_that_ends_early_fails_its_reader() -> None:
     with Engine(VEC) as prefill, Engine(VEC) as decode:
         tokens = prompt(70)
         prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
-        params = {
-            "do_remote_prefill": True,
-            "transfer_id": "t",
-            "remote_engine_id": "e",
-            "remote_host": "127.0.0.1",
-            "remote_port": prefill.port,
-        }
+        params = prefill.transfer("t")
         decode.claim("d", tokens, params, BLOCKS)
         prefill.step([Scheduled("p", 40, [0, 1, 2])])
         assert prefill.side.finished("p", aborted=True) is None
@@ -181,13 +169,7 @@ def test_a_reader_that_falls_silent_keeps_the_blocks_for_one_lease() -> None:
     with Engine(VEC, lease_ttl=1.0) as prefill:
         prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
         with Engine(VEC) as decode:
-            params = {
-                "do_remote_prefill": True,
-                "transfer_id": "t",
-                "remote_engine_id": "e",
-                "remote_host": "127.0.0.1",
-                "remote_port": prefill.port,
-            }
+            params = prefill.transfer("t")
             decode.claim("d", tokens, params, BLOCKS)
             kv = true_kv(tokens)
             prefill.step([Scheduled("p", 40, [0, 1, 2])], lambda: prefill.ranks[0].compute(kv, [0, 1, 2], 0, 40))

@@ -138,13 +138,7 @@ def test_both_engines_at_once_stream_by_chunks() -> None:
     tokens = prompt(150)
     kv, blocks, theirs = true_kv(tokens), [4, 0, 3, 1, 2], [9, 5, 7, 6, 8]
     with Engine(VEC, tp=2) as prefill, Engine(VEC) as decode:
-        params = {
-            "do_remote_prefill": True,
-            "transfer_id": "t",
-            "remote_engine_id": "e",
-            "remote_host": "127.0.0.1",
-            "remote_port": prefill.port,
-        }
+        params = prefill.transfer("t")
         assert decode.claim("d", tokens, params, theirs) == 150
         prefill.side.on_new_request(NewRequest("p", tokens, {"do_remote_decode": True, "transfer_id": "t"}))
 

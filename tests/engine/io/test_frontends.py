@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
@@ -63,6 +64,26 @@ def events_of(
     return FrontendEvents(generate, abort, nothing, control, lost)
 
 
+@asynccontextmanager
+async def connected(
+    events: FrontendEvents, registration: Callable[[], Register] = lambda: make_register(WHO, "mixed")
+) -> AsyncIterator[tuple[FakeFrontend, Frontend]]:
+    """A frontend, and an engine's connection to it that runs."""
+    context = zmq.asyncio.Context()
+    sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
+    there = FakeFrontend(sockets)
+    address = Address("127.0.0.1", there.port)
+    frontend = Frontend(address, sockets, WHO.incarnation, registration, events)
+    running = asyncio.create_task(frontend.run())
+    try:
+        yield there, frontend
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        there.close()
+        context.destroy(linger=0)
+
+
 def request(request_id: str) -> Generate:
     return Generate(request_id, [1, 2], 2, SamplingParams(max_tokens=4), 60.0)
 
@@ -106,33 +127,23 @@ def test_an_engine_leaves_once_its_goodbye_has_been_received_and_registers_no_mo
     """A process that ends takes along what it has not sent yet: the last tokens of requests that it has finished."""
 
     async def play() -> None:
-        context = zmq.asyncio.Context()
-        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        there = FakeFrontend(sockets)
-        events = events_of()
-        address = Address("127.0.0.1", there.port)
-        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
-        running = asyncio.create_task(frontend.run())
-        await there.registration()
-        there.send(Registered(True, 0))
-        while not isinstance(await there.receive(), EngineStatus):
-            pass
-        frontend.send([Failed("r", "internal_error", "no")])
-        leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
-        kinds = []
-        while Goodbye not in kinds:
-            kinds.append(type(await there.receive()))
-            assert not leaving.done()
-        assert kinds[-2:] == [Outputs, Goodbye]
-        there.send(Registered(True, 0))  # to an earlier heartbeat
-        there.send(Registered(False))
-        await leaving
-        frontend.send([Failed("last", "internal_error", "no")])
-        assert isinstance(await there.receive(), Outputs), "no heartbeat, no registration"
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        there.close()
-        context.destroy(linger=0)
+        async with connected(events_of()) as (there, frontend):
+            await there.registration()
+            there.send(Registered(True, 0))
+            while not isinstance(await there.receive(), EngineStatus):
+                pass
+            frontend.send([Failed("r", "internal_error", "no")])
+            leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
+            kinds = []
+            while Goodbye not in kinds:
+                kinds.append(type(await there.receive()))
+                assert not leaving.done()
+            assert kinds[-2:] == [Outputs, Goodbye]
+            there.send(Registered(True, 0))  # to an earlier heartbeat
+            there.send(Registered(False))
+            await leaving
+            frontend.send([Failed("last", "internal_error", "no")])
+            assert isinstance(await there.receive(), Outputs), "no heartbeat, no registration"
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
@@ -140,77 +151,46 @@ def test_an_engine_leaves_once_its_goodbye_has_been_received_and_registers_no_mo
 @pytest.mark.parametrize("known", [False, True])
 def test_an_engine_does_not_wait_to_leave_a_frontend_that_is_not_there(known: bool) -> None:
     async def play() -> None:
-        context = zmq.asyncio.Context()
-        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        there = FakeFrontend(sockets)
-        events = events_of()
-        address = Address("127.0.0.1", there.port)
-        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
-        running = asyncio.create_task(frontend.run())
-        await there.registration()
-        if known:
-            there.send(Registered(True, 0))
-            while not isinstance(await there.receive(), EngineStatus):
-                pass
-        leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
-        if known:
-            while not isinstance(await there.receive(), Goodbye):
-                pass
-        there.close()
-        await leaving
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        context.destroy(linger=0)
+        async with connected(events_of()) as (there, frontend):
+            await there.registration()
+            if known:
+                there.send(Registered(True, 0))
+                while not isinstance(await there.receive(), EngineStatus):
+                    pass
+            leaving = asyncio.create_task(frontend.leave("it was told to", failed=False))
+            if known:
+                while not isinstance(await there.receive(), Goodbye):
+                    pass
+            there.close()
+            await leaving
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
 
 def test_a_request_that_cannot_be_begun_ends_with_an_error_whoever_is_at_fault() -> None:
     async def play() -> None:
-        context = zmq.asyncio.Context()
-        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        fake = FakeFrontend(sockets)
-
         def fail(generate: Generate) -> None:
             raise OSError("too many open files")
 
-        events = events_of(fail)
-        frontend = Frontend(
-            Address("127.0.0.1", fake.port), sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events
-        )
-        running = asyncio.create_task(frontend.run())
-        await fake.registration()
-        fake.send(Registered(True, 0))
-        fake.send(request("r"))
-        while not isinstance(message := await fake.receive(), Outputs):
-            pass
-        [failed] = message.items
-        assert isinstance(failed, Failed)
-        assert (failed.request_id, failed.code) == ("r", "internal_error")
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        fake.close()
-        context.destroy(linger=0)
+        async with connected(events_of(fail)) as (fake, _):
+            await fake.registration()
+            fake.send(Registered(True, 0))
+            fake.send(request("r"))
+            while not isinstance(message := await fake.receive(), Outputs):
+                pass
+            [failed] = message.items
+            assert isinstance(failed, Failed)
+            assert (failed.request_id, failed.code) == ("r", "internal_error")
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
 
 def test_only_the_answer_to_the_last_registration_counts() -> None:
     async def play() -> None:
-        context = zmq.asyncio.Context()
-        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        there = FakeFrontend(sockets)
-        events = events_of()
-        address = Address("127.0.0.1", there.port)
-        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
-        running = asyncio.create_task(frontend.run())
-        for _ in range(3):
-            assert isinstance(await there.receive(), Register)
-            there.send(Registered(True, 7))
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        there.close()
-        context.destroy(linger=0)
+        async with connected(events_of()) as (there, _):
+            for _ in range(3):
+                assert isinstance(await there.receive(), Register)
+                there.send(Registered(True, 7))
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
@@ -226,26 +206,16 @@ def test_a_request_that_cannot_begin_has_an_outcome_and_the_next_one_is_served()
         begun.append(generate.request_id)
 
     async def play() -> list[Failed]:
-        context = zmq.asyncio.Context()
-        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        there = FakeFrontend(sockets)
-        events = events_of(begin)
-        address = Address("127.0.0.1", there.port)
-        frontend = Frontend(address, sockets, WHO.incarnation, lambda: make_register(WHO, "mixed"), events)
-        running = asyncio.create_task(frontend.run())
-        await there.registration()
-        failed: list[Failed] = []
-        for request_id in ("bad", "bug", "good"):
-            there.send(request(request_id))
-        while len(failed) < 2:
-            if isinstance(message := await there.receive(), Outputs):
-                failed += [item for item in message.items if isinstance(item, Failed)]
-        while not begun:
-            await there.receive()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        there.close()
-        context.destroy(linger=0)
+        async with connected(events_of(begin)) as (there, _):
+            await there.registration()
+            failed: list[Failed] = []
+            for request_id in ("bad", "bug", "good"):
+                there.send(request(request_id))
+            while len(failed) < 2:
+                if isinstance(message := await there.receive(), Outputs):
+                    failed += [item for item in message.items if isinstance(item, Failed)]
+            while not begun:
+                await there.receive()
         return failed
 
     failed = asyncio.run(asyncio.wait_for(play(), SECONDS))
@@ -267,20 +237,11 @@ def test_what_the_engine_is_told_is_answered_with_a_heartbeat_at_once(monkeypatc
         status = make_register(WHO, message.role)
 
     async def play() -> EngineStatus:
-        context = zmq.asyncio.Context()
-        sockets: Sockets[zmq.asyncio.Socket] = Sockets(context, None)
-        there = FakeFrontend(sockets)
-        address = Address("127.0.0.1", there.port)
-        frontend = Frontend(address, sockets, WHO.incarnation, lambda: status, events_of(control=obey))
-        running = asyncio.create_task(frontend.run())
-        await there.registration()
-        there.send(Registered(True, 0))
-        there.send(ChangeRole("decode"))
-        beat = await there.receive()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        there.close()
-        context.destroy(linger=0)
+        async with connected(events_of(control=obey), lambda: status) as (there, _):
+            await there.registration()
+            there.send(Registered(True, 0))
+            there.send(ChangeRole("decode"))
+            beat = await there.receive()
         assert isinstance(beat, EngineStatus)
         return beat
 
