@@ -31,10 +31,10 @@ CONNECT_TIMEOUT_MS = 5_000
 
 # Between the ranks of an engine they are given longer: all other connections are made again when they break, and one of
 # these ends the engine.
-KERNEL_IDLE_SECONDS = 4
-KERNEL_PROBE_SECONDS = 2
-KERNEL_PROBES = 3
-KERNEL_TIMEOUT_MS = 10_000
+PATIENT_IDLE_SECONDS = 4
+PATIENT_PROBE_SECONDS = 2
+PATIENT_PROBES = 3
+PATIENT_TIMEOUT_MS = 10_000
 
 _CURVE_OVERHEAD_BYTES = 1_024
 
@@ -96,8 +96,6 @@ class Sockets(Generic[S]):
         """
         address = self._permitted(host, port, "listen on")
         socket = self._open(kind, ":" in address, options)
-        for option, value in _watching(patient=False).items():
-            socket.set(option, value)
         if self._key is not None:
             socket.curve_server = True
             socket.curve_secretkey = self._key.server.secret
@@ -181,9 +179,8 @@ def _watching(*, patient: bool) -> dict[int, int | bytes]:
     """Return the options by which the kernel notices a peer whose machine is gone, within 6 s or 10 s."""
     idle, probe, probes, timeout = IDLE_SECONDS, PROBE_SECONDS, PROBES, GONE_TIMEOUT_MS
     if patient:
-        idle, probe, probes, timeout = KERNEL_IDLE_SECONDS, KERNEL_PROBE_SECONDS, KERNEL_PROBES, KERNEL_TIMEOUT_MS
+        idle, probe, probes, timeout = PATIENT_IDLE_SECONDS, PATIENT_PROBE_SECONDS, PATIENT_PROBES, PATIENT_TIMEOUT_MS
     return {
-        zmq.HEARTBEAT_IVL: 0,
         zmq.TCP_KEEPALIVE: 1,
         zmq.TCP_KEEPALIVE_IDLE: idle,
         zmq.TCP_KEEPALIVE_INTVL: probe,
