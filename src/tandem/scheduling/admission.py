@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from tandem.errors import ConfigError, InvalidRequest
+import msgspec
+
+from tandem.errors import ConfigError, InvalidRequest, Overloaded
 from tandem.ids import output_digest
 from tandem.kv.blocks import BlockPool, PrefixChain
 from tandem.scheduling.request import Request
@@ -49,7 +51,8 @@ def new_request(
         tokens=tokens,
         prompt_len=message.prompt_len,
         max_len=min(message.prompt_len + sampling.max_tokens, limits.max_model_len),
-        sampling=sampling,
+        sampling=msgspec.structs.replace(sampling, banned_runs=[]) if sampling.banned_runs else sampling,
+        banned_runs=sampling.banned_runs,
         stop_tokens=stop_tokens if sampling.ignore_eos and message.grammar is None else stop_tokens | eos_ids,
         grammar=message.grammar,
         order=order,
@@ -101,3 +104,8 @@ def _check_tokens(param: str, tokens: Collection[int], limits: Limits) -> None:
             f"{param} has token id {bad[0]}; this model's vocabulary has {limits.vocab_size} tokens, from 0 on",
             param=param,
         )
+
+
+def too_many(limits: Limits) -> Overloaded:
+    """Return the refusal of a request that would wait behind `max_waiting` others."""
+    return Overloaded(f"{limits.max_waiting} requests are waiting already; try again later", retry_after=1)

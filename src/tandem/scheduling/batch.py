@@ -50,7 +50,7 @@ class ScoreAt(msgspec.Struct, frozen=True, array_like=True):
     targets: list[int]
 
 
-class Row(msgspec.Struct, frozen=True, array_like=True):
+class Row(msgspec.Struct, frozen=True):
     """One request's part of a step: compute `tokens` at positions [start, start + len(tokens)).
 
     Attributes:
@@ -68,7 +68,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     score: ScoreAt | None = None
 
 
-class Batch(msgspec.Struct, frozen=True, array_like=True):
+class Batch(msgspec.Struct, frozen=True):
     batch_id: int
     rows: list[Row]
 
@@ -83,13 +83,6 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
 
 Mask = bytes | RowError
 """The tokens that may follow a row, as in `SampleAt.mask`."""
-
-
-class Masks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
-    """The masks of a batch's constrained rows by request, for the rank that samples, where that is not the leader."""
-
-    batch_id: int
-    masks: dict[str, Mask]
 
 
 def row_failed(error: RequestError) -> Sampled:

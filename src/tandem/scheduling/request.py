@@ -57,6 +57,7 @@ class Request:
         num_scored: tokens of the prompt after the first whose log-probabilities are out.
         num_cached: tokens that the prefix cache had when it was admitted last.
         shortage: why it was not admitted the last time; None if it was, or was not tried yet.
+        sampling: as every step brings it to the ranks; without `banned_runs`, of which they hear what bans a token now.
         prefilled: a Prefill request whose whole prompt is computed and whose token is sampled.
         inflight: batches in flight that have a row of it.
     """
@@ -66,6 +67,7 @@ class Request:
     prompt_len: int
     max_len: int
     sampling: SamplingParams
+    banned_runs: list[list[int]]
     stop_tokens: frozenset[int]
     order: int
     arrived_at: float
@@ -129,8 +131,8 @@ class Request:
         goes_on = output_len < params.min_tokens or (constrained and params.ignore_eos)
         stops = sorted(self.stop_tokens) if goes_on else []
         banned = [] if constrained else stops
-        if params.banned_runs:
-            banned = banned + _run_ends(params.banned_runs, self.tokens, output_len)
+        if self.banned_runs:
+            banned = banned + _run_ends(self.banned_runs, self.tokens, output_len)
         return SampleAt(params, len(self.tokens), output_len, banned, constrained, stops if constrained else [])
 
     def finish_reason(self) -> FinishReason | None:

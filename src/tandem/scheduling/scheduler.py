@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from tandem.errors import EngineFailed, InvalidRequest, Overloaded, RequestError, TimedOut, WireError, request_error
+from tandem.errors import EngineFailed, InvalidRequest, RequestError, TimedOut, WireError, request_error
 from tandem.kv.blocks import BlockPool
-from tandem.scheduling.admission import Limits, new_request
+from tandem.scheduling.admission import Limits, new_request, too_many
 from tandem.scheduling.batch import Batch, RowError, Sampled, StepResult
 from tandem.scheduling.batch_builder import BatchBuilder, BatchEntry
 from tandem.scheduling.events import ChunkComputed, Event, FinishReason, PromptScored, TokenOut
@@ -23,7 +23,6 @@ from tandem.scheduling.state import SchedulerState, Totals
 from tandem.wire.engine_status import KvUsage, RequestCounts
 from tandem.wire.messages import Generate, Prefill, PullKv, TokenLogprobs
 
-_RETRY_AFTER = 1  # seconds
 _NO_TOKEN = RowError(EngineFailed.code, "no token came back from the engine's step")
 
 
@@ -72,9 +71,7 @@ class Scheduler:
             raise InvalidRequest(f"request id {request_id} is in use; every request needs its own", param="request_id")
         request = new_request(message, self.limits, self.pool, self._eos_ids, self._next_order, now)
         if len(state.waiting_local) + len(state.waiting_pull) >= self.limits.max_waiting:
-            raise Overloaded(
-                f"{self.limits.max_waiting} requests are waiting already; try again later", retry_after=_RETRY_AFTER
-            )
+            raise too_many(self.limits)
         self._next_order += 1
         state.totals.requests += 1
         state.requests[request_id] = request

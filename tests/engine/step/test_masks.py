@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 
 from tandem.engine.step.masks import Constrained, MaskMaker
 from tandem.engine.step.sampler import sample
-from tandem.engine.step_commands import AbortRequest, KvFailed, StartRequest
-from tandem.errors import InvalidRequest, RequestError
+from tandem.engine.step_commands import AbortRequest, Drain, KvFailed, StartRequest
+from tandem.errors import Draining, InvalidRequest, Overloaded, RequestError
 from tandem.grammar.compiler import GrammarCompiler
 from tandem.scheduling.batch import RowError, SampleAt
 from tandem.wire.grammar import Grammar
@@ -56,6 +57,33 @@ def test_a_request_waits_for_its_grammar_and_others_do_not_wait_for_it(slow: Slo
     slow.go.set()
     assert not isinstance(rig.end_of("held"), Failed)
     rig.stop()
+
+
+def test_held_requests_count_among_those_that_wait(slow: Slow) -> None:
+    rig = Rig(masks=MaskMaker(slow), max_waiting=2)
+    for name in ("first", "second", "third"):
+        rig.send(StartRequest(0, generate(name, LETTERS)))
+    refused = rig.end_of("third")
+    assert isinstance(refused, Failed)
+    assert (refused.code, "2 requests are waiting" in refused.message) == (Overloaded.code, True)
+    slow.go.set()
+    for name in ("first", "second"):
+        assert not isinstance(rig.end_of(name), Failed)
+    rig.stop()
+
+
+def test_a_held_request_is_finished_by_an_engine_that_drains_and_a_later_one_is_refused(slow: Slow) -> None:
+    rig = Rig(masks=MaskMaker(slow))
+    rig.send(StartRequest(0, generate("held", LETTERS)), Drain(time.monotonic() + 3600))
+    rig.send(StartRequest(0, generate("later", LETTERS)))
+    refused = rig.end_of("later")
+    assert isinstance(refused, Failed)
+    assert refused.code == Draining.code
+    slow.go.set()
+    assert not isinstance(rig.end_of("held"), Failed)
+    rig.thread.join(20)
+    assert rig.reason == ["it was drained"]
+    rig.mailbox.close()
 
 
 def test_what_comes_for_a_request_meanwhile_is_not_lost(slow: Slow) -> None:

@@ -8,9 +8,9 @@ import msgspec
 
 from tandem.engine.outbox import KvEvent
 from tandem.kv.blocks import BlockPool
-from tandem.scheduling.events import PrefillEnded, PullEnded
+from tandem.scheduling.events import PrefillEnded, PullEnded, TokenOut
 from tandem.transfer.decode.pull import Pull
-from tandem.wire.messages import Generate, Local, Prefill, PullKv, RequestStats
+from tandem.wire.messages import Generate, KvTransferParams, Local, Prefill, PullKv, RequestStats, Tokens
 
 
 @dataclass(slots=True)
@@ -37,6 +37,24 @@ class OpenRequest:
             transport=transport,
             kv_source=pull.source_engine,
         )
+
+
+def token_message(
+    event: TokenOut, stats: RequestStats | None, params: KvTransferParams | None, *, done: bool
+) -> Tokens:
+    """Return a token for its frontend. `done`: this engine's part is."""
+    return Tokens(
+        event.request_id,
+        event.index,
+        [event.token_id],
+        [event.logprobs] if event.logprobs is not None else None,
+        event.finish_reason,
+        event.stop_token_id,
+        done=done,
+        stats=stats,
+        kv_transfer_params=params,
+        digest=event.digest,
+    )
 
 
 def undo_begin(generate: Generate) -> list[KvEvent]:

@@ -14,10 +14,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from tandem.engine.step.masks import MaskMaker
 from tandem.engine.step.runner import Runner
-from tandem.engine.step.step_message import Step, StepEncoder
+from tandem.engine.step.step_message import Masks, Step, StepEncoder
 from tandem.engine.timeouts import CAUSE_SECONDS, FOLLOWERS_SECONDS, HALT_SECONDS
 from tandem.errors import EngineFailed, RankLost
-from tandem.scheduling.batch import Batch, Mask, Masks, StepResult
+from tandem.scheduling.batch import Batch, Mask, StepResult
 from tandem.wire.sockets import SocketOptions
 
 log = logging.getLogger(__name__)

@@ -103,7 +103,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_greedy(at: SampleAt) -> bool:
     params = at.params
-    return params.temperature < _GREEDY and not at.banned_ids and not params.rules_out and at.mask is None
+    return params.temperature < _GREEDY and not at.banned_ids and not params.adjusts_logits and at.mask is None
 
 
 def _choose(

@@ -16,7 +16,7 @@ from tandem.engine.mailbox import Mailbox
 from tandem.engine.outbox import KvEvent, Outbox, Outputs
 from tandem.engine.step.held_requests import HeldRequests
 from tandem.engine.step.masks import MaskMaker, constrained_rows
-from tandem.engine.step.open_request import OpenRequest, undo_begin
+from tandem.engine.step.open_request import OpenRequest, token_message, undo_begin
 from tandem.engine.step.pipeline import Pipeline
 from tandem.engine.step_clock import StepClock
 from tandem.engine.step_commands import (
@@ -35,6 +35,7 @@ from tandem.engine.step_commands import (
 )
 from tandem.errors import Draining, InvalidRequest, KvLost, KvRetry, RequestError
 from tandem.kv.blocks import BlockPool
+from tandem.scheduling.admission import too_many
 from tandem.scheduling.events import (
     BlocksAllocated,
     ChunkComputed,
@@ -48,8 +49,9 @@ from tandem.scheduling.events import (
 )
 from tandem.scheduling.scheduler import Scheduler
 from tandem.transfer.decode.pull import Pull
-from tandem.wire.engine_status import EngineCounters
+from tandem.wire.engine_status import EngineCounters, RequestCounts
 from tandem.wire.fields import clip
+from tandem.wire.grammar import Grammar
 from tandem.wire.messages import Failed, KvTransferParams, Prefill, PromptScores, RequestStats, Tokens
 
 log = logging.getLogger(__name__)
@@ -172,11 +174,19 @@ class StepLoop:
     def _begin(self, command: StartRequest, now: float) -> None:
         """Start a request, once its grammar is compiled: no step shall wait for that."""
         request_id, grammar = command.generate.request_id, command.generate.grammar
-        if grammar is None or request_id in self._held:
-            return self._start(command, now)
+        refusal = self._refusal(grammar)
+        if refusal is not None or grammar is None or request_id in self._held:
+            return self._start(command, now, refusal)
         if self._masks.prepare(grammar, functools.partial(self._compiled, request_id, now)):
             return self._start(command, now)
         self._held.hold(command, now)
+
+    def _refusal(self, grammar: Grammar | None) -> RequestError | None:
+        """Return why no request, or none with this grammar, can begin now."""
+        if self._drain_by is not None:
+            return Draining("this engine is about to end and takes no new requests", retry_after=1)
+        full = grammar is not None and self._counts().waiting >= self._scheduler.limits.max_waiting
+        return too_many(self._scheduler.limits) if full else None
 
     def _compiled(self, request_id: str, since: float, error: RequestError | None) -> None:
         """Called in the thread that compiles."""
@@ -201,8 +211,6 @@ class StepLoop:
                 raise InvalidRequest(text, param="request_id")
             if error is not None:
                 raise error
-            if self._drain_by is not None:
-                raise Draining("this engine is about to end and takes no new requests", retry_after=1)
             self._scheduler.add(generate, now)
         except RequestError as error:
             log.info("request %s refused: %s", request_id, error)
@@ -238,7 +246,8 @@ class StepLoop:
         if not self._requests and not self._leased and not self._held:
             self._stopping = "it was drained"
         elif now >= self._drain_by:
-            self._stopping = f"it was told to, with {len(self._requests)} requests and {len(self._leased)} leases left"
+            requests, leases = len(self._requests) + len(self._held), len(self._leased)
+            self._stopping = f"it was told to, with {requests} requests and {leases} leases left"
 
     # --- what goes out -------------------------------------------------------------------------------------------
 
@@ -290,20 +299,7 @@ class StepLoop:
             if stats is None and (scheduled := self._scheduler.get(event.request_id)) is not None:
                 stats = request.with_transfer(scheduled.stats(request.first_out_at), self._pool, self._transport)
         params = self._transfer_params(event.request_id) if finished is not None and request.publish else None
-        outputs[request.frontend].append(
-            Tokens(
-                event.request_id,
-                event.index,
-                [event.token_id],
-                [event.logprobs] if event.logprobs is not None else None,
-                event.finish_reason,
-                event.stop_token_id,
-                done=finished is not None,
-                stats=stats,
-                kv_transfer_params=params,
-                digest=event.digest,
-            )
-        )
+        outputs[request.frontend].append(token_message(event, stats, params, done=finished is not None))
 
     def _finish(self, outputs: Outputs, event: Finished, token: TokenOut | None) -> None:
         request = self._requests.get(event.request_id)
@@ -340,4 +336,8 @@ class StepLoop:
             **asdict(self._scheduler.totals), kv_bytes=self._kv_bytes, kv_descriptors=self._kv_descriptors
         )
         self._status_at = now
-        self._outbox.post_status(self._scheduler.kv_usage(), self._scheduler.counts(), counters)
+        self._outbox.post_status(self._scheduler.kv_usage(), self._counts(), counters)
+
+    def _counts(self) -> RequestCounts:
+        counts = self._scheduler.counts()
+        return msgspec.structs.replace(counts, waiting=counts.waiting + len(self._held))

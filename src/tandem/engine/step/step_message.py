@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tandem.scheduling.batch import Batch, Row, SampleAt, ScoreAt
+from tandem.scheduling.batch import Batch, Mask, Row, SampleAt, ScoreAt
 
 
 class Appended(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +49,13 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     batch_id: int
     rows: list[StepRow]
     forgotten: list[str] = []
+
+
+class Masks(msgspec.Struct, frozen=True, array_like=True, tag="masks"):
+    """The masks of a batch's constrained rows by request, for the rank that samples, where that is not the leader."""
+
+    batch_id: int
+    masks: dict[str, Mask]
 
 
 @dataclass(slots=True)
