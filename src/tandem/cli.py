@@ -11,6 +11,7 @@ from cyclopts import App
 from cyclopts.config import Env, Toml
 
 from tandem import __version__
+from tandem.client import DEFAULT_URL
 from tandem.commands.doctor_options import DoctorOptions
 from tandem.commands.workload import Workload
 from tandem.config import ClusterConfig, EngineConfig, LogLevel, RouterConfig
@@ -19,7 +20,6 @@ from tandem.errors import TandemError
 from tandem.wire.control_messages import Role
 
 STDOUT = 1
-ROUTER_URL = "http://127.0.0.1:8000"
 
 app = App(
     name="tandem",
@@ -86,7 +86,7 @@ def router(*, config: RouterConfig | None = None) -> int:
 
 
 @app.command
-def drain(engine: str, *, url: str = ROUTER_URL, api_key: str | None = None) -> int:
+def drain(engine: str, *, url: str = DEFAULT_URL, api_key: str | None = None) -> int:
     """Have an engine finish what it has, and end; new requests go to others. Returns once it is gone.
 
     Parameters
@@ -104,7 +104,7 @@ def drain(engine: str, *, url: str = ROUTER_URL, api_key: str | None = None) -> 
 
 
 @app.command
-def role(engine: str, role: Role, *, url: str = ROUTER_URL, api_key: str | None = None) -> int:
+def role(engine: str, role: Role, *, url: str = DEFAULT_URL, api_key: str | None = None) -> int:
     """Use an engine as a prefill, decode or mixed engine from now on, until it restarts; it finishes what it has.
 
     Parameters

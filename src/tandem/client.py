@@ -20,6 +20,8 @@ import msgspec
 from tandem.api.backend import ServingDetails
 from tandem.errors import REQUEST_ERRORS, EngineFailed, InvalidRequest, RequestError, Unavailable, request_error
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Of `tandem serve` and `tandem router` on this machine."""
 CONNECT_SECONDS = 30.0
 
 

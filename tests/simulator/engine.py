@@ -217,24 +217,7 @@ class SimEngine:
             sockets,  # type: ignore[arg-type]
             LeaderAddresses(address, transfer, address),
         )
-        status = EngineStatus(
-            self.identity.engine_id, self.identity.incarnation, spec.role, "model", "weights", spec.tp, spec.pp, 1,
-            "simulated", [], self.scheduler.kv_usage(), self.scheduler.counts(), [],
-        )  # fmt: skip
-        register = Register(
-            self.identity,
-            status,
-            address,
-            self.scheduler.limits.max_model_len,
-            MAX_WAITING,
-            "/model",
-            "int",
-            "0",
-            PROTOCOL,
-            VOCABULARY,
-            STEP_TIMEOUT,
-            drain_timeout=DRAIN_SECONDS,
-        )
+        register = self._registration(address)
         SimEventLoopThread.process = self.process
         self.world.current = self.process
         self.event_loop = event_loop.LeaderEventLoop(
@@ -258,6 +241,27 @@ class SimEngine:
             self.scheduler, self.pool, self.pipeline, self.mailbox, self.event_loop, "simulated", plan.kv_failure,  # type: ignore[arg-type]
             KvTransferParams(), self.event_loop.clock, no_grammars(),
         )  # fmt: skip
+
+    def _registration(self, address: Address) -> Register:
+        spec = self.spec
+        status = EngineStatus(
+            self.identity.engine_id, self.identity.incarnation, spec.role, "model", "weights", spec.tp, spec.pp, 1,
+            "simulated", [], self.scheduler.kv_usage(), self.scheduler.counts(), [],
+        )  # fmt: skip
+        return Register(
+            self.identity,
+            status,
+            address,
+            self.scheduler.limits.max_model_len,
+            MAX_WAITING,
+            "/model",
+            "int",
+            "0",
+            PROTOCOL,
+            VOCABULARY,
+            STEP_TIMEOUT,
+            drain_timeout=DRAIN_SECONDS,
+        )
 
     def _transfer_thread(self, rank: int, layouts: list[Any], address: Address) -> TransferThread:
         socket = Socket(self.network, self.process, zmq.DEALER, b"%d" % rank)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token, convert
 
+from tandem.client import DEFAULT_URL
 from tandem.errors import ConfigError
 
 
@@ -40,7 +41,7 @@ class Slo:
 class Workload:
     """The flags of `tandem bench` that describe the load."""
 
-    url: str = "http://127.0.0.1:8000"
+    url: str = DEFAULT_URL
     "Of a router, an engine, or another server with an OpenAI API."
     input_len: int = 512
     "Tokens of each prompt."

@@ -146,12 +146,12 @@ class OneModelPolicy:
 def choose_route(
     engines: Sequence[EngineEntry], exclude: Collection[str] = (), prompt: Prompt = ANY_PROMPT, *, alone: bool = True
 ) -> Route | NoRoute:
-    """Return the route with the least load among engines that are ready, whatever their weights.
+    """Return the route with the least to compute and the least load among engines that are ready, of any weights.
 
     `alone`: a decode engine may do it all where there is no prefill engine.
     """
     usable = sorted((one for one in engines if one.incarnation not in exclude), key=partial(_load, prompt))
-    prefills = sorted((one for one in usable if one.role == "prefill"), key=partial(_prompt_tokens, prompt))
+    prefills = sorted((one for one in usable if one.role == "prefill"), key=partial(_prompt_tokens, prompt))  # stable
     decodes = [one for one in usable if one.role == "decode"]
     mixed = [one for one in usable if one.role == "mixed"]
     connected = _first_pair(prefills, decodes, ("refused", "lost"))

@@ -88,12 +88,12 @@ class RequestRouter:
         failure: RequestError | None = None
         fingerprint: str | None = None
         keys = prefix_keys(request.token_ids, request.cache_salt) if self._kv_aware else []
-        prompt = Prompt(len(request.token_ids), self._prefixes.matches(keys))
         for number in itertools.count():
+            prompt = Prompt(len(request.token_ids), self._prefixes.matches(keys))
             begun = fingerprint if merger.tokens else None
             route = await self._choose(retries.exclude, begun, failure, merger.started + self._timeout, prompt)
             fingerprint = route.decode.status.fingerprint
-            self._cached(keys, route.prefill, route.decode)
+            self._note_cached(keys, route.prefill, route.decode)
             merger.forget_early()
             attempt = Attempt(
                 self._connections,
@@ -109,7 +109,7 @@ class RequestRouter:
                     async for delta in deltas:
                         yield delta
                 if self._kv_aware:
-                    self._cached(prefix_keys(request.token_ids + merger.tokens, request.cache_salt), route.decode)
+                    self._note_cached(prefix_keys(request.token_ids + merger.tokens, request.cache_salt), route.decode)
                 return
             except RETRIED as error:
                 log.warning("request %s: %s", request.request_id, error)
@@ -153,7 +153,7 @@ class RequestRouter:
     def _has_other_route(self, retries: Retries, merger: OutputMerger, fingerprint: str) -> bool:
         return isinstance(self._find(retries.exclude, fingerprint if merger.tokens else None), Route)
 
-    def _cached(self, keys: PrefixKeys, *engines: EngineEntry | None) -> None:
+    def _note_cached(self, keys: PrefixKeys, *engines: EngineEntry | None) -> None:
         """Note that engines have, or will soon have, the KV of a text."""
         for engine in engines:
             if engine is None or not keys:

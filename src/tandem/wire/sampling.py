@@ -69,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
         return any(penalties)
 
     @property
-    def rules_out(self) -> bool:
+    def adjusts_logits(self) -> bool:
         """Whether it has a say in which tokens may be chosen at all, whatever came before."""
         return bool(self.logit_bias) or self.allowed_token_ids is not None
 

@@ -123,8 +123,11 @@ def test_when_the_connection_breaks_requests_are_given_up_and_the_frontend_is_to
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
 
-def test_an_engine_leaves_once_its_goodbye_has_been_received_and_registers_no_more() -> None:
+def test_an_engine_leaves_once_its_goodbye_has_been_received_and_registers_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A process that ends takes along what it has not sent yet: the last tokens of requests that it has finished."""
+    monkeypatch.setattr(frontends, "GOODBYE_SECONDS", 3600.0)
 
     async def play() -> None:
         async with connected(events_of()) as (there, frontend):
@@ -149,7 +152,11 @@ def test_an_engine_leaves_once_its_goodbye_has_been_received_and_registers_no_mo
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_an_engine_does_not_wait_to_leave_a_frontend_that_is_not_there(known: bool) -> None:
+def test_an_engine_does_not_wait_to_leave_a_frontend_that_is_not_there(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontends, "GOODBYE_SECONDS", 3600.0)
+
     async def play() -> None:
         async with connected(events_of()) as (there, frontend):
             await there.registration()

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tandem.transfer.decode import sessions as module
-from tandem.transfer.decode.pull import READ_SECONDS
+from tandem.transfer.decode.pull import ABANDONED_SECONDS
 from tandem.transfer.thread.thread_messages import PeerOpened
 from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Claimed, KvComputed, Release, Renewed, Welcome
@@ -308,10 +308,10 @@ def test_a_read_that_nobody_wants_and_that_does_not_end_ends_its_session_so_that
     prefill.offer("r")
     decode.pull("r", prefill.names("r"))
     [read] = decode.reads
-    net.pass_time(READ_SECONDS + 5)  # as long as it is wanted, it may take its time
+    net.pass_time(ABANDONED_SECONDS + 5)  # as long as it is wanted, it may take its time
     assert decode.states() == ["ready"]
     decode.give_up("r")
-    net.pass_time(READ_SECONDS - 1)
+    net.pass_time(ABANDONED_SECONDS - 1)
     assert (decode.states(), decode.quiet) == (["ready"], [])
     net.pass_time(2)
     assert (decode.states(), decode.connected) == (["lost"], {})

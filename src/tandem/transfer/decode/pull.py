@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tandem.errors import WireError
 from tandem.wire.peer_messages import KvComputed
 
-READ_SECONDS = 20.0
+ABANDONED_SECONDS = 20.0
 """A read that nobody wants any more may go on for this long; then its session ends, so that its blocks come back."""
 
 
@@ -129,7 +129,7 @@ class Pull:
             return False
         if self.abandoned_at is None:
             self.abandoned_at = now
-        return now - self.abandoned_at > READ_SECONDS
+        return now - self.abandoned_at > ABANDONED_SECONDS
 
     @property
     def arrived(self) -> bool:

@@ -271,24 +271,22 @@ class Pulls:
 
     def tick(self, number: int, now: float) -> None:
         """Time has passed for a session: give up what is overdue, claim again, renew."""
-        session = self._sessions.live(number)
-        if session is None:
+        if (session := self._sessions.live(number)) is None:
             return
-        overdue = session.overdue(now)
-        if overdue is not None:
+        if (overdue := session.overdue(now)) is not None:
             self._end_session(session, PeerLost(overdue), now)
             return
         if session.state is not SessionState.READY:
             return
-        if any([pull.is_stuck(now) for pull in self._jobs.values() if pull.session == number]):
+        stuck = [one for one in self._jobs.values() if one.session == number and one.is_stuck(now)]  # looks at each
+        if stuck:
             self._end_session(session, PeerLost("a read that nobody wants any more does not end"), now)
             return
         for pull in session.run_out(now):
             self._fail(pull, "the lease was not renewed in time")
         for pull in session.unheard(now):
             self._send(session, session.claim(pull, now))
-        renewal = session.renewal(now)
-        if renewal is not None:
+        if (renewal := session.renewal(now)) is not None:
             self._send(session, renewal)
 
     def forget_ended(self, now: float) -> None:
