@@ -15,8 +15,8 @@ from tests.simulator.world import Process, World
 
 Frames = list[bytes]
 
-HEARTBEAT_SECONDS = (6.0, 8.0)
-"""ZeroMQ takes a peer for lost after the first, and at the latest after the second of these."""
+GONE_SECONDS = (6.0, 8.0)
+"""The kernels give up a machine that does not answer after the first, and at the latest after the second of these."""
 LATE_SECONDS = 0.4
 """Now and then a packet is lost and sent again."""
 
@@ -83,20 +83,15 @@ class Network:
                     connection.release_held()
 
     def pause(self, process: Process) -> None:
-        """The process does not answer heartbeats while it is paused."""
+        """The process takes and says nothing while it is paused; its kernel answers, so its connections stay."""
         process.pause()
-        number = process.pauses
-        for connection in self.connections:
-            for end in connection.ends:
-                if process.name in connection.pair and end.process is not process:
-                    self._time_out(connection, end, lambda: process.paused and process.pauses == number)
 
     def _time_out(self, connection: Connection, end: End, still: Callable[[], bool]) -> None:
         def check() -> None:
             if still() and connection in self.connections:
                 connection.lose()
 
-        self.world.after(self.world.random.uniform(*HEARTBEAT_SECONDS), check, end.process)
+        self.world.after(self.world.random.uniform(*GONE_SECONDS), check, end.process)
 
     def kill(self, process: Process) -> None:
         """The process ends: its machine closes its connections."""
