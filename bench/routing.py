@@ -81,12 +81,12 @@ def system_prompts(ask: Ask, seed: int, turns: int) -> None:
 WORKLOADS = {"conversations": conversations, "system prompts": system_prompts}
 
 
-def measure(url: str, name: str, seed: int, options: argparse.Namespace) -> Client:
-    client = Client(url, options.output_len)
+def measure(url: str, name: str, seed: int, options: argparse.Namespace) -> list[Client]:
+    clients = [Client(url, options.output_len) for _ in range(options.clients)]
     with ThreadPoolExecutor(options.clients) as pool:
-        seeds = [options.clients * seed + number for number in range(options.clients)]
-        list(pool.map(lambda one: WORKLOADS[name](client.ask, one, options.turns), seeds))
-    return client
+        seeds = range(options.clients * seed, options.clients * (seed + 1))
+        list(pool.map(lambda client, one: WORKLOADS[name](client.ask, one, options.turns), clients, seeds))
+    return clients
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
         for name in WORKLOADS:
             clients = [(how, measure(urls[how], name, turn, options)) for turn in range(options.rounds) for how in urls]
             for how in urls:
-                report(f"{name}, {how}", [client for found, client in clients if found == how])
+                report(f"{name}, {how}", [client for found, some in clients if found == how for client in some])
 
 
 def report(name: str, clients: list[Client]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import socket
+import threading
 import time
 from typing import Any
 
 import pytest
 
+from tandem.errors import TransferError
+from tandem.transfer.decode.dialer import PeerDialer
 from tandem.vllm.pages import VEC
 from tandem.vllm.scheduler import NewRequest, Scheduled
 from tests.vllm.engine import Engine, true_kv
@@ -142,6 +147,39 @@ def test_an_error_of_our_own_fails_the_request_and_leaves_nobody_waiting(monkeyp
         assert decode.holds(prompt(70), BLOCKS[:3])
 
 
+def test_strangers_who_hang_up_on_a_worker_end_nothing() -> None:
+    tokens = prompt(70)
+    with Engine(VEC) as prefill, Engine(VEC) as decode:
+        address = decode.ranks[0].worker.handshake.transfer
+        for said in (b"", b"no greeting of ZeroMQ's" * 10):
+            with socket.create_connection((address.host, address.port)) as stranger:
+                stranger.sendall(said)
+        params = prefill.prefill("p", tokens, [0, 1, 2], chunk=70)
+        assert params is not None
+        decode.claim("d", tokens, params, BLOCKS)
+        decode.wait_for(lambda: "d" in decode.received)
+        assert decode.holds(tokens, BLOCKS[:3])
+        assert not decode.failed
+
+
+def test_a_hand_off_that_has_died_is_told_to_vllm_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    async def broken(_: PeerDialer) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, gate.wait)
+        raise RuntimeError("a bug")
+
+    with Engine(VEC) as prefill:
+        monkeypatch.setattr(PeerDialer, "run", broken)
+        with Engine(VEC) as decode:
+            params = prefill.prefill("p", prompt(70), [0, 1, 2], chunk=70)
+            assert params is not None
+            decode.claim("d", prompt(70), params, BLOCKS)
+            gate.set()
+            with pytest.raises(TransferError, match="a bug"):
+                decode.wait_for(lambda: False)
+
+
 def test_a_prefill_that_ends_early_fails_its_reader() -> None:
     with Engine(VEC) as prefill, Engine(VEC) as decode:
         tokens = prompt(70)
@@ -226,4 +264,5 @@ def test_whatever_ends_when_no_block_is_lost(seed: int) -> None:
         decode.wait_for(lambda: set(open_requests) <= decode.received)
         for request_id, (tokens, blocks) in open_requests.items():
             assert request_id in decode.failed or decode.holds(tokens, blocks)
+        assert decode.side.take_counts()["handoffs"] > 0
         decode.wait_idle()

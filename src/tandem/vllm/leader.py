@@ -144,14 +144,20 @@ class Leader:
     def start(self) -> None:
         """Return once all workers' transfer threads are there. Raises StartError."""
         self._thread.start()
-        if not self._ready.wait(READY_SECONDS) or self._failed is not None:
-            raise StartError(f"the workers' transfer threads were not ready in {READY_SECONDS:.0f} s: {self._failed}")
+        if not self._ready.wait(READY_SECONDS):
+            raise StartError(f"the workers' transfer threads were not ready in {READY_SECONDS:.0f} s")
+        if self._failed is not None:
+            raise StartError(f"the hand-off did not start: {self._failed}")
 
     def call(self, action: Callable[[], object]) -> None:
         """Run `action` in the thread, after what was given before. Raises TransferError if the thread has died."""
+        self.check()
+        self._loop.call_soon_threadsafe(action)
+
+    def check(self) -> None:
+        """Raise TransferError if the thread has died: nobody hears of any hand-off any more."""
         if self._failed is not None:
             raise TransferError(f"the hand-off of this engine has failed: {self._failed}")
-        self._loop.call_soon_threadsafe(action)
 
     def stop(self) -> None:
         """End the thread and the workers' transfer threads; bounded, idempotent."""

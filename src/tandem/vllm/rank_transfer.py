@@ -79,7 +79,7 @@ class RankTransfer:
         self._address.set_result(Address(agent.host, port))
         if not socket.poll(int(LEADER_SECONDS * 1000), zmq.POLLOUT):
             raise TransferError("the scheduler side did not connect")
-        return TransferThread(agent.rank, layouts, transport, socket)
+        return TransferThread(agent.rank, layouts, transport, socket, listens=True)
 
     def _on_failure(self, error: BaseException) -> None:
         self.failed = error

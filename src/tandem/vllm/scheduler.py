@@ -200,6 +200,8 @@ class SchedulerSide:
         return self._exports, self._imports, self._arena
 
     def _take_events(self) -> None:
+        if self._leader is not None:
+            self._leader.check()
         while self._leader is not None:
             try:
                 event = self._leader.events.get_nowait()

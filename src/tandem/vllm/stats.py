@@ -15,7 +15,7 @@ COUNTERS = {
     "failures": "Prompts whose KV should have come from another engine and did not.",
     "exports": "Prompts whose KV was offered to other engines.",
     "leases_ended": "Offered prompts that a reader had claimed before it fell silent.",
-    "exports_refused": "Prompts whose KV was asked for and not offered, as the arena had no room.",
+    "exports_refused": "Prompts whose KV was asked for and not offered: the arena had no room, or they ended early.",
 }
 """By name; each is a counter `vllm:tandem_<name>_total`."""
 

@@ -72,6 +72,7 @@ class TransferThread:
         socket: connected to the leader, if it is in another process monitored for LEADER_EVENTS; orders in, reports
             out.
         verifier: of this rank's KV memory; None if reads are not verified.
+        listens: the leader connects to `socket`, and so may others, whose hanging up means nothing.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class TransferThread:
         transport: Transport,
         socket: zmq.Socket[bytes],
         verifier: Verifier | None = None,
+        *,
+        listens: bool = False,
     ) -> None:
         self._rank = rank
         self._layouts = layouts
@@ -89,6 +92,8 @@ class TransferThread:
         self._verifier = verifier
         self._monitor = socket.get_monitor_socket(LEADER_EVENTS)
         self._connected = False
+        self._listens = listens
+        self._leader: int | None = None  # file descriptor of its connection to a listener, once it has said anything
         self._codec: Codec[ToTransferThread] = Codec(ToTransferThread)
         self._peers: dict[int, PeerReads] = {}
         self._jobs: dict[int, _Job] = {}
@@ -124,10 +129,11 @@ class TransferThread:
 
     def _leader_is_lost(self) -> bool:
         while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
-            if event == zmq.EVENT_DISCONNECTED and self._connected:
+            event = recv_monitor_message(self._monitor)
+            leaders = event["value"] == self._leader if self._listens else self._connected
+            if event["event"] == zmq.EVENT_DISCONNECTED and leaders:
                 return True
-            self._connected |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._connected |= event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
         return False
 
     def _beat(self, now: float) -> None:
@@ -148,7 +154,7 @@ class TransferThread:
     def _take_orders(self) -> None:
         while True:
             try:
-                data = self._socket.recv(zmq.NOBLOCK)
+                data = self._receive()
             except zmq.Again:
                 return
             self._answered = True
@@ -159,6 +165,13 @@ class TransferThread:
                 log.error("rank %d: order dropped: %s", self._rank, error)
                 continue
             self._handle(message)
+
+    def _receive(self) -> bytes:
+        if not self._listens:
+            return self._socket.recv(zmq.NOBLOCK)
+        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+        self._leader = int(frame.get(zmq.SRCFD))
+        return frame.bytes
 
     def _handle(self, message: ToTransferThread) -> None:
         match message:
