@@ -52,6 +52,8 @@ CASES: list[tuple[str, str, str, list[ToolCall]]] = [
     ),
     ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "Zürich", "days": 2}', "", [WEATHER]),
     ("mistral", "Well.[TOOL_CALLS]get_time{}[TOOL_CALLS]get_time{}", "Well.", [TIME, TIME]),
+    ("mistral", "[TOOL_CALLS]get_time{} Done.", "Done.", [TIME]),
+    ("mistral", "[TOOL_CALLS] []", "[TOOL_CALLS] []", []),
     ("mistral", "[TOOL] is text", "[TOOL] is text", []),
     (
         "deepseek",
@@ -91,11 +93,36 @@ def test_the_pieces_in_which_a_text_comes_do_not_matter(data: st.DataObject) -> 
     assert read(name, pieces) == Parsed(content, calls)
 
 
-@given(st.sampled_from(sorted(SYNTAXES)), st.text(alphabet='<>{}[]"tool_cal :,/TOOL_CALLS', max_size=60))
-def test_any_text_is_read_to_its_end(name: str, text: str) -> None:
-    parsed = read(name, list(text))
-    assert all(isinstance(json.loads(call.arguments or "{}"), object) for call in parsed.calls) or parsed.calls
-    if not parsed.calls and name != "llama3_json":
+def test_json_that_is_too_deep_is_content() -> None:
+    text = f"<tool_call>{'[' * 100_000}</tool_call>"
+    assert read("hermes", [text]) == Parsed(text, [])
+
+
+MARKS = [mark for one in (*SYNTAXES.values(), FORCED) for mark in (one.opening, *one.noise)]
+PIECES = [
+    "</tool_call>",
+    "[ARGS]",
+    END,
+    SEP,
+    *'{}[]":, \n',
+    '{"name": "f"}',
+    '"name":',
+    '"arguments":',
+    '{"a": 1}',
+    "f",
+    "12",
+]
+
+
+@given(st.sampled_from([*sorted(SYNTAXES), "forced"]), st.lists(st.sampled_from(MARKS + PIECES), max_size=12))
+def test_any_text_comes_to_the_same_whole_or_in_pieces(name: str, pieces: list[str]) -> None:
+    text = "".join(pieces)
+    parsed = read(name, [text])
+    assert read(name, list(text)) == parsed
+    assert read(name, pieces) == parsed
+    for call in parsed.calls:
+        json.loads(call.arguments)
+    if not parsed.calls and not any(mark in text for mark in syntax(name).noise):
         assert parsed.content == text
 
 

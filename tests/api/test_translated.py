@@ -158,6 +158,7 @@ def test_a_message_of_the_assistant_at_the_end_is_gone_on_with(api: Api) -> None
     [
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0.0}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content"),

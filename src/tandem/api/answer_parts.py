@@ -10,10 +10,8 @@ from tandem.api.openai import CalledFunction, ChatBody, ToolCallOut
 from tandem.api.output_processor import TextChunk
 from tandem.api.prepared_request import PreparedSequence
 from tandem.api.reasoning import OPENING, ReasoningSplitter
-from tandem.api.tool_calls import ToolCall, ToolCallParser
+from tandem.api.tool_calls import FORCED, ToolCall, ToolCallParser
 from tandem.api.tools import answer_syntax
-
-OPENAI_ID = 24  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class AnswerParts:
         reasons = model.reasons and sequence.request.grammar is None
         self._splitter = ReasoningSplitter(opened) if reasons else None
         self._parser = None if syntax is None else ToolCallParser(syntax)
-        self._id_chars = OPENAI_ID if syntax is None else syntax.id_chars
+        self._ids = model.tool_syntax or FORCED  # a call that was forced goes back into the model's own template too
         self._count = 0
 
     def read(self, chunk: TextChunk, *, indexed: bool) -> AnswerPart:
@@ -60,6 +58,5 @@ class AnswerParts:
         return AnswerPart(reasoning, content, shown, "tool_calls" if called else chunk.finish_reason)
 
     def _shown(self, call: ToolCall, index: int | None) -> ToolCallOut:
-        name = secrets.token_hex(self._id_chars)[: self._id_chars]
-        call_id = f"call_{name}" if self._id_chars == OPENAI_ID else name
+        call_id = self._ids.id_prefix + secrets.token_hex(self._ids.id_chars)[: self._ids.id_chars]
         return ToolCallOut(index=index, id=call_id, function=CalledFunction(call.name, call.arguments))

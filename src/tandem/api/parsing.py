@@ -245,8 +245,8 @@ def _struct(name: str, fields: list[tuple[str, Any, Any]], not_served: Iterable[
 
 
 def _or_float(hint: Any) -> Any:
-    """Return the type of an optional whole number, with its range, that may be written as a float too."""
-    number = next(one for one in get_args(hint) if one is not NoneType)
+    """Return the type of a whole number, with its range, that may be written as a float too."""
+    number = hint if get_origin(hint) is Annotated else next(one for one in get_args(hint) if one is not NoneType)
     if get_origin(number) is not Annotated:
         return hint | float
     return hint | Annotated[(float, *number.__metadata__)]

@@ -84,7 +84,7 @@ def of_schema(schema: Schema | str, *, compact: bool = False) -> Grammar:
     """
     read: Any = json.loads(schema) if isinstance(schema, str) else schema
     if compact and isinstance(read, dict):
-        read |= {"x-guidance": {"whitespace_flexible": False}}
+        read = read | {"x-guidance": {"whitespace_flexible": False}}
     return Grammar("json_schema", msgspec.json.encode(read).decode())
 
 

@@ -39,7 +39,7 @@ class ToolSyntax:
         anchored: a call is only what an answer begins with.
         noise: what stands around calls and is no content.
         special: the marks are special tokens of the model, which text otherwise leaves out.
-        id_chars: of a call's id.
+        id_prefix, id_chars: a call's id is the one, and then so many characters; templates may insist on it.
     """
 
     opening: str
@@ -47,6 +47,7 @@ class ToolSyntax:
     anchored: bool = False
     noise: tuple[str, ...] = ()
     special: bool = False
+    id_prefix: str = "call_"
     id_chars: int = 24
 
 
@@ -55,7 +56,7 @@ class ToolCallParser:
     """Takes an answer's text in pieces; text that may be the start of a mark is held back."""
 
     syntax: ToolSyntax
-    called: bool = False
+    _after_call: bool = False
     _text: str = ""
     _inside: bool = False
     _plain: bool = False
@@ -84,7 +85,7 @@ class ToolCallParser:
                 self._inside = True
             try:
                 taken = self.syntax.take(self._text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 self._inside, self._plain = False, self.syntax.anchored
                 mark = len(self.syntax.opening)
                 content, self._text = content + self._text[:mark], self._text[mark:]
@@ -94,7 +95,7 @@ class ToolCallParser:
                     return Parsed(content, calls)
                 return Parsed(content + self._text, calls)
             calls += taken[0]
-            self._text, self._inside, self.called = self._text[taken[1] :], False, True
+            self._text, self._inside, self._after_call = self._text[taken[1] :], False, True
 
     def _find(self) -> int:
         """Return where the next call begins, or -1."""
@@ -118,8 +119,9 @@ class ToolCallParser:
             return text
         for mark in self.syntax.noise:
             text = text.replace(mark, "")
-        if self.called:  # what separates calls
-            return "" if not text.strip(" ;,\n") else text
+        if self._after_call:  # what separates calls
+            text = text.lstrip(" ;,\n")
+            self._after_call = not text
         return text
 
 
@@ -149,13 +151,17 @@ def _hermes(text: str) -> Taken | None:
 
 
 def _object(text: str) -> Taken | None:
-    found = _decoded(text, 0) if text.endswith("}") or "}" in text else None
+    found = _decoded(text, 0) if "}" in text else None
     return None if found is None else ([call_of(found[0])], found[1])
 
 
 def _list(text: str) -> Taken | None:
     found = _decoded(text, 0) if "]" in text else None
-    return None if found is None else ([call_of(one) for one in found[0]], found[1])
+    if found is None:
+        return None
+    if not found[0]:
+        raise ValueError("a list of calls has one at least")
+    return [call_of(one) for one in found[0]], found[1]
 
 
 _MISTRAL_NAME = re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?(?=\{)")
@@ -169,7 +175,7 @@ def _mistral(text: str) -> Taken | None:
         listed = _list(text[start:])
         return None if listed is None else (listed[0], start + listed[1])
     named = _MISTRAL_NAME.match(text)
-    found = _decoded(text, named.end()) if named is not None and text.rstrip().endswith("}") else None
+    found = _decoded(text, named.end()) if named is not None and "}" in text else None
     if named is None or found is None:
         return None
     return [ToolCall(named[1], json.dumps(found[0], ensure_ascii=False))], found[1]
@@ -196,7 +202,7 @@ def _deepseek(text: str) -> Taken | None:
 SYNTAXES: dict[str, ToolSyntax] = {
     "hermes": ToolSyntax("<tool_call>", _hermes),
     "llama3_json": ToolSyntax("{", _object, anchored=True, noise=("<|python_tag|>",), special=True),
-    "mistral": ToolSyntax("[TOOL_CALLS]", _mistral, special=True, id_chars=9),
+    "mistral": ToolSyntax("[TOOL_CALLS]", _mistral, special=True, id_prefix="", id_chars=9),
     "deepseek": ToolSyntax(
         _DEEPSEEK[0], _deepseek, noise=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), special=True
     ),

@@ -14,6 +14,7 @@ from tandem.wire.grammar import Grammar
 
 MAX_CALLS = 16
 _ANY: dict[str, Any] = {"type": "object"}
+_DEFS = "#/$defs/"
 
 
 def forced_tools(body: ChatBody) -> list[Tool]:
@@ -40,31 +41,40 @@ def tool_grammar(body: ChatBody) -> Grammar | None:
     if not forced:
         return None
     one = isinstance(body.tool_choice, dict) or body.parallel_tool_calls is False
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "parameters": tool.function.parameters or _ANY,
-            },
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for tool in forced
-    ]
+    calls: list[dict[str, Any]] = []
     defs: dict[str, Any] = {}
-    for call in calls:  # `$ref` starts at the root
-        defs |= _hoisted(call)
+    for number, tool in enumerate(forced):
+        parameters, own = _hoisted(tool.function.parameters or _ANY, f"{number}.")
+        defs |= own
+        call = {"name": {"const": tool.function.name}, "parameters": parameters}
+        calls.append({"type": "object", "properties": call, "required": list(call), "additionalProperties": False})
     schema = {"type": "array", "minItems": 1, "maxItems": 1 if one else MAX_CALLS, "items": {"anyOf": calls}}
     return of_schema(schema | ({"$defs": defs} if defs else {}))
 
 
-def _hoisted(call: dict[str, Any]) -> dict[str, Any]:
-    parameters = call["properties"]["parameters"]
-    found: dict[str, Any] = parameters.get("$defs", {})
-    if found:
-        call["properties"]["parameters"] = {key: value for key, value in parameters.items() if key != "$defs"}
-    return found
+def _hoisted(parameters: Any, prefix: str) -> tuple[Any, dict[str, Any]]:
+    """Return a schema that may stand within another, and its definitions for the root, where `$ref` starts.
+
+    Tools may have definitions of one name, so each one's names get a `prefix`.
+    """
+    if not isinstance(parameters, dict) or "$defs" not in parameters:
+        return parameters, {}
+    moved = _with_refs(parameters, f"{_DEFS}{prefix}")
+    return moved, {f"{prefix}{name}": value for name, value in moved.pop("$defs").items()}
+
+
+def _with_refs(schema: Any, start: str) -> Any:
+    """Return a copy of a schema whose references to definitions start otherwise."""
+    if isinstance(schema, list):
+        return [_with_refs(one, start) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: start + value.removeprefix(_DEFS)
+        if key == "$ref" and isinstance(value, str) and value.startswith(_DEFS)
+        else _with_refs(value, start)
+        for key, value in schema.items()
+    }
 
 
 def answer_syntax(body: ChatBody, model: LoadedModel) -> ToolSyntax | None:
