@@ -26,6 +26,8 @@ class Parsed:
 
 
 Taken = tuple[list[ToolCall], int]
+SEPARATORS = " ;,\n"
+"""May stand between calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,8 @@ class ToolCallParser:
         start = self._text.find(self.syntax.opening)
         if not self.syntax.anchored or start < 0:
             return start
-        begins = not self._plain and not self._clean(self._text[:start]).strip()
-        self._plain |= not begins
-        return start if begins else -1
+        before = _without_first(self.syntax.noise, self._text[:start]).strip(SEPARATORS if self._after_call else None)
+        return -1 if self._plain or before else start
 
     def _held(self) -> int:
         """Return the number of characters at the end that may be the start of a mark."""
@@ -115,14 +116,30 @@ class ToolCallParser:
         return 0
 
     def _clean(self, text: str) -> str:
+        """Return text without noise, and without what separates it from a call before it."""
         if self._plain:
             return text
-        for mark in self.syntax.noise:
-            text = text.replace(mark, "")
-        if self._after_call:  # what separates calls
-            text = text.lstrip(" ;,\n")
+        if self.syntax.anchored:
+            text = _without_first(self.syntax.noise, text)
+        else:
+            for mark in self.syntax.noise:
+                text = text.replace(mark, "")
+        if self._after_call:
+            text = text.lstrip(SEPARATORS)
             self._after_call = not text
         return text
+
+
+def _without_first(marks: tuple[str, ...], text: str) -> str:
+    """Return a text without the marks that nothing but space stands before."""
+    kept = ""
+    while True:
+        rest = text.lstrip()
+        kept, text = kept + text[: len(text) - len(rest)], rest
+        mark = next((one for one in marks if text.startswith(one)), None)
+        if mark is None:
+            return kept + text
+        text = text.removeprefix(mark)
 
 
 def call_of(value: Any) -> ToolCall:
