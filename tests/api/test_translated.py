@@ -6,6 +6,7 @@ import openai
 import pytest
 
 from tandem.api.api_keys import ApiKeys
+from tandem.config_limits import LimitsSection
 from tandem.errors import EngineFailed
 from tests.api.conftest import END, MODEL, START, Api, FakeBackend, Reply, deltas, ids, running
 
@@ -173,6 +174,13 @@ def test_a_message_that_cannot_be_made_is_refused_by_name(api: Api, fields: dict
     reply = write(api, **fields)
     assert reply.status in (400, 404)
     assert (reply.json["type"], reply.json["error"]["param"]) == ("error", param)
+
+
+def test_what_is_refused_at_the_door_is_an_error_of_that_api_too(folder: Path) -> None:
+    with running(FakeBackend(folder), limits=LimitsSection(max_body=1000)) as api:
+        for path in ("/v1/messages", "/v1/responses"):
+            reply = api.send("POST", path, {"input": "x" * 2000})
+            assert (reply.status, reply.json["type"]) == (413, "error")
 
 
 @pytest.mark.parametrize("send", [respond, write])

@@ -44,7 +44,8 @@ def load_defaults(folder: Path) -> GenerationDefaults:
         longest = None
     found = GenerationDefaults(sampling, longest)
     if found != OPENAIS:
-        shown = ", ".join(f"{name} {value}" for name, value in {**sampling, "max_new_tokens": longest}.items() if value)
+        told = {**sampling, "max_new_tokens": longest}
+        shown = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
         log.info("requests that say nothing else get what %s says: %s", FILE, shown)
     return found
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from tandem.api.text_pool import TextPool
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, Overloaded
 from tandem.grammar.compiler import GrammarCompiler, Vocabulary
 from tandem.wire.grammar import MAX_GRAMMAR, Grammar
 
@@ -31,17 +32,21 @@ class GrammarCheck:
             raise InvalidRequest(text, param=field)
         if self._compiler is not None and self._compiler.knows(grammar):
             return
+        begun = threading.Event()
         try:
             async with asyncio.timeout(COMPILE_SECONDS):
-                await self._pool.run(self._compile, grammar)
+                await self._pool.run(self._compile, grammar, begun)
         except TimeoutError:
+            if not begun.is_set():
+                raise Overloaded("other grammars are being compiled; try again later", retry_after=1) from None
             raise InvalidRequest(f"{field} takes more than {COMPILE_SECONDS:g} s to compile", param=field) from None
         except InvalidRequest as error:
             raise InvalidRequest(f"{field}: {error}", param=field) from None
 
-    def _compile(self, grammar: Grammar) -> None:
+    def _compile(self, grammar: Grammar, begun: threading.Event) -> None:
         if self._compiler is None:  # what ends a sequence the engine knows; here nothing is ended
             self._compiler = GrammarCompiler(_vocabulary(self._tokenizer, [self._tokenizer.vocab_size - 1]))
+        begun.set()
         self._compiler.matcher(grammar)
 
 

@@ -70,10 +70,14 @@ class FramedEndpoint:
     async def respond(self, request: OpenRequest) -> None:
         """Answer a request. Raises RequestError."""
 
+    def writer(self, scope: Scope, receive: Receive, send: Send) -> ResponseWriter:
+        """Return the writer of a response, which writes errors as this endpoint's API does."""
+        return ResponseWriter(scope, receive, send)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = request_id_of(scope)
         services = self.services
-        writer = ResponseWriter(scope, receive, send)
+        writer = self.writer(scope, receive, send)
         with services.metrics.track(self.name) as metrics:
             try:
                 with services.door.request(client_name(scope)) as admission:

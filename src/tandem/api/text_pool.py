@@ -32,7 +32,7 @@ class TextPool:
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what `job` returns. Raises Overloaded where too many wait."""
         if self._jobs >= self._max_jobs:
-            raise Overloaded(f"{self._jobs} prompts are being tokenized or wait for it; try again later")
+            raise Overloaded(f"{self._jobs} texts are being worked on or wait for it; try again later")
         self._jobs += 1
         try:
             return await asyncio.wrap_future(self._threads.submit(job, *args, **kwargs))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from starlette.types import Receive, Scope, Send
 
 from tandem.api.chat import prepare_chat
 from tandem.api.endpoint import keeping_alive
@@ -19,6 +20,7 @@ from tandem.api.output_processor import TextChunk, joined
 from tandem.api.parsing import parse
 from tandem.api.prepared_request import PreparedRequest
 from tandem.api.request_frame import FramedEndpoint, OpenRequest
+from tandem.api.response_writer import ResponseWriter
 from tandem.errors import InvalidRequest, RequestError
 
 Translated = TypeVar("Translated", bound=msgspec.Struct)
@@ -66,9 +68,13 @@ class TranslatedEndpoint(FramedEndpoint, Generic[Translated]):
     to_chat: Callable[[Translated], ChatBody]
     answer_type: type[Answer[Translated]]
 
+    def writer(self, scope: Scope, receive: Receive, send: Send) -> ResponseWriter:
+        made = super().writer(scope, receive, send)
+        made.shape_errors(_error, b"event: error\n")
+        return made
+
     async def respond(self, request: OpenRequest) -> None:
         services, writer = self.services, request.writer
-        writer.shape_errors(_error, b"event: error\n")
         model = await services.loader.get()
         await services.turnstile.wait()
         body = parse(request.raw.pop(), self.body_type, model.card.max_model_len)
