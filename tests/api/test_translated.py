@@ -197,3 +197,14 @@ def test_a_key_may_come_as_anthropics_clients_send_it(folder: Path) -> None:
             assert api.send("POST", "/v1/messages", body, headers).status == status
         with pytest.raises(openai.AuthenticationError):
             api.client("other").responses.create(model=MODEL, input="x")
+
+
+def test_a_translated_request_is_logged_and_with_its_user_where_it_names_one(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert respond(api, user="ann").status == 200
+        assert write(api).status == 200
+    logged = [one.message.split(": ", 1)[1] for one in caplog.records if one.message.startswith("request ")]
+    counted = f"1 sequences, {len(ids(PROMPT))} prompt tokens"
+    assert logged == [f"responses, {counted}, user 'ann'", f"messages, {counted}"]

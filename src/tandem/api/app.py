@@ -24,7 +24,6 @@ from tandem.api.door import Door
 from tandem.api.endpoint import GenerateEndpoint
 from tandem.api.http_errors import (
     MethodNotAllowed,
-    ModelNotFound,
     NotFound,
     clipped,
     error_response,
@@ -37,7 +36,7 @@ from tandem.api.metrics import CONTENT_TYPE, Metrics
 from tandem.api.middleware import ApiMiddleware
 from tandem.api.openai import ChatBody, CompletionBody
 from tandem.api.operator_endpoints import operator_routes
-from tandem.api.request_frame import Kind, Services
+from tandem.api.request_frame import Kind, Services, check_model
 from tandem.api.responses_api import ResponsesBody
 from tandem.api.text_endpoints import DetokenizeEndpoint, TokenizeEndpoint
 from tandem.api.translated import TranslatedEndpoint
@@ -127,9 +126,7 @@ class InfoEndpoints:
 
     async def model(self, request: Request) -> Response:
         card = await self._backend.model()
-        name = request.path_params["name"]
-        if not card.is_called(name):
-            raise ModelNotFound(f"there is no model {clipped(name)!r} here; it is {card.name!r}", param="model")
+        check_model(request.path_params["name"], card)
         return json_response(_describe_model(card))
 
     async def health(self, request: Request) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -13,14 +12,11 @@ from tandem.api.generation import generate
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import Body, ChatBody
 from tandem.api.output_processor import TextChunk, joined
-from tandem.api.parsing import parse
 from tandem.api.prepared_request import PreparedRequest
-from tandem.api.request_frame import FramedEndpoint, OpenRequest
+from tandem.api.request_frame import FramedEndpoint, OpenRequest, check_model
 from tandem.api.response_builder import ResponseBuilder
 from tandem.api.response_writer import DONE, ResponseWriter
 from tandem.errors import InvalidRequest
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,12 @@ class GenerateEndpoint(FramedEndpoint, Generic[Body]):
 
     async def respond(self, request: OpenRequest) -> None:
         services, writer = self.services, request.writer
-        model = await services.loader.get()
-        await services.turnstile.wait()
-        body = parse(request.raw.pop(), self.body_type, model.card.max_model_len)
+        model, body = await self.read(request, self.body_type)
         self._check(body, model)
         request.admission.take_choices(self.count(body))
         prepared = await self.prepare(request.id, body, model)
         services.metrics.prompt_tokens.inc(prepared.prompt_tokens)
-        self._log(prepared, body.user or "")
+        self.log_prepared(prepared, body.user)
         builder = self.builder_type(prepared, body)
         async with aclosing(generate(services.backend, prepared, request.metrics)) as chunks:
             if body.stream:
@@ -56,7 +50,7 @@ class GenerateEndpoint(FramedEndpoint, Generic[Body]):
 
     def _check(self, body: Body, model: LoadedModel) -> None:
         """Raise InvalidRequest for what is refused before any work on the prompt."""
-        self.check_model(body.model, model)
+        check_model(body.model, model.card)
         if body.kv_transfer_params is not None and self.services.kind == "router":
             raise InvalidRequest(
                 "kv_transfer_params is for an engine's own API; a router chooses engines itself",
@@ -69,11 +63,6 @@ class GenerateEndpoint(FramedEndpoint, Generic[Body]):
                 f"prompts times n is {count}; at most {limits.max_choices} are taken",
                 param="n" if body.n is not None and body.n > 1 else "prompt",
             )
-
-    def _log(self, request: PreparedRequest, user: str) -> None:
-        counts = f"{len(request.sequences)} sequences, {request.prompt_tokens} prompt tokens"
-        by_user = f", user {user[:128]!r}" if user else ""
-        log.info("request %s: %s, %s%s", request.request_id, self.name, counts, by_user)
 
 
 async def _stream(

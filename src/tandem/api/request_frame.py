@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tandem.api.backend import Backend
+from tandem.api.backend import Backend, ModelCard
 from tandem.api.door import Admission, Door
 from tandem.api.http_errors import BodyTooLarge, ClientGone, ModelNotFound, TooSlow, clipped, unexpected
 from tandem.api.loaded_model import LoadedModel, ModelLoader
 from tandem.api.metrics import Metrics, RequestMetrics
 from tandem.api.middleware import client_name, request_id_of
 from tandem.api.openai import ChatMessage
+from tandem.api.parsing import parse
+from tandem.api.prepared_request import PreparedRequest
 from tandem.api.response_writer import ResponseWriter
 from tandem.api.turnstile import Turnstile
 from tandem.config_limits import LimitsSection
@@ -26,6 +29,7 @@ from tandem.errors import InvalidRequest, RequestError, Unavailable
 log = logging.getLogger(__name__)
 
 Kind = Literal["router", "engine"]
+ReadBody = TypeVar("ReadBody", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class OpenRequest:
 
 
 @dataclass(frozen=True)
-class FramedEndpoint:
+class FramedEndpoint(ABC):
     """An ASGI application that answers POST requests of one path.
 
     Args:
@@ -100,16 +104,29 @@ class FramedEndpoint:
             finally:
                 log.debug("request %s: %s ended: %s", request_id, self.name, metrics.outcome)
 
-    def check_model(self, name: str | None, model: LoadedModel) -> None:
-        """Raise ModelNotFound for another model than the one that is served."""
-        if name is not None and not model.card.is_called(name):
-            raise ModelNotFound(f"there is no model {clipped(name)!r} here; it is {model.card.name!r}", param="model")
+    async def read(self, request: OpenRequest, kind: type[ReadBody]) -> tuple[LoadedModel, ReadBody]:
+        """Return the model and the request's body, once its turn has come to be parsed. Raises RequestError."""
+        model = await self.services.loader.get()
+        await self.services.turnstile.wait()
+        return model, parse(request.raw.pop(), kind, model.card.max_model_len)
+
+    def log_prepared(self, request: PreparedRequest, user: str | None) -> None:
+        """Log a request that goes to the backend."""
+        counts = f"{len(request.sequences)} sequences, {request.prompt_tokens} prompt tokens"
+        by_user = f", user {user[:128]!r}" if user else ""
+        log.info("request %s: %s, %s%s", request.request_id, self.name, counts, by_user)
 
     def check_messages(self, messages: list[ChatMessage] | None) -> None:
         """Raise InvalidRequest for more messages than are taken."""
         most = self.services.door.limits.max_messages
         if messages is not None and len(messages) > most:
             raise InvalidRequest(f"there are {len(messages)} messages; at most {most} are taken", param="messages")
+
+
+def check_model(name: str | None, card: ModelCard) -> None:
+    """Raise ModelNotFound for another model than the one that is served."""
+    if name is not None and not card.is_called(name):
+        raise ModelNotFound(f"there is no model {clipped(name)!r} here; it is {card.name!r}", param="model")
 
 
 async def read_body(scope: Scope, receive: Receive, limits: LimitsSection, admission: Admission) -> bytearray:

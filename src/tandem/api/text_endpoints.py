@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from tandem.api.chat_prompt import render_chat
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import DetokenizeBody, DetokenizeResponse, TokenizeBody, TokenizeResponse
-from tandem.api.parsing import parse
-from tandem.api.request_frame import FramedEndpoint, OpenRequest
+from tandem.api.request_frame import FramedEndpoint, OpenRequest, check_model
 from tandem.errors import InvalidRequest
 
 
@@ -17,10 +16,8 @@ class TokenizeEndpoint(FramedEndpoint):
     """Tokenizes a prompt with the model's special tokens, or messages as a chat makes its prompt of them."""
 
     async def respond(self, request: OpenRequest) -> None:
-        model = await self.services.loader.get()
-        await self.services.turnstile.wait()
-        body = parse(request.raw.pop(), TokenizeBody, model.card.max_model_len)
-        self.check_model(body.model, model)
+        model, body = await self.read(request, TokenizeBody)
+        check_model(body.model, model.card)
         self.check_messages(body.messages)
         tokens = await _tokenize(body, model)
         pieces = await model.pool.run(model.tokenizer.pieces, tokens) if body.return_token_strs else None
@@ -32,10 +29,8 @@ class DetokenizeEndpoint(FramedEndpoint):
     """Turns token ids into text, special tokens too."""
 
     async def respond(self, request: OpenRequest) -> None:
-        model = await self.services.loader.get()
-        await self.services.turnstile.wait()
-        body = parse(request.raw.pop(), DetokenizeBody, model.card.max_model_len)
-        self.check_model(body.model, model)
+        model, body = await self.read(request, DetokenizeBody)
+        check_model(body.model, model.card)
         model.check_token_ids(body.tokens, "tokens")
         text = await model.pool.run(model.tokenizer.decode, body.tokens, skip_special_tokens=False)
         await request.writer.whole(DetokenizeResponse(text))

@@ -17,9 +17,8 @@ from tandem.api.generation import generate
 from tandem.api.http_errors import UnsupportedField, error_body
 from tandem.api.openai import ChatBody, ChatMessage
 from tandem.api.output_processor import TextChunk, joined
-from tandem.api.parsing import parse
 from tandem.api.prepared_request import PreparedRequest
-from tandem.api.request_frame import FramedEndpoint, OpenRequest
+from tandem.api.request_frame import FramedEndpoint, OpenRequest, check_model
 from tandem.api.response_writer import ResponseWriter
 from tandem.errors import InvalidRequest, RequestError
 
@@ -75,15 +74,14 @@ class TranslatedEndpoint(FramedEndpoint, Generic[Translated]):
 
     async def respond(self, request: OpenRequest) -> None:
         services, writer = self.services, request.writer
-        model = await services.loader.get()
-        await services.turnstile.wait()
-        body = parse(request.raw.pop(), self.body_type, model.card.max_model_len)
+        model, body = await self.read(request, self.body_type)
         chat = self.to_chat(body)
-        self.check_model(chat.model, model)
+        check_model(chat.model, model.card)
         self.check_messages(chat.messages)
         request.admission.take_choices(1)
         prepared = await prepare_chat(request.id, chat, model)
         services.metrics.prompt_tokens.inc(prepared.prompt_tokens)
+        self.log_prepared(prepared, chat.user)
         answer = self.answer_type(prepared, body)
         chunks: list[TextChunk] = []
         async with aclosing(generate(services.backend, prepared, request.metrics)) as parts:
