@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from tandem.api.backend import TokenDelta, TokenRequest
+from tandem.api.tokenizer import Tokenizer
 from tandem.wire.messages import TokenLogprobs
 from tests.api.conftest import END, EOS, MODEL, MODEL_LEN, START, Api, deltas, details, ids
 
@@ -321,3 +322,42 @@ def test_a_foreign_proxys_request_brings_no_prompt_logprobs(engine_api: Api) -> 
     for fields in ({"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}):
         reply = engine_api.complete(kv_transfer_params={"do_remote_decode": True}, **fields)
         assert (reply.status, reply.error["param"]) == (400, "prompt_logprobs")
+
+
+def test_an_echoed_prompt_of_token_ids_is_decoded_once_for_all_of_a_stream(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, decoded = ids("the quick brown fox"), list[list[int]]()
+    decode = Tokenizer.decode
+
+    def counting(self: Tokenizer, token_ids: list[int], **options: bool) -> str:
+        decoded.append(token_ids)
+        return decode(self, token_ids, **options)
+
+    def answer(request: TokenRequest) -> list[TokenDelta]:
+        scores = [TokenLogprobs(-1.0, []) for _ in prompt[1:]]
+        first = TokenDelta(ids("a"), [TokenLogprobs(-1.0, [])], None, prompt_logprobs=scores)
+        others = [TokenDelta(ids(one), [TokenLogprobs(-1.0, [])], None) for one in "bcde"]
+        return [first, *others, TokenDelta(ids("f"), [TokenLogprobs(-1.0, [])], "length", details=details())]
+
+    api.backend.script = answer
+    monkeypatch.setattr(Tokenizer, "decode", counting)
+    events = api.complete(prompt=prompt, echo=True, logprobs=0, stream=True).events
+    assert decoded.count(prompt) == 1
+    text = "the quick brown fox"
+    assert [event["choices"][0]["logprobs"]["text_offset"][-1] for event in events[:-1]] == [
+        len(text) + i for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize(("skips", "shown"), [(True, "hello"), (False, f"{START}hello")])
+def test_an_echoed_prompt_of_token_ids_shows_special_tokens_where_the_answer_does(
+    api: Api, skips: bool, shown: str
+) -> None:
+    api.backend.script = scored
+    prompt = ids(f"{START}hello")
+    reply = api.complete(prompt=prompt, echo=True, logprobs=0, max_tokens=1, skip_special_tokens=skips)
+    choice = reply.json["choices"][0]
+    assert choice["text"] == f"{shown}!"
+    assert choice["logprobs"]["text_offset"][-1] == len(shown)
+    assert choice["logprobs"]["text_offset"][1] == (0 if skips else len(START))

@@ -39,13 +39,17 @@ class CompletionBuilder(ResponseBuilder[CompletionBody]):
     ID_PREFIX = "cmpl-"
     OBJECT = CHUNK_OBJECT = "text_completion"
 
+    def __init__(self, request: PreparedRequest, body: CompletionBody) -> None:
+        super().__init__(request, body)
+        self._prompt_texts: dict[int, str] = {}
+
     def choice(self, chunk: TextChunk, first: bool) -> CompletionChoice:
         prompt = self.request.sequences[chunk.index].prompt
         echoes = first and bool(self.body.echo)
         wants_scores = first and self.body.prompt_logprobs is not None
         return CompletionChoice(
             **self.choice_fields(chunk),
-            text=self._prompt_text(prompt) + chunk.text if echoes else chunk.text,
+            text=self._prompt_text(chunk.index) + chunk.text if echoes else chunk.text,
             logprobs=self._logprobs(chunk, prompt, echoes) if self.body.logprobs is not None else None,
             prompt_token_ids=prompt.token_ids if first and self.body.return_token_ids else UNSET,
             prompt_logprobs=self.ranked(prompt, chunk, self.body.prompt_logprobs or 0) if wants_scores else UNSET,
@@ -53,15 +57,28 @@ class CompletionBuilder(ResponseBuilder[CompletionBody]):
 
     chunk_choice = choice
 
-    def _prompt_text(self, prompt: Prompt) -> str:
-        return self.request.model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+    def _prompt_text(self, index: int) -> str:
+        """Return the text of a choice's prompt; token ids are decoded once, as every chunk's offsets count from it."""
+        known = self._prompt_texts.get(index)
+        if known is None:
+            prompt = self.request.sequences[index].prompt
+            known = prompt.text
+            if known is None:
+                known = self.request.model.tokenizer.decode(prompt.token_ids, skip_special_tokens=self._skips(prompt))
+            self._prompt_texts[index] = known
+        return known
+
+    def _skips(self, prompt: Prompt) -> bool:
+        """Whether special tokens are no text of this prompt. A text stands as written: what was added is not in it."""
+        return prompt.text is not None or self.body.skip_special_tokens is not False
 
     def _logprobs(self, chunk: TextChunk, prompt: Prompt, echoes: bool) -> CompletionLogprobs:
         """Return the chunk's, after the prompt's own if that is echoed in it."""
-        shift = len(self._prompt_text(prompt)) if self.body.echo else 0
+        shift = len(self._prompt_text(chunk.index)) if self.body.echo else 0
         told: list[tuple[int, int, TokenLogprobs | None]] = []
         if echoes:
-            offsets = text_offsets(self.request.model.tokenizer, prompt.token_ids)
+            skips = self._skips(prompt)
+            offsets = text_offsets(self.request.model.tokenizer, prompt.token_ids, skip_special_tokens=skips)
             told += zip(prompt.token_ids, offsets, [None, *(chunk.prompt_logprobs or [])], strict=True)
         told += [(token.id, token.offset + shift, token.logprobs) for token in chunk.tokens if token.logprobs]
         text = self.request.model.tokenizer.token_text

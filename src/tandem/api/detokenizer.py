@@ -26,9 +26,9 @@ def new_detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -
     return kind(tokenizer, tokenizer.special_ids if skip_special_tokens else frozenset())
 
 
-def text_offsets(tokenizer: Tokenizer, token_ids: list[int]) -> list[int]:
+def text_offsets(tokenizer: Tokenizer, token_ids: list[int], *, skip_special_tokens: bool = True) -> list[int]:
     """Return for each token how many characters the text has before it."""
-    detokenizer = new_detokenizer(tokenizer)
+    detokenizer = new_detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
     offsets, length = [], 0
     for token_id in token_ids:
         offsets.append(length)
