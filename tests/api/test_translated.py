@@ -88,6 +88,9 @@ def test_what_a_conversation_had_before_can_be_sent_back(api: Api) -> None:
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"tool_choice": ""}, "tool_choice"),
         ({"truncation": "auto"}, "truncation"),
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
@@ -208,3 +211,19 @@ def test_a_translated_request_is_logged_and_with_its_user_where_it_names_one(
     logged = [one.message.split(": ", 1)[1] for one in caplog.records if one.message.startswith("request ")]
     counted = f"1 sequences, {len(ids(PROMPT))} prompt tokens"
     assert logged == [f"responses, {counted}, user 'ann'", f"messages, {counted}"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_says_back_what_was_asked_of_tools(api: Api, stream: bool) -> None:
+    asked = {"parallel_tool_calls": False, "tool_choice": "none", "max_tool_calls": 3}
+    reply = respond(api, **asked, stream=stream)
+    found = events(reply)[-1]["response"] if stream else reply.json
+    assert {name: found[name] for name in asked} == asked
+    default = respond(api).json
+    assert {name: default[name] for name in asked} == {
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "max_tool_calls": None,
+    }
+    nulls = respond(api, **dict.fromkeys(asked)).json
+    assert {name: nulls[name] for name in asked} == {name: default[name] for name in asked}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from tandem.api.http_errors import UnsupportedField
 from tandem.api.openai import ChatBody, ChatMessage
 from tandem.api.output_processor import TextChunk
 from tandem.api.translated import Answer, Fields, message, text_of
@@ -14,6 +15,8 @@ from tandem.errors import InvalidRequest
 
 PARTS = ("input_text", "output_text", "text")
 ROLES = ("system", "developer", "user", "assistant")
+TOOL_CHOICES = ("auto", "none")
+"""Those that ask for no call, as there are no tools."""
 
 
 class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +29,6 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
         "stream_options": ({}, {"include_obfuscation": False}),
         "text": ({}, {"format": {"type": "text"}}),
-        "tool_choice": ("auto", "none"),
         "tools": ([],),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
@@ -42,10 +44,13 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     stream: bool | None = None
     max_tool_calls: int | None = None
     parallel_tool_calls: bool | None = None
+    tool_choice: Any = None
 
 
 def to_chat(body: ResponsesBody) -> ChatBody:
     """Return the chat that a body asks for. Raises InvalidRequest."""
+    if body.tool_choice not in (None, *TOOL_CHOICES):
+        raise UnsupportedField("`tool_choice` is not supported here; leave it out", param="tool_choice")
     given = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     if not given:
         raise InvalidRequest("input is empty", param="input")
@@ -127,15 +132,16 @@ class ResponsesAnswer(Answer[ResponsesBody]):
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
             "metadata": {},
             "model": self.request.model.card.name,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": sampling.temperature,
             "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
+            "tool_choice": body.tool_choice or "auto",
             "tools": [],
             "top_p": sampling.top_p,
             "truncation": "disabled",
