@@ -1,9 +1,12 @@
+import json
+import threading
 from typing import Any
 
 import openai
 import pytest
 
 from tandem.api.backend import TokenDelta
+from tandem.api.chat_template import ChatTemplate
 from tandem.wire.messages import TokenLogprobs
 from tests.api.conftest import MODEL, MODEL_LEN, Api, byte_level, deltas, details, ids
 
@@ -171,3 +174,28 @@ def test_a_chat_with_a_stop_string_never_shows_its_beginning(api: Api) -> None:
     events = api.chat(stream=True, stop="</stop>").events[:-1]
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "a"
     assert events[-1]["choices"][0]["stop_reason"] == "</stop>"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"reasoning_content": "so " * 2000},
+        {"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": json.dumps({"a": "x" * 5000})}}]},
+    ],
+)
+def test_a_conversation_with_much_beside_its_text_is_rendered_off_the_event_loop(
+    api: Api, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any]
+) -> None:
+    render, threads = ChatTemplate.render, list[int]()
+
+    def watched(self: ChatTemplate, *given: Any) -> str:
+        threads.append(threading.get_ident())
+        return render(self, *given)
+
+    monkeypatch.setattr(ChatTemplate, "render", watched)
+    for more in ({}, told):
+        said = {"role": "assistant", "content": "hello"} | more
+        reply = api.chat(messages=[said, {"role": "user", "content": "hello"}])
+        assert reply.status == 200, "what the template does not show is no part of the prompt's length"
+    short, long = threads
+    assert short != long

@@ -44,11 +44,18 @@ async def render_chat(body: Chat, model: LoadedModel, tools: list[dict[str, Any]
         messages.append(one if message.name is None else one | {"name": message.name})
     variables = effort_variables(body, model) | (body.chat_template_kwargs or {})
     end = _end(body)
-    chars = sum(len(one["content"]) for one in messages) + len(msgspec.json.encode(tools))
+    chars = sum(len(one["content"]) for one in messages) + (len(msgspec.json.encode(tools)) if tools else 0)
     model.encoder.check_length(chars, "messages")
-    if chars <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
+    beside = sum(_chars_beside_content(message) for message in body.messages or ())
+    if chars + beside <= INLINE_CHARS and len(messages) <= INLINE_TEXTS and not variables:
         return model.template.render(messages, variables, end, tools)
     return await model.pool.run(model.template.render, messages, variables, end, tools)
+
+
+def _chars_beside_content(message: ChatMessage) -> int:
+    """Return how much a template may write beside the text; many leave it out, so it is no part of the length yet."""
+    arguments = sum(len(one.function.arguments) for one in message.tool_calls or ())
+    return len(message.reasoning_content or "") + arguments
 
 
 def effort_variables(body: Chat, model: LoadedModel) -> dict[str, Any]:
