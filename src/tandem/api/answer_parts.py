@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 
 from tandem.api.loaded_model import LoadedModel
-from tandem.api.openai import CalledFunction, ChatBody, ToolCallOut
+from tandem.api.openai import CalledFunction, ChatBody, MessageToolCall
 from tandem.api.output_processor import TextChunk
 from tandem.api.prepared_request import PreparedSequence
 from tandem.api.reasoning import OPENING, ReasoningSplitter
@@ -20,7 +20,7 @@ class AnswerPart:
 
     reasoning: str
     content: str
-    calls: list[ToolCallOut]
+    calls: list[MessageToolCall]
     finish_reason: str | None
 
 
@@ -57,6 +57,6 @@ class AnswerParts:
         called = self._count and chunk.finish_reason == "stop"
         return AnswerPart(reasoning, content, shown, "tool_calls" if called else chunk.finish_reason)
 
-    def _shown(self, call: ToolCall, index: int | None) -> ToolCallOut:
+    def _shown(self, call: ToolCall, index: int | None) -> MessageToolCall:
         call_id = self._ids.id_prefix + secrets.token_hex(self._ids.id_chars)[: self._ids.id_chars]
-        return ToolCallOut(index=index, id=call_id, function=CalledFunction(call.name, call.arguments))
+        return MessageToolCall(index=index, id=call_id, function=CalledFunction(call.name, call.arguments))

@@ -109,7 +109,7 @@ class CalledFunction(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A call, in a conversation as in an answer. `index`: in the events of a stream. `type` is always written."""
 
     index: int | None = None
@@ -122,7 +122,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     content: str | Annotated[list[dict[str, Any]], Meta(max_length=MAX_PARTS)]
     name: str | None = None
-    tool_calls: list[ToolCallOut] | None = None
+    tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -253,7 +253,7 @@ class AssistantMessage(msgspec.Struct, frozen=True):
     role: str = "assistant"
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[ToolCallOut] | UnsetType = UNSET
+    tool_calls: list[MessageToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Choice, frozen=True, kw_only=True):
@@ -265,7 +265,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
     content: str | UnsetType | None = UNSET
     role: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[ToolCallOut] | UnsetType = UNSET
+    tool_calls: list[MessageToolCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Choice, frozen=True, kw_only=True):

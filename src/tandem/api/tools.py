@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tandem.api.loaded_model import LoadedModel
-from tandem.api.openai import ChatBody, ChatMessage, Tool, ToolCallOut
+from tandem.api.openai import ChatBody, ChatMessage, MessageToolCall, Tool
 from tandem.api.structured import of_schema
 from tandem.api.tool_calls import FORCED, ToolSyntax
 from tandem.errors import InvalidRequest
@@ -128,7 +128,7 @@ def told_calls(message: ChatMessage, place: int) -> dict[str, Any]:
     return told
 
 
-def _object(call: ToolCallOut, place: int) -> dict[str, Any]:
+def _object(call: MessageToolCall, place: int) -> dict[str, Any]:
     try:
         value = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):
