@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.api.marks import held_back
+
 OPENING, CLOSING = "<think>", "</think>"
 
 
@@ -50,7 +52,7 @@ class ReasoningSplitter:
             return "", self._take(len(self._text))
         end = self._text.find(CLOSING)
         if end < 0:
-            held = 0 if final else _held(self._text)
+            held = 0 if final else held_back(self._text, [CLOSING])
             return self._take(len(self._text) - held), ""
         content = self._text[end + len(CLOSING) :].lstrip("\n")
         if not content and not final:  # the lines' ends before the answer may go on
@@ -72,8 +74,3 @@ class ReasoningSplitter:
     def _take(self, count: int) -> str:
         taken, self._text = self._text[:count], self._text[count:]
         return taken
-
-
-def _held(text: str) -> int:
-    """Return the number of characters at the end that may be the start of the closing mark."""
-    return next((n for n in range(min(len(text), len(CLOSING) - 1), 0, -1) if CLOSING.startswith(text[-n:])), 0)

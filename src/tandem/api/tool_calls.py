@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.api.marks import held_back
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -77,7 +79,7 @@ class ToolCallParser:
         while True:
             if not self._inside:
                 start = self._find()
-                end = start if start >= 0 else len(self._text) - (0 if final else self._held())
+                end = start if start >= 0 else len(self._text) - (0 if final else self._held_back())
                 shown = self._clean(self._text[:end])
                 content += shown
                 self._plain |= self.syntax.anchored and bool(shown.strip())
@@ -107,13 +109,8 @@ class ToolCallParser:
         before = _without_first(self.syntax.noise, self._text[:start]).strip(SEPARATORS if self._after_call else None)
         return -1 if self._plain or before else start
 
-    def _held(self) -> int:
-        """Return the number of characters at the end that may be the start of a mark."""
-        marks = (self.syntax.opening, *self.syntax.noise)
-        for length in range(min(len(self._text), max(map(len, marks)) - 1), 0, -1):
-            if any(len(mark) > length and mark.startswith(self._text[-length:]) for mark in marks):
-                return length
-        return 0
+    def _held_back(self) -> int:
+        return held_back(self._text, (self.syntax.opening, *self.syntax.noise))
 
     def _clean(self, text: str) -> str:
         """Return text without noise, and without what separates it from a call before it."""
