@@ -109,3 +109,9 @@ def test_the_file_can_be_left_aside(serving: Callable[..., Api]) -> None:
     found = sampling(api)
     assert (found.temperature, found.top_p, found.top_k) == (1.0, 1.0, 0)
     assert found.max_tokens > 7
+
+
+def test_the_log_tells_a_default_of_0_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load_defaults(write(tmp_path, {"temperature": 0, "top_p": 0.5}))
+    assert caplog.messages[-1].endswith("says: temperature 0, top_p 0.5")
