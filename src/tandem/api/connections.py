@@ -15,7 +15,7 @@ RESERVED_FILES = 256
 
 
 class Refusals:
-    """Counts the connections that were refused at the door, before they asked for anything, by reason."""
+    """Counts what was refused at the door, by reason: connections, and heads of what never became a request."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
