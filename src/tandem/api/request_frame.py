@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -21,7 +21,7 @@ from tandem.api.middleware import client_name, request_id_of
 from tandem.api.openai import ChatMessage
 from tandem.api.parsing import parse
 from tandem.api.prepared_request import PreparedRequest
-from tandem.api.response_writer import ResponseWriter
+from tandem.api.response_writer import OPENAIS, ErrorShape, ResponseWriter
 from tandem.api.turnstile import Turnstile
 from tandem.config_limits import LimitsSection
 from tandem.errors import InvalidRequest, RequestError, Unavailable
@@ -65,7 +65,12 @@ class FramedEndpoint(ABC):
 
     Args:
         name: of the endpoint, for logs and metrics.
+
+    Attributes:
+        errors: how this API writes them, those of the door too.
     """
+
+    errors: ClassVar[ErrorShape] = OPENAIS
 
     name: str
     services: Services
@@ -74,14 +79,10 @@ class FramedEndpoint(ABC):
     async def respond(self, request: OpenRequest) -> None:
         """Answer a request. Raises RequestError."""
 
-    def writer(self, scope: Scope, receive: Receive, send: Send) -> ResponseWriter:
-        """Return the writer of a response, which writes errors as this endpoint's API does."""
-        return ResponseWriter(scope, receive, send)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = request_id_of(scope)
         services = self.services
-        writer = self.writer(scope, receive, send)
+        writer = ResponseWriter(scope, receive, send, self.errors)
         with services.metrics.track(self.name) as metrics:
             try:
                 with services.door.request(client_name(scope)) as admission:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -25,6 +26,17 @@ HEADERS = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorShape:
+    """How an API writes errors. `event_prefix`: of the event that ends a stream."""
+
+    body: Callable[[RequestError], dict[str, Any]]
+    event_prefix: bytes = b""
+
+
+OPENAIS = ErrorShape(error_body)
+
+
 class ResponseWriter:
     """Sends a response, or the events of a stream, and knows whether the stream has begun.
 
@@ -32,13 +44,21 @@ class ResponseWriter:
     without `[DONE]`.
 
     Args:
+        errors: how they are written.
         comment_every: seconds without an event after which a stream has a comment.
 
     Attributes:
         answered: whether all was sent; what the client does then is its own affair.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, comment_every: float = COMMENT_EVERY_S) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        errors: ErrorShape = OPENAIS,
+        comment_every: float = COMMENT_EVERY_S,
+    ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -47,12 +67,7 @@ class ResponseWriter:
         self._sending = asyncio.Lock()
         self._streaming = False
         self._sent_at = 0.0
-        self._shape: Callable[[RequestError], dict[str, Any]] = error_body
-        self._error_prefix = b""
-
-    def shape_errors(self, shape: Callable[[RequestError], dict[str, Any]], prefix: bytes) -> None:
-        """Write errors as another API does. `prefix`: of the event that ends a stream."""
-        self._shape, self._error_prefix = shape, prefix
+        self._errors = errors
 
     async def event(self, content: ResponseBody | dict[str, Any], name: str | None = None) -> None:
         prefix = b"" if name is None else b"event: " + name.encode() + b"\n"
@@ -85,9 +100,9 @@ class ResponseWriter:
 
     async def error(self, error: RequestError) -> None:
         if not self._streaming:
-            await error_response(error, self._shape)(self._scope, self._receive, self._send)
+            await error_response(error, self._errors.body)(self._scope, self._receive, self._send)
             return
-        await self._stream(self._error_prefix + b"data: " + encode(self._shape(error)) + b"\n\n")
+        await self._stream(self._errors.event_prefix + b"data: " + encode(self._errors.body(error)) + b"\n\n")
         await self.end(b"")
 
     async def _stream(self, content: bytes) -> None:

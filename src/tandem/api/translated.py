@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
-from starlette.types import Receive, Scope, Send
 
 from tandem.api.chat import prepare_chat
 from tandem.api.endpoint import keeping_alive
@@ -19,11 +18,15 @@ from tandem.api.openai import ChatBody, ChatMessage
 from tandem.api.output_processor import TextChunk, joined
 from tandem.api.prepared_request import PreparedRequest
 from tandem.api.request_frame import FramedEndpoint, OpenRequest, check_model
-from tandem.api.response_writer import ResponseWriter
+from tandem.api.response_writer import ErrorShape
 from tandem.errors import InvalidRequest, RequestError
 
 Translated = TypeVar("Translated", bound=msgspec.Struct)
 Fields = dict[str, Any]
+
+
+def _error(error: RequestError) -> Fields:
+    return {"type": "error", **error_body(error)}
 
 
 class Answer(ABC, Generic[Translated]):
@@ -63,14 +66,11 @@ class TranslatedEndpoint(FramedEndpoint, Generic[Translated]):
         to_chat: returns the body as a chat; raises InvalidRequest.
     """
 
+    errors = ErrorShape(_error, b"event: error\n")
+
     body_type: type[Translated]
     to_chat: Callable[[Translated], ChatBody]
     answer_type: type[Answer[Translated]]
-
-    def writer(self, scope: Scope, receive: Receive, send: Send) -> ResponseWriter:
-        made = super().writer(scope, receive, send)
-        made.shape_errors(_error, b"event: error\n")
-        return made
 
     async def respond(self, request: OpenRequest) -> None:
         services, writer = self.services, request.writer
@@ -127,7 +127,3 @@ def message(one: Any, place: str, kinds: Sequence[str], roles: Sequence[str]) ->
     if one.get("role") not in roles:
         raise InvalidRequest(f"{place}.role: one of {', '.join(roles)} was expected", param=f"{place}.role")
     return ChatMessage(one["role"], text_of(one.get("content"), f"{place}.content", kinds))
-
-
-def _error(error: RequestError) -> Fields:
-    return {"type": "error", **error_body(error)}
