@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,15 @@ QWEN = (
 ) + TEMPLATE.replace("{{ m.content }}", "{{ m.reasoning_content }}</think>{{ m.content }}")
 
 
+def model_folder(folder: Path, own: Path, template: str) -> Path:
+    shutil.copy(folder / "tokenizer.json", own)
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": {"content": EOS}}))
+    return own
+
+
 @pytest.fixture(scope="module")
 def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    own = tmp_path_factory.mktemp("qwen")
-    shutil.copy(folder / "tokenizer.json", own)
-    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": QWEN, "eos_token": {"content": EOS}}))
-    with running(FakeBackend(own)) as found:
+    with running(FakeBackend(model_folder(folder, tmp_path_factory.mktemp("qwen"), QWEN))) as found:
         yield found
 
 
@@ -117,3 +121,19 @@ def test_arguments_that_are_no_object_are_refused(arguments: str, api: Api) -> N
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
     reply = api.chat(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}])
     assert (reply.status, reply.error["param"]) == (400, "messages[0].tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("mark", "form"),
+    [("[TOOL_CALLS]", r"[0-9a-f]{9}"), ("<tool_call>", r"call_[0-9a-f]{24}"), ("", r"call_[0-9a-f]{24}")],
+)
+def test_a_forced_call_has_an_id_that_the_models_own_template_takes(
+    folder: Path, tmp_path: Path, mark: str, form: str
+) -> None:
+    backend = FakeBackend(model_folder(folder, tmp_path, TEMPLATE + "{# " + mark + " #}"))
+    backend.script = lambda request: deltas('[{"name":"weather","parameters":{}}]')
+    with running(backend) as api:
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            [answer] = api.chat(tools=[TOOL], tool_choice=choice).json["choices"]
+            [call] = answer["message"]["tool_calls"]
+            assert re.fullmatch(form, call["id"])
