@@ -103,6 +103,9 @@ class SimMailbox:
         self._items.append(item)
         self.wake()
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def take(self) -> list[Command]:
         items = list(self._items)
         self._items.clear()
@@ -117,8 +120,10 @@ class SimPipeline:
         self._done: deque[StepResult] = deque()
         self._last = 0.0
         self.busy_until = 0.0
+        self.batches = 0
 
     def submit(self, batch: Batch) -> None:
+        self.batches += 1
         engine, world = self._engine, self._engine.world
         seconds = engine.spec.step_seconds * world.random.uniform(0.5, 1.5)
         if engine.spec.pp == 1:
@@ -180,6 +185,7 @@ class SimEngine:
         self.scheduler = Scheduler(limits, self.pool, EOS, spec.pp)
         self._digests: dict[int, list[int]] = {}
         self._wake_at = float("inf")
+        self._unasked = False
         self._fabric = fabric
         self.transports: list[SimTransport] = []
         self._thread_asked: set[int] = set()
@@ -278,21 +284,25 @@ class SimEngine:
         world = self.world
         self._step_at(max(self.pipeline.busy_until, world.now + world.wait(*HAND_OVER_SECONDS)))
 
-    def _step_at(self, when: float) -> None:
+    def _step_at(self, when: float, *, unasked: bool = False) -> None:
         if when >= self._wake_at:
             return
         self._wake_at = when
 
         def due() -> None:
             if self._wake_at == when:
+                self._unasked = unasked
                 self._step()
 
         self.world.at(when, due, self.process)
 
     def _step(self) -> None:
         self._wake_at = float("inf")
-        loop = self.step_loop
+        loop, batches, requests = self.step_loop, self.pipeline.batches, len(self.scheduler.state.requests)
+        unasked = self._unasked and not self.mailbox
         idle = loop._step()
+        if unasked and self.pipeline.batches > batches and len(self.scheduler.state.requests) == requests:
+            self.world.fail(f"{self.spec.name} had a batch to begin, and waited until it looked by itself")
         loop._clock.since = loop._submitted[0] if loop._submitted else None
         check_scheduler(self.scheduler)
         late = self.process.time() - LATE_SECONDS  # of this very step: it has looked
@@ -304,7 +314,7 @@ class SimEngine:
         elif not idle:
             self._step_at(max(self.pipeline.busy_until, self.world.now + HAND_OVER_SECONDS[0]))
         else:
-            self._step_at(self.world.now + IDLE_SECONDS)
+            self._step_at(self.world.now + IDLE_SECONDS, unasked=True)
 
     def _wake_thread(self, rank: int) -> None:
         if rank not in self._thread_asked:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from tandem.engine.step.step_loop import StepLoop
 from tandem.kv.blocks import BlockPool
 from tandem.kv.lease import ReaderLeases
 from tandem.router.engine_connections import EngineConnections
@@ -169,6 +170,17 @@ def _computes_one_less(original: Any) -> Any:
     return kv_arrived
 
 
+def _sleeps_on_results(original: Any) -> Any:
+    """A step that only applies a result counts as one with nothing to do, though the next batch waited for it."""
+
+    def step(self: StepLoop) -> bool:
+        submitted = self._scheduler._next_batch_id
+        original(self)
+        return self._scheduler._next_batch_id == submitted
+
+    return step
+
+
 MUTATIONS: Mapping[str, Sequence[Patch]] = {
     "the lease is not looked at when a read ends": [(ReaderLeases, "good", _good_ever)],
     "leases are not looked at at all": [(ReaderLeases, "good", _good_ever), (ReaderLeases, "run_out", _always([]))],
@@ -187,6 +199,7 @@ MUTATIONS: Mapping[str, Sequence[Patch]] = {
     "ended leases are not told to the pool": [(BlockPool, "unlease", _nothing)],
     "ranks stay connected when a session ends": [(TransferThread, "_close", _nothing)],
     "requests have no deadline on the engine": [(Scheduler, "expire", _nothing)],
+    "the step loop sleeps when a result has come": [(StepLoop, "_step", _sleeps_on_results)],
 }
 
 MASKED: Mapping[str, Sequence[Patch]] = {

@@ -17,7 +17,7 @@ from tandem.wire.messages import Address
 from tests.simulator.engine import SimEngine, SimEventLoopThread
 from tests.simulator.frontend import Answer, SimRouter
 from tests.simulator.invariants import busy, needless_losses, not_connected, not_whole, wrong_answer
-from tests.simulator.network import Network
+from tests.simulator.network import LATE_SECONDS, Network
 from tests.simulator.plan import DEFAULT, Assumptions, EngineSpec, Fault, Plan, RequestSpec, draw, router_name
 from tests.simulator.reads import Fabric
 from tests.simulator.sockets import SimConnectionMonitor
@@ -206,6 +206,8 @@ class Simulation:
         """Ask every router once more: everything is well, so the answer has to be right."""
         self.fabric.profile = replace(self.plan.reads, slow=0.0, failing=0.0, hanging=0.0)
         self.network.spikes = 0.0
+        self.world.run(self.world.now + 2 * LATE_SECONDS)  # what was asked before may be late, and its answer
+        self._settle()
         for number in range(self.plan.routers):
             spec = RequestSpec(self.world.now, number, (50, 51, 52, 53, 54), 4, 4, None)
             answer = self._ask(spec)

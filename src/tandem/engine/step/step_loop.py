@@ -117,7 +117,7 @@ class StepLoop:
         return self._stopping
 
     def _step(self) -> bool:
-        """Go once through everything there is to do. Return whether no batch was begun."""
+        """Go once through everything there is to do. Return whether that was all until something comes in."""
         now = time.monotonic()
         self._clock.since = self._submitted[0] if self._submitted else now  # also what is no batch may hang
         for command in self._mailbox.take():
@@ -129,14 +129,16 @@ class StepLoop:
             self._submitted.append(now)
             self._masks.begin(batch.batch_id, constrained_rows(batch, self._scheduler))
             self._pipeline.submit(batch)
-        for result in self._pipeline.results():
+        results = self._pipeline.results()
+        for result in results:
             self._scheduler.apply(result, time.monotonic())
             self._submitted.popleft()
             self._masks.drop(result.batch_id)
         self._publish(self._scheduler.drain())
         self._end_drain(now)
-        self._post_status(time.monotonic(), idle=batch is None)
-        return batch is None
+        idle = batch is None and not results  # what was applied may be what the next batch waits for
+        self._post_status(time.monotonic(), idle=idle)
+        return idle
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
