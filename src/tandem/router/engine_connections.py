@@ -176,15 +176,13 @@ class EngineConnections:
                 engine = self.registry.leave(sender)
                 if engine is not None:
                     kind = EngineLost if failed else EngineLeft
-                    self._fail_all(engine, kind(f"{engine.engine_id} stops: {reason}"))
-                    self._note_change()
+                    self._gone(engine, kind(f"{engine.engine_id} stops: {reason}"))
 
     def _disconnected(self, sender: bytes) -> None:
         engine = self.registry.disconnect(sender)
         if engine is not None:
             log.warning("the connection to engine %s broke", engine.register.identity)
-            self._fail_all(engine, EngineLost(f"the connection to {engine.engine_id} broke"))
-            self._note_change()
+            self._gone(engine, EngineLost(f"the connection to {engine.engine_id} broke"))
 
     def _register(self, sender: bytes, message: Register, now: float) -> None:
         if sender != message.identity.incarnation.encode():
@@ -275,6 +273,13 @@ class EngineConnections:
             engine = stream.engine
             if engine.state is EngineState.STALLED and not stream.finished:
                 stream.put(Stalled(f"{engine.engine_id} hangs: {engine.reason}"))
+
+    def _gone(self, engine: EngineEntry, error: EngineFailed) -> None:
+        """Fail its requests, and tell decode engines at once, so that none waits for its KV."""
+        self._fail_all(engine, error)
+        if self.introduce and engine.role == "prefill":
+            self._introduce_all()
+        self._note_change()
 
     def _fail_all(self, engine: EngineEntry, error: EngineFailed) -> None:
         for stream in self._streams.values():

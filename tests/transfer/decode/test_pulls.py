@@ -7,11 +7,12 @@ import pytest
 
 from tandem.transfer.decode import sessions as module
 from tandem.transfer.decode.pull import ABANDONED_SECONDS
+from tandem.transfer.decode.session import DOUBT_SECONDS
 from tandem.transfer.thread.thread_messages import PeerOpened
 from tandem.wire.messages import Address
 from tandem.wire.peer_messages import Claimed, KvComputed, Release, Renewed, Welcome
 from tests.transfer.engines import ENVELOPE
-from tests.transfer.pair import Decode, Network, Prefill
+from tests.transfer.pair import TICK, Decode, Network, Prefill
 
 TTL = 10.0
 
@@ -487,6 +488,52 @@ def test_an_engine_that_left_is_forgotten_once_nothing_is_read_from_it(net: Netw
     decode.introduce()
     assert decode.states() == []
     assert (len(decode.closed), decode.connected) == (1, {})
+
+
+@pytest.mark.parametrize("state", ["connecting", "ready"])
+def test_an_engine_that_left_and_does_not_answer_is_not_waited_for_as_long_as_a_lease(net: Network, state: str) -> None:
+    prefill, decode = pair(net)
+    if state == "connecting":
+        prefill.die()
+    decode.introduce(prefill)
+    decode.pull("r", prefill.names("r"))
+    if state == "ready":
+        prefill.die()
+    assert decode.states() == [state]
+    decode.introduce()
+    net.pass_time(DOUBT_SECONDS - 2 * TICK)
+    decode.introduce()
+    assert decode.failed == []
+    net.pass_time(4 * TICK)
+    assert decode.failed == [("r", "p0 has left, and does not answer")]
+    assert decode.quiet == ["r"]
+    decode.introduce()
+    assert decode.states() == []
+
+
+def test_an_engine_that_its_routers_have_lost_is_read_from_for_as_long_as_it_answers(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.introduce(prefill)
+    prefill.offer("r")
+    decode.pull("r", prefill.names("r"))
+    for _ in range(3):
+        decode.introduce()
+        decode.introduce()
+        net.pass_time(2 * DOUBT_SECONDS)
+    assert decode.states() == ["ready"]
+    decode.end_reads()
+    assert (len(decode.arrived), decode.failed) == (1, [])
+
+
+def test_an_engine_that_its_routers_have_found_again_is_not_doubted_any_more(net: Network) -> None:
+    prefill, decode = pair(net)
+    decode.introduce(prefill)
+    decode.pull("r", prefill.names("r"))
+    net.lost = lambda message: isinstance(message, Renewed)
+    decode.introduce()
+    decode.introduce(prefill)
+    net.pass_time(2 * DOUBT_SECONDS)
+    assert (decode.states(), decode.failed) == (["ready"], [])
 
 
 def test_a_dead_engine_delays_no_other(net: Network) -> None:

@@ -194,7 +194,7 @@ class Pulls:
                 session.claimed(message)
             case KvComputed() | KvGone():
                 self._announced(session, message, now)
-        session.heard_at = now
+        session.heard(now)
 
     def _announced(self, session: Session, message: KvComputed | KvGone, now: float) -> None:
         pull = session.pulls.get(message.request_id)

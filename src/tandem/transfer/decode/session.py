@@ -20,6 +20,9 @@ HELLO_SECONDS = 10.0
 CONNECT_SECONDS = 60.0
 """Our ranks may take this long after that to connect to its ranks."""
 
+DOUBT_SECONDS = 1.0
+"""A prefill engine that has left, as its routers say, may take this long to show that it is there all the same."""
+
 KEEPALIVE = 1 << 40
 """Sequence number of a renewal that renews nothing: it only asks whether the peer is there."""
 
@@ -61,6 +64,7 @@ class Session:
         connecting: our ranks that have not connected to the engine's ranks yet.
         pulls: what is being read from it, by the request's name there.
         heard_at: when the engine last sent something.
+        doubted_at: when its routers said that it has left; nothing was heard of it since.
     """
 
     number: int
@@ -78,6 +82,7 @@ class Session:
     handshake_time: float | None = None
     pulls: dict[str, Pull] = field(default_factory=dict)
     heard_at: float = 0.0
+    doubted_at: float | None = None
     _leases: ReaderLeases = field(default_factory=lambda: ReaderLeases(ttl=1.0))
     _claims: int = 0
     _keepalive_at: float = 0.0
@@ -144,6 +149,8 @@ class Session:
     def overdue(self, now: float) -> str | None:
         """Return why it must be given up by now; None if it need not."""
         engine_id = self.target.engine_id
+        if self.doubted_at is not None and now - self.doubted_at > DOUBT_SECONDS:
+            return f"{engine_id} has left, and does not answer"
         if self.state is SessionState.READY:
             silence = now - self.heard_at
             return f"{engine_id} has not answered for {silence:.1f} s" if silence > self._leases.ttl else None
@@ -152,6 +159,18 @@ class Session:
             return f"no answer from {self.target} in {HELLO_SECONDS:.0f} s" if late else None
         late = now - self.heard_at > CONNECT_SECONDS
         return f"the ranks did not connect to those of {engine_id} in {CONNECT_SECONDS:.0f} s" if late else None
+
+    def heard(self, now: float) -> None:
+        """The engine has sent something: it is there."""
+        self.heard_at = now
+        self.doubted_at = None
+
+    def doubt(self, now: float) -> Renew | None:
+        """Its routers say that it has left, but pulls depend on it. Return the question to send, if none is open."""
+        if self.doubted_at is not None or self.ended_at is not None:
+            return None
+        self.doubted_at = now
+        return Renew(self.incarnation, KEEPALIVE, []) if self.state is SessionState.READY else None
 
     def worth_retrying(self, now: float, retry_seconds: float) -> bool:
         """One incarnation that refuses will refuse again; what answers at the address later may not."""

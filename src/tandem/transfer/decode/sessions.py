@@ -50,14 +50,23 @@ class Sessions:
         return session if session is not None and session.ended_at is None else None
 
     def introduce(self, message: Introduce, now: float) -> None:
-        """Open sessions with these engines; forget those with engines that have left."""
+        """Open sessions with these engines; forget those with engines that have left.
+
+        An engine that the routers have lost may be there for us: where pulls depend on it, it is asked.
+        """
         present = {peer.identity.incarnation for peer in message.peers}
         for peer in message.peers:
-            self.open(Target(peer.identity.engine_id, peer.identity.incarnation, peer.address), True, now)
+            session = self.open(Target(peer.identity.engine_id, peer.identity.incarnation, peer.address), True, now)
+            if isinstance(session, Session):
+                session.doubted_at = None
         for session in list(self._by_number.values()):
             incarnation = session.incarnation or session.target.incarnation
-            if session.introduced and incarnation not in present and not session.pulls:
+            if not session.introduced or incarnation in present:
+                continue
+            if not session.pulls:
                 self._forget(session)
+            elif (question := session.doubt(now)) is not None:
+                self._actions.append(Send(session.number, question))
 
     def unanswered_in_the_way_of(self, target: Target, introduced: bool) -> Session | None:
         """Return a session that should end so that `open` finds room, though requests wait for it.
