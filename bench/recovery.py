@@ -13,6 +13,7 @@ import os
 import signal
 import statistics
 import time
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -24,8 +25,11 @@ WITHIN_SECONDS = 60.0
 def fetch(url: str, body: object = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=WITHIN_SECONDS) as answer:
-        return json.load(answer)
+    try:
+        with urllib.request.urlopen(request, timeout=WITHIN_SECONDS) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{url} answers {error.code}: {error.read().decode()}") from None
 
 
 def engines(url: str) -> dict[str, dict[str, Any]]:
