@@ -109,12 +109,11 @@ class CalledFunction(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call, in a conversation as in an answer. `index`: in the events of a stream. `type` is always written."""
+class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call, in a conversation as in an answer."""
 
-    index: int | None = None
     id: str
-    type: Annotated[str, Meta(pattern="^function$")] = msgspec.field(default_factory=lambda: "function")
+    type: Annotated[str, Meta(pattern="^function$")] = "function"
     function: CalledFunction
 
 
@@ -261,11 +260,25 @@ class ChatChoice(Choice, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None
 
 
+class FunctionDelta(msgspec.Struct, frozen=True):
+    name: str | UnsetType
+    arguments: str
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """More of a call; `id`, `type` and the function's name are in the first event that has some of it."""
+
+    index: int
+    id: str | UnsetType
+    type: str | UnsetType
+    function: FunctionDelta
+
+
 class ChatDelta(msgspec.Struct, frozen=True):
     content: str | UnsetType | None = UNSET
     role: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[MessageToolCall] | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Choice, frozen=True, kw_only=True):
