@@ -52,18 +52,23 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     syntax = answer_syntax(body, model)
     if syntax is not None and syntax.special:
         body = msgspec.structs.replace(body, skip_special_tokens=False)  # they mark the calls
-    text = await render_chat(body, model, told_tools(body))
-    keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
-    [token_ids] = await model.encoder.encode(
-        [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
-    )
-    prompt = Prompt(token_ids, text)
+    prompt = await encode_chat(body, model)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), model.defaults.max_tokens, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(body, limit, logprobs, model.card.seed, model.defaults.sampling)
     return await prepare_request(request_id, body, model, [(prompt, sampling)], grammar)
+
+
+async def encode_chat(body: ChatBody, model: LoadedModel) -> Prompt:
+    """Return the prompt that a body's messages and tools make. Raises InvalidRequest, Overloaded."""
+    text = await render_chat(body, model, told_tools(body))
+    keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
+    [token_ids] = await model.encoder.encode(
+        [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
+    )
+    return Prompt(token_ids, text)
 
 
 class ChatBuilder(ResponseBuilder[ChatBody]):

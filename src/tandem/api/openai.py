@@ -27,6 +27,8 @@ LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
 # --- bodies of requests -------------------------------------------------------------------------------------------
 
 
@@ -135,7 +137,7 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     add_generation_prompt: bool | None = None
