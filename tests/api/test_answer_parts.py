@@ -57,10 +57,10 @@ def test_calls_reasoning_and_content_are_apart(api: Api) -> None:
 
 
 def test_in_a_stream_calls_have_an_index(api: Api) -> None:
-    api.backend.script = lambda request: deltas("<think>a</think>b", CALL[:9], CALL[9:], CALL)
+    api.backend.script = lambda request: deltas("<think>a</think>b", CALL[:60], CALL[60:], CALL)
     client = api.client()
     message: dict[str, Any] = {"reasoning": "", "content": ""}
-    calls: list[Any] = []
+    calls: dict[int, list[Any]] = {}
     reasons: list[str | None] = []
     stream: Any = client.chat.completions.create(
         model="tiny",
@@ -72,11 +72,16 @@ def test_in_a_stream_calls_have_an_index(api: Api) -> None:
         delta = event.choices[0].delta
         message["reasoning"] += getattr(delta, "reasoning_content", None) or ""
         message["content"] += delta.content or ""
-        calls += delta.tool_calls or []
+        for call in delta.tool_calls or []:
+            calls.setdefault(call.index, []).append(call)
         reasons.append(event.choices[0].finish_reason)
     client.close()
     assert message == {"reasoning": "a", "content": "b"}
-    assert [(call.index, call.function and call.function.name) for call in calls] == [(0, "weather"), (1, "weather")]
+    assert [[call.function.name for call in one] for one in calls.values()] == [["weather", None], ["weather"]]
+    assert ["".join(call.function.arguments for call in one) for one in calls.values()] == ['{"city": "Rome"}'] * 2
+    assert all(
+        one[0].id and one[0].type == "function" and not any(call.id for call in one[1:]) for one in calls.values()
+    )
     assert reasons[-1] == "tool_calls"
 
 

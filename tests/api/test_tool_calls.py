@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.api.tool_calls import FORCED, SYNTAXES, Parsed, ToolCall, ToolCallParser, ToolSyntax, syntax_of
+from tandem.api.tool_calls import ToolCallParser
+from tandem.api.tool_syntaxes import FORCED, SYNTAXES, CallFragment, ToolSyntax, syntax_of
+
+
+class ToolCall(NamedTuple):
+    name: str
+    arguments: str
+
+
+class Parsed(NamedTuple):
+    content: str
+    calls: list[ToolCall]
+
 
 WEATHER = ToolCall("get_weather", '{"city": "Zürich", "days": 2}')
 TIME = ToolCall("get_time", "{}")
@@ -64,7 +77,7 @@ CASES: list[tuple[str, str, str, list[ToolCall]]] = [
     ),
     ("deepseek", f'{SECTION[0]}{BEGIN}get_weather{SEP}{{"city": "Zürich", "days": 2}}{END}{SECTION[1]}', "", [WEATHER]),
     ("deepseek", "No call.", "No call.", []),
-    ("forced", '[{"name":"get_weather","parameters":{"city":"Zürich","days":2}}]', "", [WEATHER]),
+    ("forced", '[{"name":"get_weather","parameters":{"city": "Zürich", "days": 2}}]', "", [WEATHER]),
     ("forced", '[{"name":"get_weather","param', '[{"name":"get_weather","param', []),
 ]
 
@@ -75,8 +88,19 @@ def syntax(name: str) -> ToolSyntax:
 
 def read(name: str, pieces: list[str]) -> Parsed:
     parser = ToolCallParser(syntax(name))
-    parsed = [*(parser.push(piece) for piece in pieces), parser.finish()]
-    return Parsed("".join(one.content for one in parsed), [call for one in parsed for call in one.calls])
+    return joined([one for piece in pieces for one in parser.push(piece)] + parser.finish())
+
+
+def joined(parsed: list[str | CallFragment]) -> Parsed:
+    calls: list[ToolCall] = []
+    for one in parsed:
+        if isinstance(one, str):
+            continue
+        if one.name is not None:
+            calls.append(ToolCall(one.name, one.arguments))
+        else:
+            calls[-1] = ToolCall(calls[-1].name, calls[-1].arguments + one.arguments)
+    return Parsed("".join(one for one in parsed if isinstance(one, str)), calls)
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
@@ -120,16 +144,49 @@ def test_any_text_comes_to_the_same_whole_or_in_pieces(name: str, pieces: list[s
     parsed = read(name, [text])
     assert read(name, list(text)) == parsed
     assert read(name, pieces) == parsed
-    for call in parsed.calls:
-        json.loads(call.arguments)
     if not parsed.calls and not any(mark in text for mark in syntax(name).noise):
         assert parsed.content == text
 
 
 def test_content_goes_out_as_soon_as_it_cannot_be_a_call() -> None:
     parser = ToolCallParser(SYNTAXES["hermes"])
-    assert parser.push("Hello <tool").content == "Hello "
-    assert parser.push("s>").content == "<tools>"
+    assert parser.push("Hello <tool") == ["Hello "]
+    assert parser.push("s>") == ["<tools>"]
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), [one for one in CASES if one[3]])
+def test_arguments_come_as_they_are_written(name: str, text: str, content: str, calls: list[ToolCall]) -> None:
+    parser = ToolCallParser(syntax(name))
+    fragments = [one for character in text for one in parser.push(character) if isinstance(one, CallFragment)]
+    assert [one.name for one in fragments if one.name] == [call.name for call in calls]
+    assert max(len(one.arguments) for one in fragments) == 1
+
+
+CUT = [
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>', ToolCall("f", '{"a": "</tool_call>')),
+    ("llama3_json", '{"name": "f", "parameters": {"a', ToolCall("f", '{"a')),
+    ("mistral", "[TOOL_CALLS]f[ARGS]{", ToolCall("f", "{")),
+    ("deepseek", f"{BEGIN}f{SEP}{{1", ToolCall("f", "{1")),
+    ("forced", '[{"name":"f","parameters":{"a": [', ToolCall("f", '{"a": [')),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "call"), CUT)
+def test_a_call_that_is_cut_has_the_arguments_so_far(name: str, text: str, call: ToolCall) -> None:
+    assert read(name, [text]) == read(name, list(text)) == Parsed("", [call])
+
+
+def test_a_call_whose_name_comes_last_is_read_when_it_is_complete() -> None:
+    text = '<tool_call>{"arguments": "{\\"a\\": 1}", "name": "f"}</tool_call>'
+    assert read("hermes", list(text)) == Parsed("", [ToolCall("f", '{"a": 1}')])
+
+
+@given(st.text(alphabet='{}[]"\\a', max_size=20), st.data())
+def test_brackets_in_strings_do_not_end_arguments(text: str, data: st.DataObject) -> None:
+    arguments = json.dumps({"a": text, "b": [text]})
+    whole = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    cut = data.draw(st.integers(0, len(whole)))
+    assert read("hermes", [whole[:cut], whole[cut:]]) == Parsed("", [ToolCall("f", arguments)])
 
 
 @pytest.mark.parametrize(

@@ -220,11 +220,16 @@ def test_a_call_that_must_be_made_is_made_and_fits(choice: Any, split: Deploymen
 
 def streamed_calls(deployment: Deployment, **fields: Any) -> tuple[list[Any], str | None]:
     body = {"messages": [{"role": "user", "content": "hello"}], "stream": True} | fields
-    found, reason = [], None
+    found: list[Any] = []
+    reason = None
     for event in Stream(deployment.http.start("POST", "/v1/chat/completions", body)):
         for choice in event["choices"]:
             reason = choice["finish_reason"] or reason
-            found += [call["function"] for call in choice["delta"].get("tool_calls", [])]
+            for call in choice["delta"].get("tool_calls", []):
+                if "name" in call["function"]:
+                    found.append(call["function"])
+                else:
+                    found[-1]["arguments"] += call["function"]["arguments"]
             assert not choice["delta"].get("content")
     return found, reason
 

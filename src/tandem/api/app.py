@@ -20,6 +20,7 @@ from tandem.api.backend import Backend, EngineOperator, KnownEngine, ModelCard
 from tandem.api.chat import ChatBuilder, count_chats, prepare_chat
 from tandem.api.completions import CompletionBuilder, count_completions, prepare_completion
 from tandem.api.connections import Refusals
+from tandem.api.count_tokens import CountTokensEndpoint
 from tandem.api.door import Door
 from tandem.api.endpoint import GenerateEndpoint
 from tandem.api.http_errors import (
@@ -92,6 +93,7 @@ def _routes_with_bodies(services: Services) -> list[Route]:
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/messages", messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", CountTokensEndpoint("count_tokens", services), methods=["POST"]),
         Route("/tokenize", TokenizeEndpoint("tokenize", services), methods=["POST"]),
         Route("/detokenize", DetokenizeEndpoint("detokenize", services), methods=["POST"]),
     ]

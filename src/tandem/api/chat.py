@@ -5,24 +5,28 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from tandem.api.answer_parts import AnswerParts
+from tandem.api.answer_parts import AnswerParts, CallPart, ContentPart, Part, ReasoningPart
 from tandem.api.chat_prompt import render_chat
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import (
     AssistantMessage,
+    CalledFunction,
     ChatBody,
     ChatChoice,
     ChatChunkChoice,
     ChatDelta,
     ChatLogprobs,
+    FunctionDelta,
+    MessageToolCall,
     PromptLogprobs,
     TokenLogprob,
+    ToolCallDelta,
     TopLogprob,
 )
 from tandem.api.output_processor import TextChunk, Token
 from tandem.api.parsing import sampling_params
 from tandem.api.prepared_request import PreparedRequest, Prompt, prepare_request
-from tandem.api.response_builder import ResponseBuilder, finite
+from tandem.api.response_builder import ChoiceFields, ResponseBuilder, finite
 from tandem.api.structured import checked_grammar
 from tandem.api.tools import answer_syntax, told_tools, tool_grammar
 from tandem.errors import InvalidRequest
@@ -48,18 +52,23 @@ async def prepare_chat(request_id: str, body: ChatBody, model: LoadedModel) -> P
     syntax = answer_syntax(body, model)
     if syntax is not None and syntax.special:
         body = msgspec.structs.replace(body, skip_special_tokens=False)  # they mark the calls
-    text = await render_chat(body, model, told_tools(body))
-    keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
-    [token_ids] = await model.encoder.encode(
-        [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
-    )
-    prompt = Prompt(token_ids, text)
+    prompt = await encode_chat(body, model)
     if not prompt.token_ids:
         raise InvalidRequest("the model's chat template makes an empty prompt of the messages", param="messages")
     limit = model.output_limit(len(prompt.token_ids), _max_tokens(body), model.defaults.max_tokens, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(body, limit, logprobs, model.card.seed, model.defaults.sampling)
     return await prepare_request(request_id, body, model, [(prompt, sampling)], grammar)
+
+
+async def encode_chat(body: ChatBody, model: LoadedModel) -> Prompt:
+    """Return the prompt that a body's messages and tools make. Raises InvalidRequest, Overloaded."""
+    text = await render_chat(body, model, told_tools(body))
+    keep = model.prompt_limit(body.truncate_prompt_tokens, _max_tokens(body))
+    [token_ids] = await model.encoder.encode(
+        [text], "messages", add_special_tokens=bool(body.add_special_tokens), keep=keep
+    )
+    return Prompt(token_ids, text)
 
 
 class ChatBuilder(ResponseBuilder[ChatBody]):
@@ -72,25 +81,34 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
         self._answers = [AnswerParts(body, request.model, one) for one in request.sequences]
 
     def choice(self, chunk: TextChunk, first: bool) -> ChatChoice:
-        part = self._answers[chunk.index].read(chunk, indexed=False)
-        fields = self.choice_fields(chunk)
-        fields["finish_reason"] = part.finish_reason
-        content = None if part.calls and not part.content.strip() else part.content
-        message = AssistantMessage(content, reasoning_content=part.reasoning or UNSET, tool_calls=part.calls or UNSET)
+        parts, fields = self._read(chunk)
+        calls = [
+            MessageToolCall(id=part.id, function=CalledFunction(part.name or "", part.arguments))
+            for part in parts
+            if isinstance(part, CallPart)
+        ]
+        content = _text(parts, ContentPart)
+        shown = None if calls and not content.strip() else content
+        reasoning = _text(parts, ReasoningPart) or UNSET
+        message = AssistantMessage(shown, reasoning_content=reasoning, tool_calls=calls or UNSET)
         return ChatChoice(**fields, message=message, logprobs=self._logprobs(chunk.tokens))
 
     def chunk_choice(self, chunk: TextChunk, first: bool) -> ChatChunkChoice:
-        part = self._answers[chunk.index].read(chunk, indexed=True)
-        fields = self.choice_fields(chunk)
-        fields["finish_reason"] = part.finish_reason
-        bare = not part.calls and not part.reasoning
+        parts, fields = self._read(chunk)
+        content = _text(parts, ContentPart)
         delta = ChatDelta(
-            part.content if part.content or (first and bare) else UNSET,
+            content if content or (first and not parts) else UNSET,
             "assistant" if first else UNSET,
-            part.reasoning or UNSET,
-            part.calls or UNSET,
+            _text(parts, ReasoningPart) or UNSET,
+            [_call_delta(part) for part in parts if isinstance(part, CallPart)] or UNSET,
         )
         return ChatChunkChoice(**fields, delta=delta, logprobs=self._logprobs(chunk.tokens))
+
+    def _read(self, chunk: TextChunk) -> tuple[list[Part], ChoiceFields]:
+        answer = self._answers[chunk.index]
+        parts, fields = answer.read(chunk), self.choice_fields(chunk)
+        fields["finish_reason"] = answer.finish_reason
+        return parts, fields
 
     def prompt_token_ids(self) -> list[int] | UnsetType:
         return self.request.sequences[0].prompt.token_ids if self.body.return_token_ids else UNSET
@@ -112,6 +130,16 @@ class ChatBuilder(ResponseBuilder[ChatBody]):
     def _names(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
         tokenizer = self.request.model.tokenizer
         return tokenizer.token_text(token_id), finite(logprob), list(tokenizer.token_bytes(token_id))
+
+
+def _text(parts: list[Part], kind: type[ContentPart | ReasoningPart]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, kind))
+
+
+def _call_delta(part: CallPart) -> ToolCallDelta:
+    begins = part.name is not None
+    function = FunctionDelta(part.name if part.name is not None else UNSET, part.arguments)
+    return ToolCallDelta(part.index, part.id if begins else UNSET, "function" if begins else UNSET, function)
 
 
 def _max_tokens(body: ChatBody) -> int | None:

@@ -15,7 +15,7 @@ from tandem.api.prompt_encoder import PromptEncoder
 from tandem.api.reasoning import reasons
 from tandem.api.text_pool import TextPool
 from tandem.api.tokenizer import Tokenizer, load_tokenizer
-from tandem.api.tool_calls import ToolSyntax, syntax_of
+from tandem.api.tool_syntaxes import ToolSyntax, syntax_of
 from tandem.config import GenerationSource, ReasoningParser, ToolCallParser
 from tandem.errors import InvalidRequest, ModelError, RequestError
 

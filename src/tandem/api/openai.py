@@ -27,6 +27,8 @@ LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
 # --- bodies of requests -------------------------------------------------------------------------------------------
 
 
@@ -109,12 +111,11 @@ class CalledFunction(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A call, in a conversation as in an answer. `index`: in the events of a stream. `type` is always written."""
+class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call, in a conversation as in an answer."""
 
-    index: int | None = None
     id: str
-    type: Annotated[str, Meta(pattern="^function$")] = msgspec.field(default_factory=lambda: "function")
+    type: Annotated[str, Meta(pattern="^function$")] = "function"
     function: CalledFunction
 
 
@@ -136,7 +137,7 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     add_generation_prompt: bool | None = None
@@ -261,11 +262,25 @@ class ChatChoice(Choice, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None
 
 
+class FunctionDelta(msgspec.Struct, frozen=True):
+    name: str | UnsetType
+    arguments: str
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """More of a call; `id`, `type` and the function's name are in the first event that has some of it."""
+
+    index: int
+    id: str | UnsetType
+    type: str | UnsetType
+    function: FunctionDelta
+
+
 class ChatDelta(msgspec.Struct, frozen=True):
     content: str | UnsetType | None = UNSET
     role: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[MessageToolCall] | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Choice, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from typing import Any
 from tandem.api.loaded_model import LoadedModel
 from tandem.api.openai import ChatBody, ChatMessage, MessageToolCall, Tool
 from tandem.api.structured import of_schema
-from tandem.api.tool_calls import FORCED, ToolSyntax
+from tandem.api.tool_syntaxes import FORCED, ToolSyntax
 from tandem.errors import InvalidRequest
 from tandem.wire.grammar import Grammar
 
