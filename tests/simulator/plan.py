@@ -85,8 +85,9 @@ class Plan:
 
     @property
     def only_drained(self) -> bool:
-        """Whether engines are stopped in good order and come back, and nothing else happens."""
-        return bool(self.faults) and {fault.kind for fault in self.faults} == {"leave"} and not self.reads.failing
+        """Whether engines are stopped in good order and are soon back, and nothing else happens."""
+        leave = bool(self.faults) and {fault.kind for fault in self.faults} == {"leave"}
+        return leave and all(fault.until - fault.at <= 1.0 for fault in self.faults) and not self.reads.failing
 
     @property
     def nothing_breaks(self) -> bool:
