@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch>=2.11,<2.14
 
-.PHONY: demo test test-vllm check lint format chaos clean
+.PHONY: demo test test-vllm test-clients check lint format chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tandem demo
@@ -20,6 +20,18 @@ test-vllm: $(VLLM_ENV)/.installed
 
 $(VLLM_ENV)/.installed: scripts/make_vllm_env.sh
 	PYTHON=$(PYTHON) scripts/make_vllm_env.sh $(VLLM_ENV)
+	touch $@
+
+# The clients that people have, in an environment of their own; `norecursedirs` keeps its tests out of `make test`.
+CLIENTS_ENV ?= .venv-clients
+test-clients: $(CLIENTS_ENV)/.installed
+	HF_HUB_OFFLINE=1 DO_NOT_TRACK=1 OMP_NUM_THREADS=1 $(CLIENTS_ENV)/bin/python -m pytest -W default tests/clients $(ARGS)
+
+$(CLIENTS_ENV)/.installed: tests/clients/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS_ENV)
+	$(CLIENTS_ENV)/bin/pip install --quiet "$(TORCH)"
+	$(CLIENTS_ENV)/bin/pip install --quiet --requirement tests/clients/requirements.txt
+	$(CLIENTS_ENV)/bin/pip install --quiet --editable .
 	touch $@
 
 # The inner loop: all that starts no processes, in less than two minutes.
