@@ -29,7 +29,7 @@ def weather(city: Literal["Rome", "Bern"]) -> str:
 
 @pytest.fixture
 def chat(url: str) -> ChatOpenAI:
-    return ChatOpenAI(model=MODEL, base_url=url, api_key=KEYS[0], max_retries=0)  # type: ignore[arg-type]
+    return ChatOpenAI(model=MODEL, base_url=url, api_key=KEYS[0], max_retries=0)
 
 
 def test_a_chat_answers_whole_and_as_a_stream(chat: ChatOpenAI) -> None:
@@ -97,11 +97,11 @@ def test_a_plain_schema_is_taken_too(chat: ChatOpenAI) -> None:
 
 
 def test_completions_answer(url: str) -> None:
-    model = OpenAI(model=MODEL, base_url=url, api_key=KEYS[0], max_tokens=4)  # type: ignore[arg-type]
+    model = OpenAI(model=MODEL, base_url=url, api_key=KEYS[0], max_tokens=4)
     assert isinstance(model.invoke("Hello"), str)
 
 
 def test_embeddings_are_refused_for_a_reason(url: str) -> None:
-    embeddings = OpenAIEmbeddings(model=MODEL, base_url=url, api_key=KEYS[0], check_embedding_ctx_length=False)  # type: ignore[arg-type]
+    embeddings = OpenAIEmbeddings(model=MODEL, base_url=url, api_key=KEYS[0], check_embedding_ctx_length=False)
     with pytest.raises(NotFoundError, match="embeddings"):
         embeddings.embed_query("Hello")
