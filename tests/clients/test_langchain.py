@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
+from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from tests.clients.conftest import KEYS, MODEL
 from tests.clients.scripted_model import ANSWER, GREETING
+from tests.support.deployment import Deployment
 
 
 class Trip(BaseModel):
@@ -105,3 +107,10 @@ def test_embeddings_are_refused_for_a_reason(url: str) -> None:
     embeddings = OpenAIEmbeddings(model=MODEL, base_url=url, api_key=KEYS[0], check_embedding_ctx_length=False)
     with pytest.raises(NotFoundError, match="embeddings"):
         embeddings.embed_query("Hello")
+
+
+def test_anthropics_way_of_it_calls_tools_too(scripted: Deployment) -> None:
+    chat = ChatAnthropic(model=MODEL, base_url=scripted.http.url, api_key=KEYS[0], max_retries=0, max_tokens=100)
+
+    answer = chat.bind_tools([tool("get_weather")(weather)]).invoke("How is it there?")
+    assert [(call["name"], call["args"]) for call in answer.tool_calls] == [("get_weather", {"city": "Rome"})]
